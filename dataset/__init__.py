@@ -1,0 +1,98 @@
+"""Images as uint8 arrays. Imports NumPy alone, so that exported networks can be evaluated where torch is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset import cifar10, digits, folder
+from utils.errors import UserError
+
+VALIDATION_FRACTION = 0.04  # CIFAR-10: 2,000 of the 50,000 train images choose the checkpoint
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
+    "cifar10": lambda data_dir, img_size: cifar10.load(data_dir),
+    "folder": folder.load,
+    "digits": lambda data_dir, img_size: digits.load(),
+}
+"""Name -> loader of (data_dir, img_size). Each returns train images, train labels, test images, test labels, class names."""
+
+FLIP = {"cifar10": True, "folder": True, "digits": False}
+"""Whether an image's mirror image belongs to the same class, so that training may flip it."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: images (N, H, W, 3) uint8, labels (N,) int64 in 0..len(classes)-1."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    @property
+    def flip(self) -> bool:
+        return FLIP[self.name]
+
+
+def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
+    """Load a data set and check it.
+
+    Args:
+        name: "cifar10", "folder" or "digits".
+        data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
+        img_size: height and width in pixels that images of "folder" are resized to; the others are 32 pixels wide.
+
+    Raises:
+        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images.
+    """
+    train_images, train_labels, test_images, test_labels, classes = LOADERS[name](Path(data_dir), img_size)
+    for split, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+        _check(f"{name} ({split})", images, labels, len(classes))
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise UserError(f"{name}: train images are {train_images.shape[1:]}, test images {test_images.shape[1:]}")
+    return ImageData(name, classes, train_images, train_labels.astype(np.int64), test_images, test_labels.astype(np.int64))
+
+
+def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{what}: images are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3)")
+    if labels.shape != (len(images),) or len(images) == 0:
+        raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(f"{what}: labels {labels.min()}..{labels.max()} are not integers in 0..{num_classes - 1}")
+
+
+def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (train, held out) of a seeded shuffle; the held-out part takes its share of every class.
+
+    The held-out images choose checkpoints and are never trained on; calibration takes its images from the first part.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        held_out[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
+    return order[~held_out[order]], order[held_out[order]]
+
+
+def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in units of the full range (0..1)."""
+    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
+    levels = np.arange(256) / 255
+    means = [float((count * levels).sum() / count.sum()) for count in counts]
+    variances = [float((c * (levels - m) ** 2).sum() / c.sum()) for c, m in zip(counts, means, strict=True)]
+    return means, [max(variance, 1e-6) ** 0.5 for variance in variances]
+
+
+def normalise(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 -> (N, 3, H, W) float32, (x / 255 - mean) / std."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+    offset = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    return np.ascontiguousarray((images * scale - offset).transpose(0, 3, 1, 2))

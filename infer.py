@@ -1,0 +1,309 @@
+#!/usr/bin/env python3
+"""Export a checkpoint to ONNX, run it on every back end there is, and compare accuracy and speed in one table.
+
+    python infer.py --m resnet18 --load_ckpt /tmp/pytorch_exp_1/ckpt_best --quantize --INT8QAT
+    python infer.py --onnx /tmp/pytorch_exp_1/ckpt_best_onnx
+
+The first form needs torch: it rebuilds the networks from the checkpoint, evaluates them in PyTorch and exports them. The
+second, which the first ends with, evaluates exported files and imports no torch: it runs in a deployment container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import dataset
+from utils import flags, measure, records
+from utils.errors import UserError, run
+from utils.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dataset.batches import Batches
+
+FILES = {"FP32": "fp32.onnx", "INT8-PTC": "int8_ptc.onnx", "INT8-QAT": "int8_qat.onnx"}
+"""Precision -> its file in an export folder."""
+FAKE = {"FP32": "FP32", "INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
+"""Precision -> what PyTorch runs in its place."""
+MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
+BATCH_SIZES = (1, 128)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_shared(parser, tuple(dataset.LOADERS))
+    add = parser.add_argument
+    add("--onnx", type=Path, metavar="DIR", help="evaluate files exported earlier; needs no torch")
+    add("--onnx_dir", type=Path, metavar="DIR", help="where to export to (default: <checkpoint>_onnx)")
+    add("--batch_size", type=int, nargs="+", default=BATCH_SIZES, help="of the latencies (default: 1 128)")
+    add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
+    add("--plot", type=Path, metavar="FILE", help="plot accuracy against throughput as PNG")
+    return parser
+
+
+def build_float(config: dict[str, Any]) -> nn.Module:
+    """The float network that a checkpoint's configuration describes, freshly initialised."""
+    import models
+
+    model = config["model"]
+    return models.build(model["name"], model["num_classes"], model["stem"])
+
+
+def build_quantized(config: dict[str, Any]) -> nn.Module:
+    """The same with the selected layers in their training forms, ranges not calibrated."""
+    from utils.swap import quantize_modules
+
+    model = build_float(config)
+    quantize_modules(model, config["quantization"]["quant_layers"], config["quantization"]["skip_layers"])
+    return model
+
+
+def calibrate_model(model: nn.Module, quantization: dict[str, Any], train: Batches) -> None:
+    """Calibrate with the first train images that `train`, a split without augmentation, serves."""
+    from utils.calibrate import calibrate
+
+    calibrate(model, train.first(quantization["calib_images"]), quantization["calibrator"])
+
+
+def quantization_config(args: argparse.Namespace, known: dict[str, Any] | None) -> dict[str, Any]:
+    """What to quantize and how to calibrate, from the flags and, where it is quantized already, the checkpoint."""
+    known = known or {}
+    defaults = {"quant_layers": ["*"], "skip_layers": [], "calibrator": flags.CALIBRATORS[0], "calib_images": 1024}
+    return {key: flags.agreed(f"--{key}", getattr(args, key), known.get(key), value) for key, value in defaults.items()}
+
+
+def wanted_precisions(args: argparse.Namespace) -> list[str]:
+    """The precisions that the flags name, FP32 always as the reference; without such flags, all that are exported."""
+    flags_on = {"FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
+    named = [precision for precision, on in flags_on.items() if on]
+    return ["FP32", *named] if named else list(FILES)
+
+
+def restore(
+    checkpoint: dict[str, Any], wanted: Sequence[str], args: argparse.Namespace, train: Batches
+) -> dict[str, nn.Module]:
+    """The networks, by precision, that a checkpoint holds or that calibration makes of it, on the device of `train`.
+
+    A float checkpoint gives FP32 and, calibrated here, INT8-PTC. A quantized one holds the float weights and ranges it
+    started from, and so gives all three.
+
+    Raises:
+        UserError: INT8-QAT is asked for of a float checkpoint.
+    """
+    from utils.checkpoint import RANGE_SUFFIX, load_weights
+
+    quantized = checkpoint["quantization"] is not None
+    if args.INT8QAT and not quantized:
+        raise UserError(f"--INT8QAT: {args.load_ckpt} is a float checkpoint; fine-tune it with train.py --quantize first")
+    config = {**checkpoint, "quantization": quantization_config(args, checkpoint["quantization"])}
+    start = checkpoint["start"] if quantized else checkpoint["state"]
+    networks = {"FP32": build_float(config)}
+    load_weights(networks["FP32"], {key: value for key, value in start.items() if not key.endswith(RANGE_SUFFIX)})
+    if "INT8-PTC" in wanted:
+        networks["INT8-PTC"] = build_quantized(config)
+        load_weights(networks["INT8-PTC"], start, allow_missing_ranges=not quantized)
+    if "INT8-QAT" in wanted and quantized:
+        networks["INT8-QAT"] = build_quantized(config)
+        load_weights(networks["INT8-QAT"], checkpoint["state"])
+    for network in networks.values():
+        network.to(train.device)
+    if "INT8-PTC" in wanted and not quantized:
+        calibrate_model(networks["INT8-PTC"], config["quantization"], train)
+    return networks
+
+
+def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[Path, dataset.ImageData]:
+    """Evaluate a checkpoint's networks in PyTorch and export them; returns the folder of the files, and the images."""
+    import torch
+
+    from dataset.batches import Batches
+    from utils import checkpoint as ckpt
+    from utils.export import export_onnx
+
+    checkpoint = ckpt.load(args.load_ckpt)
+    if "model" not in checkpoint:
+        raise UserError(f"{args.load_ckpt} is a bare state dict: infer.py needs a checkpoint that train.py wrote")
+    model, info = checkpoint["model"], checkpoint["data"]
+    flags.agreed("--m", args.model, model["name"])
+    flags.agreed("--stem", args.stem if args.stem != "auto" else None, model["stem"])
+    data = load_data(args, info)
+    chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train = Batches(data.train_images[chosen], data.train_labels[chosen], info["mean"], info["std"], 128, device)
+    networks = restore(checkpoint, wanted, args, train)
+    folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
+    for precision, network in networks.items():
+        export_onnx(network, folder / FILES[precision], (3, *data.train_images.shape[1:3]))
+    rows, predictions = evaluate_torch(networks, data, info, args.batch_size, device)
+    with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
+        np.savez(file, **predictions)
+    manifest = {
+        "model": model["name"],
+        "stem": model["stem"],
+        "data": info,
+        "seed": checkpoint["seed"],
+        "files": {precision: FILES[precision] for precision in networks},
+        "environment": records.environment(),
+        "rows": rows,
+    }
+    records.write(folder / MANIFEST, manifest)
+    return folder, data
+
+
+def load_data(args: argparse.Namespace, info: dict[str, Any]) -> dataset.ImageData:
+    """The data set that a checkpoint or an export was made for.
+
+    Raises:
+        UserError: --dataset contradicts it, or the files there hold other classes.
+    """
+    name = flags.agreed("--dataset", args.dataset, info["dataset"])
+    data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, info["img_size"]))
+    if list(data.classes) != info["classes"]:
+        raise UserError(f"--data_dir {args.data_dir}: classes differ from those the network was trained on")
+    return data
+
+
+def evaluate_torch(
+    networks: dict[str, nn.Module],
+    data: dataset.ImageData,
+    info: dict[str, Any],
+    batch_sizes: Sequence[int],
+    device: torch.device,
+) -> tuple[list[records.Row], dict[str, np.ndarray]]:
+    """Rows and test predictions of the PyTorch networks. Fake quantization computes in float, so it gets no latency."""
+    from utils.torch_network import TorchNetwork
+
+    runners = {precision: TorchNetwork(network, device) for precision, network in networks.items()}
+    predictions = {FAKE[p]: predict(runner, data, info, f"pytorch {FAKE[p]}") for p, runner in runners.items()}
+    rows = []
+    for precision, runner in runners.items():
+        shared = accuracies(FAKE[precision], predictions, data.test_labels)
+        timed = latency_columns(runner, data, info, batch_sizes) if precision == "FP32" else [{}]
+        rows += [records.make_row("pytorch", FAKE[precision], **shared, **columns) for columns in timed]
+    return rows, predictions
+
+
+def predict(network: measure.Network, data: dataset.ImageData, info: dict[str, Any], what: str) -> np.ndarray:
+    return measure.predict(network, data.test_images, normaliser(info), what)
+
+
+def normaliser(info: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+    return partial(dataset.normalise, mean=info["mean"], std=info["std"])
+
+
+def accuracies(key: str, predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, its difference from FP32's and the agreement with FP32's predictions, all in percent."""
+    accuracy_pct, reference_pct = (measure.percent_equal(predictions[k], labels) for k in (key, "FP32"))
+    agreement_pct = measure.percent_equal(predictions[key], predictions["FP32"])
+    return {"accuracy_pct": accuracy_pct, "delta_pct": accuracy_pct - reference_pct, "agreement_pct": agreement_pct}
+
+
+def latency_columns(
+    network: measure.Network, data: dataset.ImageData, info: dict[str, Any], batch_sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Latency percentiles at each batch size, over test images."""
+    columns = []
+    for batch_size in batch_sizes:
+        batch = normaliser(info)(np.resize(data.test_images, (batch_size, *data.test_images.shape[1:])))
+        p50, p99 = np.percentile(measure.latencies_ms(network, batch), (50, 99))
+        columns.append({"batch_size": batch_size, "p50": float(p50), "p99": float(p99)})
+    return columns
+
+
+def tensorrt_missing() -> str:
+    """Why no TensorRT engine can be built here, and how to get there."""
+    for package in ("tensorrt", "pycuda"):
+        if importlib.util.find_spec(package) is None:
+            return f"the Python package {package} is missing (on a GPU machine: pip install -r requirements-gpu.txt)"
+    return "this version of the project does not build engines yet"
+
+
+def choose_backend(name: str) -> Callable[[Path], measure.Network]:
+    """The back end's class. "auto" is ONNX Runtime where TensorRT is missing, and says why.
+
+    Raises:
+        UserError: TensorRT is asked for by name and cannot run here.
+    """
+    from utils.onnx_runtime import OnnxRuntimeNetwork
+
+    if name != "onnxruntime":
+        reason = tensorrt_missing()
+        if name == "tensorrt":
+            raise UserError(f"--backend tensorrt: {reason}")
+        print(f"TensorRT is not used: {reason}. ONNX Runtime runs the networks on the CPU.")
+    return OnnxRuntimeNetwork
+
+
+def evaluate_exported(
+    folder: Path, data: dataset.ImageData | None, wanted: Sequence[str], args: argparse.Namespace
+) -> records.Record:
+    """Evaluate exported files on a back end; the record starts with the PyTorch rows of the export."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        reference = np.load(folder / PREDICTIONS)["FP32"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder} is no complete export ({error}); make one with infer.py --load_ckpt") from None
+    flags.agreed("--m", args.model, manifest["model"])
+    info = manifest["data"]
+    data = data or load_data(args, info)
+    backend = choose_backend(args.backend)
+    rows = []
+    for precision in wanted:
+        if precision not in manifest["files"]:
+            print(f"{precision}: not in this export, no row")
+            continue
+        path = folder / manifest["files"][precision]
+        network = backend(path)
+        predictions = {"FP32": reference}
+        predictions[FAKE[precision]] = predict(network, data, info, f"{network.name} {precision}")
+        shared = accuracies(FAKE[precision], predictions, data.test_labels)
+        shared["file_mb"] = path.stat().st_size / 1e6
+        timed = latency_columns(network, data, info, args.batch_size)
+        rows += [records.make_row(network.name, precision, **shared, **columns) for columns in timed]
+    environment, torch_rows = records.merge_environment(manifest["environment"], manifest["rows"])
+    return {
+        "kind": "inference",
+        "model": manifest["model"],
+        "stem": manifest["stem"],
+        "dataset": info["dataset"],
+        "seed": manifest["seed"],
+        "flags": {key: str(value) for key, value in vars(args).items() if value},
+        "commit": records.commit(),
+        "environment": environment,
+        "rows": torch_rows + rows,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    wanted, data = wanted_precisions(args), None
+    if (args.onnx is None) == (args.load_ckpt is None):
+        raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
+    if min(args.batch_size) < 1:
+        raise UserError("--batch_size: at least 1")
+    folder = args.onnx
+    if folder is None:
+        folder, data = export_checkpoint(args, wanted)
+        print(f"exported to {folder}")
+    record = evaluate_exported(folder, data, wanted, args)
+    print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
+    print(records.text_table(record["rows"]))
+    if args.record:
+        records.write(args.record, record)
+    if args.plot:
+        records.plot(args.plot, record)
+
+
+if __name__ == "__main__":
+    run(main)

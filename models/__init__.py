@@ -1,0 +1,63 @@
+"""Float networks by name. None of them knows of quantization: `utils.swap` quantizes any of them afterwards."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.vanilla_cnn import VanillaCNN
+from utils.errors import UserError
+
+MODELS: dict[str, Callable[[int, str], nn.Module]] = {
+    "vanilla_cnn": lambda classes, stem: VanillaCNN(classes),
+    "resnet18": lambda classes, stem: ResNet(BasicBlock, (2, 2, 2, 2), classes, stem),
+    "resnet34": lambda classes, stem: ResNet(BasicBlock, (3, 4, 6, 3), classes, stem),
+    "resnet50": lambda classes, stem: ResNet(Bottleneck, (3, 4, 6, 3), classes, stem),
+}
+"""Name -> builder of (number of classes, stem "imagenet" or "cifar")."""
+
+
+def build(name: str, num_classes: int, stem: str) -> nn.Module:
+    """A freshly initialised float network.
+
+    Raises:
+        UserError: no model of that name.
+    """
+    if name not in MODELS:
+        raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    return MODELS[name](num_classes, stem)
+
+
+def load_imagenet_weights(model: nn.Module, name: str) -> None:
+    """Load torchvision's ImageNet weights into everything but the classifier `fc`, which keeps its initialisation.
+
+    Looks in TORCH_HOME first, then downloads.
+
+    Raises:
+        UserError: no such weights, no network, or a network whose parameters are not torchvision's.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+    except ValueError:
+        raise UserError(f"--pretrain: torchvision has no ImageNet weights for {name}; use a ResNet") from None
+    try:
+        state = weights.get_state_dict(progress=True)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"--pretrain: cannot download {weights.url} ({reason}); put that file into "
+            f"{torch.hub.get_dir()}/checkpoints, or train without --pretrain"
+        ) from None
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    wrong = list(own.keys() ^ state.keys())
+    wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        raise UserError(f"--pretrain: the weights do not fit {name} at {sorted(wrong)[0]}; use --stem imagenet")
+    model.load_state_dict(state, strict=False)

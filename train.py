@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""Train a float network, or fine-tune a quantized one (QAT), and keep the best checkpoint.
+
+    python train.py --m resnet18 --num_epochs 40
+    python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt /tmp/pytorch_exp/ckpt_best --num_epochs 10
+
+Float training is plain SGD with a warm-up and a cosine decay. QAT follows Wu et al. (arXiv:2004.09602): swap the selected
+layers, calibrate, then fine-tune through the rounding with a straight-through gradient and ranges that stay fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import dataset
+import infer
+import models
+from dataset.batches import Batches
+from utils import checkpoint as ckpt
+from utils import flags
+from utils.errors import UserError, run
+from utils.files import new_folder
+from utils.swap import audit
+
+WARM_UP = 0.1  # of all steps
+WEIGHT_DECAY = 5e-4  # weights of convolutions and linear layers only
+LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3}  # peak, at batch size 128
+FINE_TUNE = 0.01  # of it when training starts from a checkpoint
+BN_FROZEN = 1 / 3  # of the QAT epochs, the last ones, run with frozen BatchNorm statistics
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_shared(parser, tuple(dataset.LOADERS))
+    add = parser.add_argument
+    add("--pretrain", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--partial_ckpt", action="store_true", help="--load_ckpt is a float checkpoint: it fills all but the ranges")
+    add("--resume", type=Path, metavar="DIR", help="continue an interrupted run from its folder, with its own flags")
+    add("--num_epochs", type=int, help="default: 40, with --quantize 10; with --quantize, 0 calibrates only")
+    add("--batch_size", type=int, default=128, help="default: %(default)s")
+    add("--optimizer", choices=tuple(LEARNING_RATE), default="sgd", help="default: %(default)s")
+    add("--lr", type=float, help="peak learning rate (default: sgd 0.05, adamw 0.002; a hundredth of it from a checkpoint)")
+    add("--lrdt", type=int, metavar="N", help="divide the rate by 10 every N epochs (default: warm-up and cosine)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help="default: %(default)s")
+    add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help="default: %(default)s, then _1, _2, ...")
+    add("--test_trt", action="store_true", help="afterwards build and compare engines of the best checkpoint")
+    return parser
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Flags, and the checkpoint to start from ({} for none). A resumed run's flags are its own unless given again."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    start: dict[str, Any] = {}
+    if args.resume:
+        start = ckpt.load(ckpt.latest(args.resume))
+        if "flags" not in start:
+            raise UserError(f"--resume {args.resume}: not a checkpoint of train.py")
+        parser.set_defaults(**start["flags"])
+        args = parser.parse_args(argv)
+    elif args.load_ckpt:
+        start = ckpt.load(args.load_ckpt)
+    if args.quantize and not (start or args.pretrain):
+        raise UserError("--quantize starts from a trained network: name it with --load_ckpt (or --pretrain)")
+    if args.pretrain and args.load_ckpt and not args.resume:
+        raise UserError("--pretrain and --load_ckpt both name weights to start from: drop one")
+    if args.num_epochs is None:
+        args.num_epochs = 10 if args.quantize else 40
+    if args.lr is None:
+        args.lr = LEARNING_RATE[args.optimizer] * (FINE_TUNE if args.load_ckpt else 1)
+    for name, least in (("num_epochs", 0 if args.quantize else 1), ("batch_size", 1), ("lrdt", 1), ("calib_images", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+    return args, start
+
+
+@dataclass
+class Run:
+    """Everything that training changes, and what is needed to write it down."""
+
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: dict[str, Any]
+    epoch: int = 0
+    best_accuracy_pct: float = -1.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def last(self) -> str:
+        """What an unlucky end leaves behind."""
+        path = self.folder / f"ckpt_{self.epoch}"
+        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+
+    def save(self, accuracy_pct: float) -> None:
+        """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier epoch was better on the held-out images."""
+        best = accuracy_pct >= self.best_accuracy_pct
+        self.best_accuracy_pct = max(accuracy_pct, self.best_accuracy_pct)
+        content = {
+            **self.config,
+            "state": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "best_accuracy_pct": self.best_accuracy_pct,
+            "history": self.history,
+        }
+        ckpt.save(self.folder / f"ckpt_{self.epoch}", content)
+        if best:
+            ckpt.save(self.folder / "ckpt_best", content)
+
+
+def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW; BatchNorm parameters and biases do not decay."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+
+
+def make_schedule(lr: float, num_epochs: int, lrdt: int | None) -> Callable[[float], float]:
+    """Learning rate as a function of the epochs done so far, a fraction included."""
+
+    def decayed(epochs: float) -> float:
+        return lr * 0.1 ** (int(epochs) // lrdt)
+
+    def cosine(epochs: float) -> float:
+        progress = epochs / num_epochs
+        if progress < WARM_UP:
+            return lr * (0.01 + 0.99 * progress / WARM_UP)
+        return lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+    return decayed if lrdt else cosine
+
+
+def train_epoch(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rate: Callable[[float], float], bar: tqdm
+) -> tuple[float, float]:
+    """One epoch in place; returns the mean loss and the accuracy in percent over its augmented images.
+
+    Args:
+        rate: learning rate as a function of the fraction of this epoch done, 0..1.
+    """
+    loss_sum, correct, count = torch.zeros((), device=batches.device), torch.zeros((), device=batches.device), 0
+    for step, (images, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step / len(batches))
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        count += len(labels)
+        if batches.device.type == "cpu":  # reading a value off a GPU would make it wait
+            bar.set_postfix_str(f"loss {loss_sum / count:.3f}, accuracy {100 * correct / count:.1f} %", refresh=False)
+        bar.update(len(labels))
+    return float(loss_sum) / count, 100 * float(correct) / count
+
+
+@torch.no_grad()
+def accuracy_pct(model: nn.Module, batches: Batches) -> float:
+    """Accuracy in evaluation mode, in percent."""
+    model.eval()
+    correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches)
+    return 100 * float(correct) / len(batches.labels)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm use its running statistics and no longer update them; its scale and shift still train."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -> None:
+    """Train from `run.epoch` to `args.num_epochs`, writing a checkpoint after each epoch.
+
+    The random state of an epoch is a function of the seed and the epoch's number, so a resumed run repeats exactly what
+    an uninterrupted one does.
+
+    Raises:
+        UserError: the loss or a weight is no longer finite; the line names the last good checkpoint.
+    """
+    rate = make_schedule(args.lr, args.num_epochs, args.lrdt)
+    bn_frozen_from = args.num_epochs - int(args.num_epochs * BN_FROZEN) if args.quantize else args.num_epochs
+    total, done = (len(train) * train.batch_size * epochs for epochs in (args.num_epochs, run.epoch))
+    with tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar:
+        for epoch in range(run.epoch, args.num_epochs):
+            bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
+            torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
+            run.model.train()
+            if epoch >= bn_frozen_from:
+                freeze_batch_norm(run.model)
+            started = time.perf_counter()
+            loss, train_pct = train_epoch(run.model, train, run.optimizer, lambda part, e=epoch: rate(e + part), bar)
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
+            if not math.isfinite(loss) or not all(p.isfinite().all() for p in run.model.parameters()):
+                raise UserError(f"the loss became {loss} in epoch {epoch + 1}: use a lower --lr than {args.lr:g}; {run.last()}")
+            held_out_pct = accuracy_pct(run.model, held_out)
+            run.epoch = epoch + 1
+            run.history.append({"loss": loss, "train_accuracy_pct": train_pct, "held_out_accuracy_pct": held_out_pct})
+            run.save(held_out_pct)
+            bar.write(
+                f"epoch {epoch + 1}: loss {loss:.4f}, train {train_pct:.2f} %, held-out {held_out_pct:.2f} %, "
+                f"{time.perf_counter() - started:.1f} s",
+                file=sys.stdout,
+            )
+
+
+def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:
+    """What a checkpoint holds besides weights: enough to rebuild the network, its images and the run without flags.
+
+    A checkpoint's split and normalisation go on, so that its held-out images stay held out.
+    """
+    mean, std = dataset.channel_stats(data.train_images)
+    info = start.get("data") or {
+        "dataset": data.name,
+        "img_size": data.train_images.shape[1],
+        "classes": list(data.classes),
+        "split_seed": args.seed,
+        "mean": mean,
+        "std": std,
+    }
+    if list(data.classes) != info["classes"]:
+        raise UserError("the data set's classes differ from those of the checkpoint")
+    known = start.get("model", {})
+    stem = flags.agreed(
+        "--stem", None if args.stem == "auto" else args.stem, known.get("stem"), "imagenet" if args.pretrain else "cifar"
+    )
+    name = flags.agreed("--m", args.model, known.get("name"))
+    quantization = infer.quantization_config(args, start.get("quantization")) if args.quantize else None
+    return {
+        "model": {"name": name, "stem": stem, "num_classes": len(data.classes)},
+        "data": info,
+        "quantization": quantization,
+        "start": start.get("start"),
+        "seed": args.seed,
+        "flags": {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "resume"
+        },
+    }
+
+
+def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str, Any], train: Batches) -> nn.Module:
+    """The network to train on the device of `train`: built, loaded, quantized and calibrated as the flags say."""
+    torch.manual_seed(args.seed)
+    model = infer.build_quantized(config) if args.quantize else infer.build_float(config)
+    if start:
+        print(ckpt.load_weights(model, start["state"], allow_missing_ranges=args.quantize and args.partial_ckpt))
+    elif args.pretrain:
+        models.load_imagenet_weights(model, config["model"]["name"])
+    model.to(train.device)
+    if args.quantize:
+        if not start.get("quantization"):
+            infer.calibrate_model(model, config["quantization"], train)
+            config["start"] = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        print(audit(model))
+    return model
+
+
+def train(args: argparse.Namespace, start: dict[str, Any], folder: Path) -> Path:
+    """Train as the flags say and test the best checkpoint, whose path it returns."""
+    known = start.get("data", {})
+    name = flags.agreed("--dataset", args.dataset, known.get("dataset"), "cifar10")
+    data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, known.get("img_size"), 32))
+    config = make_config(args, start, data)
+    info = config["data"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def batches(images: np.ndarray, labels: np.ndarray, **augmentation: bool) -> Batches:
+        return Batches(images, labels, info["mean"], info["std"], args.batch_size, device, **augmentation)
+
+    chosen, held_out = (
+        (data.train_images[part], data.train_labels[part])
+        for part in dataset.split_train(data.train_labels, info["split_seed"])
+    )
+    model = make_model(args, start, config, batches(*chosen))
+    run = Run(folder, model, make_optimizer(model, args.optimizer), config)
+    if args.resume:
+        run.optimizer.load_state_dict(start["optimizer"])
+        run.epoch, run.best_accuracy_pct, run.history = start["epoch"], start["best_accuracy_pct"], start["history"]
+    elif args.quantize:
+        run.save(accuracy_pct(model, batches(*held_out)))  # ckpt_0: calibrated, not yet fine-tuned
+    fit(run, batches(*chosen, augment=True, flip=data.flip), batches(*held_out), args)
+    best = ckpt.load(folder / "ckpt_best")
+    model.load_state_dict(best["state"])
+    test_pct = accuracy_pct(model, batches(data.test_images, data.test_labels))
+    print(f"{folder}/ckpt_best is epoch {best['epoch']}: test accuracy {test_pct:.2f} %")
+    return folder / "ckpt_best"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, start = parse_flags(sys.argv[1:] if argv is None else argv)
+    folder = ckpt.latest(args.resume).parent if args.resume else new_folder(args.output_dir, args.exp_name)
+    print(f"experiment folder: {folder}", flush=True)
+    try:
+        best = train(args, start, folder)
+    except KeyboardInterrupt:
+        saved = any(folder.glob("ckpt_*"))
+        mend = f"continue with: python train.py --resume {folder}" if saved else "nothing was saved yet"
+        raise UserError(f"interrupted; {mend}") from None
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()  # a run that failed before its first checkpoint leaves nothing, and frees its number
+    if args.test_trt:
+        chosen = [f"--{name}" for name in ("FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
+        infer.main(["--load_ckpt", str(best), "--data_dir", str(args.data_dir), "--backend", args.backend, *chosen])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""Find the ranges of a quantized model from images: the weights' from the weights, the activations' from what flows by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from pytorch_quantization.calib import HistogramCalibrator, MaxCalibrator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layers.quantizers import CODE_MAX, Quantizer
+from utils.errors import UserError
+
+PERCENTILE = 99.99
+ENTROPY_STRIDE = 16  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
+    """Set every range of `model`; its weights and BatchNorm statistics stay as they are.
+
+    Weights: the largest magnitude of each output channel. Activations, one range for the tensor, from |x|: its maximum,
+    its 99.99th percentile, the range with the least mean squared rounding error, or with the least Kullback-Leibler
+    divergence (Migacz, "8-bit inference with TensorRT", GTC 2017).
+
+    Args:
+        batches: normalised images (B, 3, H, W) on the model's device.
+        method: one of utils.flags.CALIBRATORS.
+
+    Raises:
+        UserError: an activation was not finite or never computed.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    activations = {name: quantizer for name, quantizer in quantizers.items() if quantizer.axis is None}
+    for quantizer in quantizers.values():
+        histogram = method != "max" and quantizer.axis is None
+        calibrator = HistogramCalibrator if histogram else MaxCalibrator
+        quantizer._calibrator = calibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
+        quantizer.disable_quant()
+    for module in model.modules():
+        if hasattr(module, "weight_quantizer"):
+            module.weight_quantizer._calibrator.collect(module.weight)
+    _collect(model, batches, activations.values())
+    for name, quantizer in tqdm(quantizers.items(), desc=f"calibrate ({method})", unit="range", leave=False):
+        amax = _amax(quantizer._calibrator, method)
+        if amax is None or not torch.isfinite(amax).all():
+            raise UserError(f"calibration of {name} found no finite value: the model's weights or the images are broken")
+        quantizer.set_range(amax)
+        quantizer.enable_quant()
+        quantizer._calibrator = None
+
+
+def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Quantizer]) -> None:
+    """Run the float model over the images while the quantizers' calibrators look on."""
+    training = model.training
+    model.eval()
+    for quantizer in quantizers:
+        quantizer._if_calib = True
+    for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
+        model(images)
+    for quantizer in quantizers:
+        quantizer._if_calib = False
+    model.train(training)
+
+
+def _amax(calibrator: MaxCalibrator | HistogramCalibrator, method: str) -> Tensor | None:
+    if isinstance(calibrator, MaxCalibrator):
+        return calibrator.compute_amax()
+    if calibrator._calib_hist is None:
+        return None
+    if method == "percentile":
+        return calibrator.compute_amax("percentile", percentile=PERCENTILE)
+    if method == "entropy":
+        return calibrator.compute_amax("entropy", stride=ENTROPY_STRIDE)
+    return _least_squares_amax(calibrator._calib_hist, calibrator._calib_bin_edges)
+
+
+def _least_squares_amax(counts: Tensor, edges: Tensor) -> Tensor:
+    """The bin centre that as range gives the least squared error. The library's own search insists on a GPU.
+
+    Args:
+        counts: (bins,) how many |x| fell into each bin; edges: (bins + 1,).
+    """
+    edges = edges.to(counts.device)
+    centres = (edges[1:] + edges[:-1]) / 2
+    candidates = centres[CODE_MAX + 1 :, None]  # (candidates, 1): a smaller range would be finer than the bins
+    scale = candidates / CODE_MAX
+    rounded = (centres / scale).round().clamp_max(CODE_MAX) * scale  # (candidates, bins)
+    errors = ((rounded - centres).square() * counts).sum(1)
+    return candidates[errors.argmin(), 0]
+
+
+def require_calibrated(model: nn.Module) -> None:
+    """Raises UserError if a range of `model` was never set."""
+    missing = [name for name, module in model.named_modules() if isinstance(module, Quantizer) and not module.calibrated]
+    if missing:
+        raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")

@@ -1,0 +1,98 @@
+"""Checkpoints: one file that rebuilds the model without flags and continues training exactly."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+FORMAT = 1
+RANGE_SUFFIX = "_quantizer._amax"
+
+
+def save(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write atomically: a killed process or a full disk leaves what was there before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    buffer = io.BytesIO()  # torch.save to a file reports a full disk as an unnamed internal error
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    with atomic_path(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint written by `save`, or a plain state dict, onto the CPU; runs no code from the file.
+
+    Raises:
+        UserError: missing, truncated, or something else.
+    """
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("ckpt_*")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(there)}" if there else ""
+        raise UserError(f"no checkpoint at {path}{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError):
+        raise UserError(f"{path} is truncated or not a checkpoint; train again or use an earlier one") from None
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return content
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return {"state": content}
+    raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+
+
+def latest(path: Path) -> Path:
+    """`path` itself if it is a file, otherwise the `ckpt_<epoch>` with the highest epoch in that folder."""
+    if not path.is_dir():
+        return path
+    epochs = {int(p.name[5:]): p for p in path.glob("ckpt_*") if p.name[5:].isdigit()}
+    if not epochs:
+        raise UserError(f"{path} holds no ckpt_<epoch> to resume from")
+    return epochs[max(epochs)]
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_ranges: bool = False) -> str:
+    """Load `state` so that every float weight lands exactly once; returns one line that accounts for all of it.
+
+    Args:
+        allow_missing_ranges: `state` may be a float model's, the ranges of `model` are still to be calibrated.
+
+    Raises:
+        UserError: unexpected, missing or misshapen tensors, listed. `model` is unchanged then.
+    """
+    own = model.state_dict()
+    ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
+    missing = own.keys() - state.keys()
+    uncalibrated = missing & ranges
+    problems = {
+        "missing": sorted(missing - ranges if allow_missing_ranges else missing),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "misshapen": sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
+        hint = ""
+        if not allow_missing_ranges and missing and missing <= ranges:
+            hint = " (a float checkpoint for a quantized model: add --partial_ckpt)"
+        elif any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
+            hint = " (a quantized checkpoint for a float model or other --quant_layers)"
+        raise UserError(f"the checkpoint does not fit the model{hint}: {listed}")
+    model.load_state_dict(state, strict=False)
+    loaded_ranges = len(ranges) - len(uncalibrated)
+    return (
+        f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each exactly once; "
+        f"0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
+    )
+
+
+def _first(keys: list[str], count: int = 5) -> str:
+    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")

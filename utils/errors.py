@@ -1,0 +1,34 @@
+"""One clear line for the user instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that says what is wrong and what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what a user can mend ends it with one line on stderr and an exit code other than 0."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the Python package {error.name!r} is missing: pip install -r requirements.txt")
+    except KeyboardInterrupt:
+        print("\ninterrupted; files already written are complete", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        sys.exit(f"error: cannot write {error.filename}: {error.strerror}; free space or name another folder")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch.cuda.OutOfMemoryError, without importing torch
+            raise
+        sys.exit("error: the GPU is out of memory: use a smaller --batch_size")

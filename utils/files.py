@@ -1,0 +1,40 @@
+"""Files that are either whole or absent, and folders that are new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block succeeds and deleted if it fails.
+
+    Raises:
+        OSError: the file cannot be written (full disk, no permission); what was at `path` before is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write to a full disk does not name its file
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Create `parent/name`, or the first of `name_1`, `name_2`, ... that does not exist yet."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        folder = parent / (f"{name}_{number}" if number else name)
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1

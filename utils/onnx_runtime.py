@@ -1,0 +1,37 @@
+"""ONNX Runtime on the CPU as a back end: an independent check of what an exported graph computes. Imports no torch.
+
+It runs INT8 graphs with exact INT8 rounding but in float arithmetic: its accuracy is an INT8 engine's, its speed is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from utils.errors import UserError
+
+
+class OnnxRuntimeNetwork:
+    """An ONNX file as a function: images (N, 3, H, W) float32 -> logits (N, classes) float32.
+
+    Raises:
+        UserError: the file is missing, truncated or not a graph that ONNX Runtime can run.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals (what TensorRT needs), and would
+        # dequantize the weights in every call. Taken literally instead, Q/DQ nodes round and the rest is fast float.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class but this
+            raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; export it again") from None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._session.run(None, {self._session.get_inputs()[0].name: images})[0]

@@ -1,0 +1,177 @@
+"""Records: what a run measured, as JSON; and the tables and plots made from them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+ROOT = Path(__file__).parent.parent
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "backend": ("back end", ""),
+    "precision": ("precision", ""),
+    "accuracy_pct": ("accuracy %", ".2f"),
+    "delta_pct": ("Δ FP32", "+.2f"),
+    "agreement_pct": ("agreement %", ".2f"),
+    "batch_size": ("batch", "d"),
+    "p50": ("p50 ms", ".3f"),
+    "p99": ("p99 ms", ".3f"),
+    "throughput_img_s": ("images/s", ",.0f"),
+    "file_mb": ("MB", ".1f"),
+    "int8_layers": ("INT8 layers", "d"),
+    "layers": ("layers", "d"),
+}
+
+
+def make_row(
+    backend: str,
+    precision: str,
+    accuracy_pct: float | None = None,
+    delta_pct: float | None = None,
+    agreement_pct: float | None = None,
+    batch_size: int | None = None,
+    p50: float | None = None,
+    p99: float | None = None,
+    file_mb: float | None = None,
+    int8_layers: int | None = None,
+    layers: int | None = None,
+) -> Row:
+    """One row of an inference record; latencies p50 and p99 in ms, for a batch. What was not measured stays None."""
+    return {
+        "backend": backend,
+        "precision": precision,
+        "accuracy_pct": accuracy_pct,
+        "delta_pct": delta_pct,
+        "agreement_pct": agreement_pct,
+        "batch_size": batch_size,
+        "latency_ms": {"p50": p50, "p99": p99},
+        "throughput_img_s": 1000 * batch_size / p50 if batch_size and p50 else None,
+        "file_mb": file_mb,
+        "int8_layers": int8_layers,
+        "layers": layers,
+    }
+
+
+def environment() -> dict[str, str | None]:
+    """Hardware and versions. A package that this process did not load has version None."""
+    versions = {}
+    for package in ("torch", "tensorrt", "onnxruntime"):
+        module = sys.modules.get(package)
+        versions[package] = getattr(module, "__version__", None)
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+
+
+def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple[dict[str, str | None], list[Row]]:
+    """This machine's environment with the export's torch, and the export's rows.
+
+    If the export was made on other hardware, its latencies must not stand beside this machine's: they become None.
+    """
+    here = environment()
+    here["torch"] = here["torch"] or exported["torch"]
+    if any(here[key] != exported[key] for key in ("gpu", "cpu")):
+        keep = ("backend", "precision", "accuracy_pct", "delta_pct", "agreement_pct")
+        rows = list({row["precision"]: make_row(**{key: row[key] for key in keep}) for row in rows}.values())
+    return here, rows
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The project's git commit, with "-dirty" if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cells(row: Row) -> list[str]:
+    flat = {**row, **row["latency_ms"]}
+    return ["-" if flat[key] is None else format(flat[key], spec) for key, (_, spec) in COLUMNS.items()]
+
+
+def text_table(rows: list[Row]) -> str:
+    """Rows as aligned text for a terminal."""
+    table = [[title for title, _ in COLUMNS.values()], *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = [
+        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        for cells in table
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = [[title for title, _ in COLUMNS.values()], [":--" if i < 2 else "--:" for i in range(len(COLUMNS))]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *map(_cells, rows)])
+
+
+def refresh_tables(text: str) -> str:
+    """Replace what stands between `<!-- table: FILE -->` and `<!-- end -->` by the table of that record."""
+
+    def table(match: re.Match[str]) -> str:
+        record = json.loads((ROOT / match[1]).read_text())
+        return f"<!-- table: {match[1]} -->\n{markdown_table(record['rows'])}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def plot(path: Path, record: Record) -> None:
+    """Accuracy against throughput, one point for each row that has both, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in record["rows"] if row["throughput_img_s"] and row["accuracy_pct"] is not None]
+    if not rows:
+        raise UserError("--plot: no row has both an accuracy and a throughput")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    markers = dict(zip(sorted({row["batch_size"] for row in rows}), "os^Dv<>", strict=False))
+    colours = dict(zip(dict.fromkeys((row["backend"], row["precision"]) for row in rows), pyplot.cm.tab10.colors, strict=False))
+    for row in rows:
+        colour = colours[row["backend"], row["precision"]]
+        axes.scatter(row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=markers[row["batch_size"]], s=60)
+    for (backend, precision), colour in colours.items():
+        axes.scatter([], [], color=colour, label=f"{backend} {precision}")
+    for batch_size, marker in markers.items():
+        axes.scatter([], [], color="grey", marker=marker, label=f"batch {batch_size}")
+    axes.set(
+        xscale="log",
+        xlabel="images/s",
+        ylabel="test accuracy (%)",
+        title=f"{record['model']} on {record['dataset']}, {record['environment']['gpu'] or record['environment']['cpu']}",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(refresh_tables(readme.read_text()))
