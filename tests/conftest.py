@@ -1,0 +1,124 @@
+"""Fixtures shared by all tests: real digits, one float and one quantized checkpoint, and ways to run the two scripts."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import dataset
+from utils import errors, measure
+
+ROOT = Path(__file__).parent.parent
+
+BLOCK = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, ".")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The digits data set, whole."""
+    return dataset.load("digits", Path("unused"))
+
+
+@pytest.fixture(scope="module")
+def small_digits(digits):
+    """For the rest of the module, `--dataset digits` is 160 train and 80 test images: 150 and 10 after the split."""
+    small = (digits.train_images[:160], digits.train_labels[:160], digits.test_images[:80], digits.test_labels[:80])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset.digits, "load", lambda: (*small, digits.classes))
+        yield
+
+
+@pytest.fixture(scope="session")
+def float_checkpoint(tmp_path_factory):
+    """`ckpt_best` of a float ResNet-18 after one epoch on the digits: about two thirds of the test images right."""
+    import train
+
+    folder = tmp_path_factory.mktemp("float")
+    flags = ["--m", "resnet18", "--stem", "imagenet", "--dataset", "digits", "--num_epochs", "1", "--batch_size", "64"]
+    train.main([*flags, "--lr", "0.005", "--od", str(folder), "--en", "run"])
+    return folder / "run" / "ckpt_best"
+
+
+@pytest.fixture(scope="session")
+def qat_checkpoint(float_checkpoint, tmp_path_factory):
+    """`ckpt_best` of one epoch of QAT from the float checkpoint."""
+    import train
+
+    folder = tmp_path_factory.mktemp("qat")
+    flags = ["--quantize", "--partial_ckpt", "--load_ckpt", str(float_checkpoint), "--num_epochs", "1", "--batch_size", "64"]
+    train.main([*flags, "--od", str(folder), "--en", "run"])
+    return folder / "run" / "ckpt_best"
+
+
+@pytest.fixture(scope="module")
+def quick_latencies():
+    """For the rest of the module, latencies are measured over two calls: its tests read their format, not their size."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("WARM_UP_RUNS", 0), ("MIN_RUNS", 2), ("MIN_SECONDS", 0.0)):
+            patch.setattr(measure, name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def error_line():
+    """Run a script's main in this process as its `__main__` does; it must end with one line, which is returned."""
+
+    def run(main, argv):
+        with pytest.raises(SystemExit) as exit_info:
+            errors.run(partial(main, [str(arg) for arg in argv]))
+        message = exit_info.value.code
+        assert isinstance(message, str)  # Python prints it to stderr and exits with code 1
+        assert message.startswith("error: ")
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def script_environment():
+    return {**os.environ, "OMP_NUM_THREADS": "2"}
+
+
+@pytest.fixture(scope="session")
+def run_script(script_environment):
+    """Run `train.py` or `infer.py` in a process of its own, in which the packages `blocked` are not installed."""
+
+    def run(*argv, blocked=(), **options):
+        prefix = ["-c", BLOCK.format(blocked=tuple(blocked))] if blocked else []
+        command = [sys.executable, *prefix, *map(str, argv)]
+        return subprocess.run(command, cwd=ROOT, env=script_environment, capture_output=True, text=True, timeout=120, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def failure_line():
+    """What a failed process says: it must end with one line on stderr, which is returned, and no traceback."""
+
+    def line(process, stderr=None):
+        stderr = process.stderr if stderr is None else stderr
+        assert "Traceback" not in stderr, stderr
+        assert process.returncode not in (0, None)
+        said = [text for text in stderr.splitlines() if text.strip()]
+        assert said[-1].startswith("error: "), stderr
+        assert sum(text.startswith("error: ") for text in said) == 1
+        return said[-1]
+
+    return line
