@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up everything they need: a virtual environment in .venv with requirements.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test lint tables install clean
+
+demo: install  ## float training, calibration, QAT, export and one table, on a CPU in three minutes
+	rm -rf $(DEMO)
+	$(BIN)/python train.py --m resnet18 --stem imagenet --dataset digits --num_epochs 6 --od $(DEMO) --en float
+	$(BIN)/python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt $(DEMO)/float/ckpt_best --num_epochs 2 \
+		--od $(DEMO) --en qat
+	$(BIN)/python infer.py --m resnet18 --load_ckpt $(DEMO)/qat/ckpt_best --INT8PTC --INT8QAT \
+		--record $(DEMO)/record.json --plot $(DEMO)/plot.png
+
+test: install  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tables: install  ## write the README's tables again from results/
+	$(BIN)/python -m utils.records
+
+install: .venv/installed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+		{ echo 'error: needs Python 3.10 to 3.13: make PYTHON=python3.12 ...'; exit 1; }
+	$(PYTHON) -m venv .venv
+	@if $(BIN)/python -m pip install -q uv; then $(BIN)/uv pip install -q --python $(BIN)/python -r $<; \
+		else $(BIN)/python -m pip install -q -r $<; fi
+	touch $@
+
+clean:
+	rm -rf .venv out
