@@ -8,6 +8,8 @@ QuantizeLinear saturates them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import absl.logging
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -27,9 +29,30 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int) -
         x: any shape.
         scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0 of `x`.
     """
+    if x.is_cuda or torch.compiler.is_compiling():
+        return StraightThrough.apply(x, scale.reshape(-1, *[1] * (x.ndim - 1)), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, code_min, CODE_MAX)
+
+
+class StraightThrough(torch.autograd.Function):
+    """torch's fake quantization bit for bit, in operations that a compiler fuses into the layers before and after."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, code_min: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.code_min = code_min
+        return (_codes(x, scale).clamp(code_min, CODE_MAX) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        codes = _codes(*ctx.saved_tensors)
+        return gradient * ((codes >= ctx.code_min) & (codes <= CODE_MAX)), None, None
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(x.float() * (1 / scale))
 
 
 class Quantizer(TensorQuantizer):

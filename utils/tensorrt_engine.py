@@ -1,0 +1,446 @@
+"""TensorRT engines: built from an exported ONNX graph, cached, audited layer by layer, run and timed. Imports no torch.
+
+One code path serves TensorRT 8.6, 10, 11 and TensorRT-RTX, because the precision lives in the graph: where the version has
+strongly typed networks, the graph's types are the engine's types; where it has not (8.6), the graph is FP32 with Q/DQ nodes
+and the builder flags FP16 and INT8 allow what the graph asks for. What a version lacks is asked with `hasattr`, never by
+its number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.measure import MIN_RUNS, MIN_SECONDS, Network
+
+INPUT, OUTPUT = "images", "logits"
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT")
+OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+"""Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
+CALIBRATION_BATCH = 128
+BURST = 20  # launches timed back to back, so that the GPU never waits for the host
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine depends on besides its graph.
+
+    Args:
+        precision: a record's precision: FP32, FP16, INT8-PTC, INT8-PTC-IMPLICIT or INT8-QAT.
+        batch_sizes: one optimization profile for each, tuned for it and good for smaller batches.
+        remainder: "fp16" or "fp32", what an INT8 network computes in where it is not quantized.
+        workspace_gb: memory that a layer may use for scratch space.
+        level: the builder's optimization level, 0 (quick) to 5 (thorough).
+    """
+
+    precision: str
+    batch_sizes: tuple[int, ...]
+    remainder: str = "fp16"
+    workspace_gb: float = 4.0
+    level: int = 3
+
+
+def load_tensorrt() -> ModuleType:
+    """The TensorRT module that is installed.
+
+    Raises:
+        UserError: none is, or its libraries cannot be loaded.
+    """
+    name = next((name for name in MODULES if importlib.util.find_spec(name)), None)
+    if name is None:
+        raise UserError("the Python package tensorrt is missing (on a GPU machine: pip install -r requirements-gpu.txt)")
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be loaded ({error}); it wants an NVIDIA driver and its own libraries") from None
+
+
+def load_cuda(trt: ModuleType) -> ModuleType:
+    """PyCUDA's driver module with the primary context, the one that torch uses too, current.
+
+    Raises:
+        UserError: no PyCUDA, driver or GPU; or a GPU that this TensorRT does not run on.
+    """
+    try:
+        cuda = importlib.import_module("pycuda.driver")
+        importlib.import_module("pycuda.autoprimaryctx")
+    except ModuleNotFoundError:
+        raise UserError("the Python package pycuda is missing (pip install -r requirements-gpu.txt)") from None
+    except ImportError as error:
+        raise UserError(
+            f"there is no NVIDIA driver here ({error}); run on a GPU machine or use --backend onnxruntime"
+        ) from None
+    except Exception as error:  # pycuda's errors share no base class that can be named without importing it
+        raise UserError(f"there is no usable NVIDIA GPU here ({error}); use --backend onnxruntime") from None
+    device = cuda.Context.get_device()
+    major, minor = device.compute_capability()
+    if trt.__name__.startswith("tensorrt_rtx") and f"SM{major}{minor}" not in trt.ComputeCapability.__members__:
+        raise UserError(
+            f"TensorRT-RTX {trt.__version__} does not run on {device.name()} (compute capability {major}.{minor}); "
+            "install tensorrt there: pip install -r requirements-gpu.txt"
+        )
+    return cuda
+
+
+def strongly_typed(trt: ModuleType, precision: str) -> bool:
+    """Whether the graph's types are the engine's. Implicit calibration leaves them to the builder."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and precision != "INT8-PTC-IMPLICIT"
+
+
+def graph_name(trt: ModuleType, options: EngineOptions) -> str:
+    """Which exported graph an engine is built from: `<precision>.onnx`, `<precision>_fp16.onnx` for an FP16 remainder."""
+    typed = strongly_typed(trt, options.precision)
+    if options.precision in ("FP32", "INT8-PTC-IMPLICIT") or (options.precision == "FP16" and not typed):
+        return "fp32.onnx"
+    suffix = "_fp16" if typed and options.precision in INT8 and options.remainder == "fp16" else ""
+    return f"{options.precision.lower().replace('-', '_')}{suffix}.onnx"
+
+
+class Store:
+    """Files that are trusted only if they were written whole and for the same key; anything else counts as absent."""
+
+    def __init__(self, folder: Path, name: str, *key: Any):
+        self.key = hashlib.sha256(json.dumps(key).encode()).digest()
+        stem, suffix = name.rsplit(".", 1)
+        self.path = folder / f"{stem}-{self.key.hex()[:12]}.{suffix}"
+
+    def read(self) -> bytes | None:
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        key, digest, payload = content[:32], content[32:64], content[64:]
+        return payload if key == self.key and digest == hashlib.sha256(payload).digest() else None
+
+    def write(self, payload: bytes) -> None:
+        with atomic_path(self.path) as partial:
+            partial.write_bytes(self.key + hashlib.sha256(payload).digest() + payload)
+
+
+def make_logger(trt: ModuleType) -> Any:
+    """A TensorRT logger that keeps the errors, of which the last explains a failure, and prints nothing."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(["no reason given"], maxlen=3)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def _make_calibrator(trt: ModuleType, cuda: ModuleType, images: np.ndarray, cache: Store) -> Any:
+    """Feeds images (N, H, W, 3) uint8 to TensorRT's own entropy calibration, unless `cache` holds its result."""
+
+    class Calibrator(trt.IInt8EntropyCalibrator2):
+        def __init__(self) -> None:
+            trt.IInt8EntropyCalibrator2.__init__(self)
+            self.shape = (min(CALIBRATION_BATCH, len(images)), *images.shape[1:])
+            self.batches = iter(np.split(images, range(self.shape[0], len(images), self.shape[0])))
+            self.memory = cuda.mem_alloc(int(np.prod(self.shape)))
+
+        def get_batch_size(self) -> int:
+            return self.shape[0]
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            batch = next(self.batches, None)
+            if batch is None or batch.shape != self.shape:
+                return None
+            cuda.memcpy_htod(self.memory, np.ascontiguousarray(batch))
+            return [int(self.memory)]
+
+        def read_calibration_cache(self) -> bytes | None:
+            return cache.read()
+
+        def write_calibration_cache(self, content: Any) -> None:
+            cache.write(bytes(content))
+
+    return Calibrator()
+
+
+def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any, Any]:
+    """Builder and parsed network of an ONNX graph.
+
+    Raises:
+        UserError: TensorRT cannot start, or its parser rejects the graph; the line holds the parser's own words.
+    """
+    try:
+        builder = trt.Builder(log)
+    except Exception:  # pybind11 says only that a factory returned nothing
+        raise UserError(f"TensorRT {trt.__version__} cannot start: {log.errors[-1]}") from None
+    wanted = ("EXPLICIT_BATCH", *(("STRONGLY_TYPED",) if strongly_typed(trt, precision) else ()))
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in wanted]
+    network = builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(graph):
+        said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or log.errors[-1]
+        raise UserError(f"TensorRT {trt.__version__} rejects the graph: {' '.join(said.split())}")
+    return builder, network
+
+
+def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None) -> Any:
+    """Builder configuration: precisions, one optimization profile for each batch size, memory limit."""
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = options.level
+    sources = [getattr(trt.TacticSource, name) for name in OWN_KERNELS if hasattr(trt.TacticSource, name)]
+    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    if not strongly_typed(trt, options.precision):
+        if options.precision in INT8:
+            config.set_flag(trt.BuilderFlag.INT8)
+        if options.precision == "FP16" or (options.precision in INT8 and options.remainder == "fp16"):
+            config.set_flag(trt.BuilderFlag.FP16)
+
+    def profile(least: int, most: int) -> Any:
+        images, profile = network.get_input(0), builder.create_optimization_profile()
+        profile.set_shape(images.name, *((size, *tuple(images.shape)[1:]) for size in (least, most, most)))
+        return profile
+
+    for batch_size in options.batch_sizes:
+        config.add_optimization_profile(profile(1, batch_size))
+    if calibrator is not None:
+        config.int8_calibrator = calibrator
+        config.set_calibration_profile(profile(calibrator.get_batch_size(), calibrator.get_batch_size()))
+    return config
+
+
+def build_plan(
+    trt: ModuleType, graph: bytes, options: EngineOptions, timing: Store, what: str, calibrator: Any = None
+) -> bytes:
+    """A serialized engine, built under a clock.
+
+    Raises:
+        UserError: the parser rejects the graph or the builder fails; the line holds TensorRT's own words.
+    """
+    log = make_logger(trt)
+    builder, network = parse(trt, log, graph, options.precision)
+    config = configure(trt, builder, network, options, calibrator)
+    config.set_timing_cache(config.create_timing_cache(timing.read() or b""), False)
+    done = threading.Event()
+    with tqdm(desc=f"build {what}", bar_format="{desc} {elapsed}", leave=False) as bar:
+        clock = threading.Thread(target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(0.5), True)], daemon=True)
+        clock.start()
+        plan = builder.build_serialized_network(network, config)
+        done.set()
+        clock.join()
+    if plan is None:
+        raise UserError(f"TensorRT {trt.__version__} cannot build the {what}: {log.errors[-1]}")
+    timing.write(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+def cached_plan(
+    trt: ModuleType, cuda: ModuleType, path: Path, options: EngineOptions, folder: Path, calibration: np.ndarray
+) -> tuple[bytes, Path]:
+    """The engine of the graph at `path` from `folder`, built if it is not there; and the file that holds it.
+
+    Args:
+        calibration: images (N, H, W, 3) uint8, which only the precision INT8-PTC-IMPLICIT uses.
+
+    Raises:
+        UserError: as `build_plan`; or implicit calibration where the version has none.
+    """
+    try:
+        graph = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); export it again") from None
+    device = cuda.Context.get_device()
+    platform = [trt.__name__, trt.__version__, device.name(), list(device.compute_capability())]
+    implicit = options.precision == "INT8-PTC-IMPLICIT"
+    if implicit and not hasattr(trt, "IInt8EntropyCalibrator2"):
+        raise UserError(f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; use explicit")
+    source = [hashlib.sha256(content).hexdigest() for content in (graph, calibration.tobytes() if implicit else b"")]
+    store = Store(folder, f"{options.precision.lower()}.engine", source, platform, asdict(options))
+    plan = store.read()
+    if plan is None:
+        table = Store(folder, "calibration.cache", source, platform)
+        calibrator = _make_calibrator(trt, cuda, calibration, table) if implicit else None
+        timing = Store(folder, "timing.cache", platform)
+        plan = build_plan(trt, graph, options, timing, f"{options.precision} engine", calibrator)
+        store.write(plan)
+    return plan, store.path
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an engine, as its inspector tells it. `precision` is the type of its first input."""
+
+    name: str
+    kind: str
+    precision: str
+    tactic: str
+
+
+def parse_layers(inspection: str) -> list[Layer]:
+    """Layers of an engine from the inspector's JSON, whose keys differ between versions."""
+    layers = []
+    for layer in json.loads(inspection, strict=False)["Layers"]:  # 8.6 leaves control characters in its strings
+        if isinstance(layer, str):
+            raise UserError("the engine was built without layer information; delete it and build it again")
+        inputs = [" ".join(str(v) for k, v in tensor.items() if "type" in k.lower()) for tensor in layer.get("Inputs", [])]
+        found = re.search(r"int8|fp16|half|fp32|float|uint8|int32|bool", inputs[0].lower()) if inputs else None
+        kind = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
+        tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
+        names = f"{layer['Name']} {layer.get('Metadata', '')}"
+        layers.append(Layer(names.strip(), layer.get("ParameterType") or layer.get("LayerType", "-"), kind.upper(), tactic))
+    return layers
+
+
+def float_nodes(layers: list[Layer], nodes: Iterable[str]) -> list[str]:
+    """Which of the graph's `nodes`, all meant to run in INT8, are in no engine layer or in one that does not."""
+
+    def runs_in_int8(node: str) -> bool:
+        holders = [layer for layer in layers if re.search(rf"(?<![\w/.]){re.escape(node)}(?![\w/.])", layer.name)]
+        return bool(holders) and all(layer.precision == "INT8" for layer in holders)
+
+    return [node for node in nodes if not runs_in_int8(node)]
+
+
+class _CudaGraph:
+    """What `enqueue` puts on a stream, recorded once and launched as a whole; PyCUDA has no binding for it."""
+
+    def __init__(self, stream: Any, enqueue: Callable[[], None]):
+        self._cuda, self._stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(stream.handle)
+        graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self._cuda.cuStreamBeginCapture_v2(self._stream, 1))  # 1: of this thread's work only
+        enqueue()
+        self._check(self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph)))
+        self._check(self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)))
+
+    def __call__(self) -> None:
+        self._check(self._cuda.cuGraphLaunch(self._executable, self._stream))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise RuntimeError(f"CUDA graph: error {status}")
+
+
+class _Slot:
+    """One batch's buffers, pinned on the host and on the device, and the engine bound to them as a CUDA graph."""
+
+    def __init__(self, cuda: ModuleType, context: Any, stream: Any, shapes: dict[str, tuple[int, ...]]):
+        self.images = cuda.pagelocked_empty(shapes[INPUT], np.uint8)
+        self.logits = cuda.pagelocked_empty(shapes[OUTPUT], np.float32)
+        self.device_images, self.device_logits = cuda.mem_alloc(self.images.nbytes), cuda.mem_alloc(self.logits.nbytes)
+        self.copied, self.done = (cuda.Event(cuda.event_flags.DISABLE_TIMING) for _ in range(2))
+
+        def enqueue() -> None:
+            context.set_tensor_address(INPUT, int(self.device_images))
+            context.set_tensor_address(OUTPUT, int(self.device_logits))
+            if not context.execute_async_v3(stream.handle):
+                raise UserError("TensorRT could not run the engine; delete it and build it again")
+
+        enqueue()  # the first run allocates what a recording must not
+        stream.synchronize()
+        self.launch = _CudaGraph(stream, enqueue)
+
+
+class _Lane:
+    """An execution context for one batch size. Two slots take turns, so that copies overlap with compute."""
+
+    def __init__(self, cuda: ModuleType, engine: Any, profile: int, batch_size: int):
+        self.cuda, self.batch_size = cuda, batch_size
+        self.copies, self.compute = cuda.Stream(), cuda.Stream()
+        self.context = engine.create_execution_context()
+        if self.context is None:
+            raise UserError("the GPU has too little memory for this engine: use a smaller --batch_size")
+        self.context.set_optimization_profile_async(profile, self.compute.handle)
+        self.context.set_input_shape(INPUT, (batch_size, *tuple(engine.get_tensor_shape(INPUT))[1:]))
+        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in (INPUT, OUTPUT)}
+        self.slots = [_Slot(cuda, self.context, self.compute, shapes) for _ in range(2)]
+
+    def start(self, slot: _Slot, images: np.ndarray) -> None:
+        """Enqueue the copy in, the engine and the copy out of a batch of at most `batch_size` images."""
+        slot.images[: len(images)] = images
+        self.cuda.memcpy_htod_async(slot.device_images, slot.images, self.copies)
+        slot.copied.record(self.copies)
+        self.compute.wait_for_event(slot.copied)
+        slot.launch()
+        self.cuda.memcpy_dtoh_async(slot.logits, slot.device_logits, self.compute)
+        slot.done.record(self.compute)
+
+    def times_ms(self) -> np.ndarray:
+        """Device times of single engine runs in ms, from events between launches that follow each other at once."""
+        events = [self.cuda.Event() for _ in range(BURST + 1)]
+        for event in events[:-1]:
+            event.record(self.compute)
+            self.slots[0].launch()
+        events[-1].record(self.compute)
+        events[-1].synchronize()
+        return np.asarray([start.time_till(end) for start, end in zip(events, events[1:], strict=False)])
+
+
+class TensorRTNetwork(Network):
+    """An exported graph as a TensorRT engine: images (N, H, W, 3) uint8 -> logits (N, classes) float32.
+
+    Raises:
+        UserError: no TensorRT, driver or fitting GPU; the graph or the build fails; too little memory.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray):
+        trt = load_tensorrt()
+        self._cuda, self._log = load_cuda(trt), make_logger(trt)
+        path = folder / graph_name(trt, options)
+        plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration)
+        self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
+        inspector = self._engine.create_engine_inspector()
+        self.layers = parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        self._sizes, self._lanes = options.batch_sizes, {}
+
+    def _lane(self, batch_size: int) -> _Lane:
+        if batch_size not in self._lanes:
+            profile = next((i for i, size in enumerate(self._sizes) if size >= batch_size), None)
+            if profile is None:
+                raise UserError(f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}")
+            self._lanes[batch_size] = _Lane(self._cuda, self._engine, profile, batch_size)
+        return self._lanes[batch_size]
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Logits of each batch, in order, while the next is on its way; no batch may be larger than the first."""
+        lane, running = None, deque()
+        for index, images in enumerate(batches):
+            lane = lane or self._lane(len(images))
+            if len(running) == len(lane.slots):
+                yield self._finish(*running.popleft())
+            slot = lane.slots[index % 2]
+            lane.start(slot, images)
+            running.append((slot, len(images)))
+        while running:
+            yield self._finish(*running.popleft())
+
+    @staticmethod
+    def _finish(slot: _Slot, count: int) -> np.ndarray:
+        slot.done.synchronize()
+        return slot.logits[:count].copy()
+
+    def latencies_ms(self, images: np.ndarray) -> np.ndarray:
+        """Times of the engine alone, on the device, copies excluded."""
+        lane = self._lane(len(images))
+        for slot in lane.slots:
+            lane.start(slot, images)
+        times = lane.times_ms()[:0]
+        while len(times) < MIN_RUNS or times.sum() < 1000 * MIN_SECONDS:
+            times = np.concatenate([times, lane.times_ms()])
+        return times
