@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ FILES = {"FP32": "fp32.onnx", "INT8-PTC": "int8_ptc.onnx", "INT8-QAT": "int8_qat
 FAKE = {"FP32": "FP32", "INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
+MANIFEST_KEYS = ("model", "stem", "data", "seed", "files", "environment", "rows")
 BATCH_SIZES = (1, 128)
 
 
@@ -250,13 +250,18 @@ def evaluate_exported(
 ) -> records.Record:
     """Evaluate exported files on a back end; the record starts with the PyTorch rows of the export."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text())
+        manifest = {key: content[key] for key in MANIFEST_KEYS}
         reference = np.load(folder / PREDICTIONS)["FP32"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{folder} is no complete export ({error}); make one with infer.py --load_ckpt") from None
+    except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} is no complete export ({what}); make one with infer.py --load_ckpt") from None
     flags.agreed("--m", args.model, manifest["model"])
     info = manifest["data"]
     data = data or load_data(args, info)
+    if reference.shape != data.test_labels.shape:
+        counts = f"{reference.size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
+        raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     backend = choose_backend(args.backend)
     rows = []
     for precision in wanted:

@@ -33,13 +33,13 @@ from utils import checkpoint as ckpt
 from utils import flags
 from utils.errors import UserError, run
 from utils.files import new_folder
-from utils.swap import audit
 
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 5e-4  # weights of convolutions and linear layers only
 LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3}  # peak, at batch size 128
 FINE_TUNE = 0.01  # of it when training starts from a checkpoint
 BN_FROZEN = 1 / 3  # of the QAT epochs, the last ones, run with frozen BatchNorm statistics
+MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch takes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
             raise UserError(f"--resume {args.resume}: not a checkpoint of train.py")
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
+        flags.agreed("--optimizer", args.optimizer, start["flags"]["optimizer"])  # its state is of no use to another
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
     if args.quantize and not (start or args.pretrain):
@@ -82,10 +83,12 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         args.num_epochs = 10 if args.quantize else 40
     if args.lr is None:
         args.lr = LEARNING_RATE[args.optimizer] * (FINE_TUNE if args.load_ckpt else 1)
-    for name, least in (("num_epochs", 0 if args.quantize else 1), ("batch_size", 1), ("lrdt", 1), ("calib_images", 1)):
+    least = {"num_epochs": 0 if args.quantize else 1, "batch_size": 1, "lr": 0, "lrdt": 1, "calib_images": 1, "seed": 0}
+    for name, low in least.items():
+        high = MAX_SEED if name == "seed" else math.inf
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: at least {least}")
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value}: at least {low}" + (f", at most {high}" if high < math.inf else ""))
     return args, start
 
 
@@ -253,8 +256,10 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
         "quantization": quantization,
         "start": start.get("start"),
         "seed": args.seed,
-        "flags": {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "resume"
+        "flags": {  # but --img_size: "data" has the width in use, which data sets other than "folder" decide themselves
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items()
+            if key not in ("resume", "img_size")
         },
     }
 
@@ -272,6 +277,8 @@ def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str
         if not start.get("quantization"):
             infer.calibrate_model(model, config["quantization"], train)
             config["start"] = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        from utils.swap import audit  # float training needs no pytorch-quantization
+
         print(audit(model))
     return model
 
@@ -292,6 +299,8 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path) -> Path
         (data.train_images[part], data.train_labels[part])
         for part in dataset.split_train(data.train_labels, info["split_seed"])
     )
+    if not len(held_out[0]):
+        raise UserError(f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out")
     model = make_model(args, start, config, batches(*chosen))
     run = Run(folder, model, make_optimizer(model, args.optimizer), config)
     if args.resume:

@@ -50,8 +50,10 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
         img_size: height and width in pixels that images of "folder" are resized to; the others are 32 pixels wide.
 
     Raises:
-        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images.
+        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images; no width.
     """
+    if img_size < 1:
+        raise UserError(f"--img_size {img_size}: at least 1")
     train_images, train_labels, test_images, test_labels, classes = LOADERS[name](Path(data_dir), img_size)
     for split, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
         _check(f"{name} ({split})", images, labels, len(classes))
@@ -65,12 +67,14 @@ def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) 
         raise UserError(f"{what}: images are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3)")
     if labels.shape != (len(images),) or len(images) == 0:
         raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{what}: labels {labels.min()}..{labels.max()} are not integers in 0..{num_classes - 1}")
+    integers = np.issubdtype(labels.dtype, np.integer)
+    low, high = (labels.min(), labels.max()) if integers else (labels[0], labels[-1])  # not everything has an order
+    if not integers or low < 0 or high >= num_classes:
+        raise UserError(f"{what}: labels {low}..{high} are not integers in 0..{num_classes - 1}")
 
 
 def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (train, held out) of a seeded shuffle; the held-out part takes its share of every class.
+    """Indices (train, held out) of a seeded shuffle; the held-out part takes its share of every class that has two.
 
     The held-out images choose checkpoints and are never trained on; calibration takes its images from the first part.
     """
@@ -78,7 +82,7 @@ def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held_out[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
+        held_out[members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]] = True
     return order[~held_out[order]], order[held_out[order]]
 
 

@@ -54,8 +54,8 @@ def _read_image(path: Path, img_size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-            if image.size != (img_size, img_size):
-                image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise anything on damaged bytes
         raise UserError(f"{path} is not a readable image ({error}); delete or replace it") from None
+    if image.size != (img_size, img_size):
+        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 from collections.abc import Callable
 
 import torch
@@ -38,7 +37,7 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     Looks in TORCH_HOME first, then downloads.
 
     Raises:
-        UserError: no such weights, no network, or a network whose parameters are not torchvision's.
+        UserError: no such weights, no network, a damaged file, or a network whose parameters are not torchvision's.
     """
     from torchvision.models import get_model_weights
 
@@ -48,13 +47,13 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
         raise UserError(f"--pretrain: torchvision has no ImageNet weights for {name}; use a ResNet") from None
     try:
         state = weights.get_state_dict(progress=True)
-    except (urllib.error.URLError, OSError) as error:
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    except Exception as error:  # the network's errors, and whatever torch.load raises on a damaged file
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"--pretrain: cannot download {weights.url} ({reason}); put that file into "
+            f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); put that file into "
             f"{torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         ) from None
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
     wrong = list(own.keys() ^ state.keys())
     wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]

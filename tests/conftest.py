@@ -3,12 +3,16 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down wherever cores are shared
 
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dataset
@@ -35,13 +39,38 @@ def digits():
     return dataset.load("digits", Path("unused"))
 
 
+@contextmanager
+def digits_cut_to(train, test, digits):
+    """Meanwhile, `--dataset digits` is its first `train` train and `test` test images."""
+    few = (digits.train_images[:train], digits.train_labels[:train], digits.test_images[:test], digits.test_labels[:test])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset.digits, "load", lambda: (*few, digits.classes))
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_digits(digits):
-    """For the rest of the module, `--dataset digits` is 160 train and 80 test images: 150 and 10 after the split."""
-    small = (digits.train_images[:160], digits.train_labels[:160], digits.test_images[:80], digits.test_labels[:80])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset.digits, "load", lambda: (*small, digits.classes))
+    """For the rest of the module, `--dataset digits` is 60 train and 40 test images: 50 and 10 of the 60 after the split."""
+    with digits_cut_to(60, 40, digits):
         yield
+
+
+@pytest.fixture(scope="session")
+def small_cifar10(digits, tmp_path_factory):
+    """Folder with 160 train and 40 test digits as a CIFAR-10 archive: few images for other processes."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    train = {"x_train": digits.train_images[:160], "y_train": digits.train_labels[:160]}
+    np.savez(folder / "cifar10.npz", **train, x_test=digits.test_images[:40], y_test=digits.test_labels[:40])
+    return folder
+
+
+@pytest.fixture
+def small_disk():
+    """For the rest of the test, a file holds at most 100 kB: writing more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +122,7 @@ def error_line():
 
 @pytest.fixture(scope="session")
 def script_environment():
-    return {**os.environ, "OMP_NUM_THREADS": "2"}
+    return dict(os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ def test_cifar10_reads_a_keras_archive(tmp_path, save, flat):
     "dump",
     [
         python2_pickle,
-        lambda content: pickle.dumps(content, protocol=2),  # BUG: Python 3 writes bytes there through _codecs.encode
+        lambda content: pickle.dumps(content, protocol=2),  # bytes are written as a call of _codecs.encode
         lambda content: pickle.dumps(content, protocol=4),
     ],
     ids=["python2", "python3-protocol2", "python3-protocol4"],
@@ -212,7 +212,6 @@ def test_connection_lost_during_the_download_is_one_line(tmp_path, monkeypatch):
             raise ConnectionResetError(104, "Connection reset by peer")
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Lost())
-    # BUG: only URLError and TimeoutError are caught
     assert "Connection reset" in load_error("cifar10", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -251,7 +250,6 @@ def single_array():
     return buffer.getvalue()
 
 
-# BUG: zlib.error and the TypeError of a .npy file are not caught
 @pytest.mark.parametrize("content", [damaged_stream(), single_array()], ids=["zlib", "npy"])
 def test_corrupt_archive_is_named(tmp_path, content):
     (tmp_path / "cifar10.npz").write_bytes(content)
@@ -275,7 +273,7 @@ def test_archive_of_python_objects_is_refused(tmp_path):
         ("y_test", np.full((10, 1), -1), "labels -1..-1"),
         ("y_test", np.full((10, 1), 0.5), "labels 0.5..0.5 are not integers"),
         ("y_test", np.zeros((10, 2), np.int64), "10 images but labels of shape (10, 2)"),
-        ("y_test", np.full((10, 1), "cat"), "labels"),  # BUG: the minimum of strings is a TypeError
+        ("y_test", np.full((10, 1), "cat"), "labels"),  # NumPy has no minimum of strings
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, key, value, said):
@@ -294,8 +292,7 @@ def test_wrong_arrays_are_named(tmp_path, key, value, said):
         pickle.dumps({b"data": 1}),
         pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [0, 1]}, protocol=4),
         python2_pickle(batch_content(made_images(4), range(4)))[:-100],
-        # BUG: the unpickler raises more kinds of error than are caught; these are OverflowError, AttributeError
-        # and ModuleNotFoundError, the last of which the user would read as a missing package
+        # OverflowError, AttributeError and ModuleNotFoundError; the user would read the last as a missing package
         b"\x80\x04\x95" + b"\xff" * 8 + b".",
         b"\x80\x02}K\x01a.",
         b"\x80\x02cnumpy.nothing\nndarray\n.",
@@ -397,7 +394,6 @@ def huge_bitmap():
     return bytes(data)
 
 
-# BUG: Pillow's DecompressionBombError is not caught
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut", huge_bitmap()], ids=["empty", "text", "cut", "huge"])
 def test_unreadable_image_is_named(tmp_path, content):
     write_classes(tmp_path, ("a", "b"))
@@ -409,7 +405,6 @@ def test_unreadable_image_is_named(tmp_path, content):
 @pytest.mark.parametrize("img_size", [0, -3])
 def test_senseless_img_size_is_not_blamed_on_the_images(tmp_path, img_size):
     write_classes(tmp_path, ("a", "b"))
-    # BUG: the user is told to delete or replace a good image
     assert "not a readable image" not in load_error("folder", tmp_path, img_size)
 
 
@@ -449,7 +444,6 @@ def test_split_holds_out_an_image_of_a_rare_class():
 
 
 def test_split_trains_on_every_class():
-    # BUG: the only image of a class is held out; with one image in every class training divides by zero
     chosen, _ = dataset.split_train(np.array([0, 0, 0, 1]), 0)
     assert 3 in chosen
 

@@ -18,8 +18,8 @@ import train
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 
-FLAGS = ["--dataset", "digits", "--batch_size", "48"]
-EPOCHS, STEPS = 3, 3  # 150 images in full batches of 48
+FLAGS = ["--dataset", "digits", "--batch_size", "16"]
+EPOCHS, STEPS = 3, 3  # 50 images in full batches of 16
 
 pytestmark = pytest.mark.usefixtures("small_digits")
 
@@ -189,13 +189,13 @@ def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_pat
     assert (own.model, own.dataset, own.batch_size, own.num_epochs, own.lr, own.seed) == (
         "vanilla_cnn",
         "digits",
-        48,
+        16,
         3,
         0.05,
         0,
     )
     given, _ = train.parse_flags(["--resume", str(runs["float"]), "--lr", "0.007", "--num_epochs", "5"])
-    assert (given.lr, given.num_epochs, given.batch_size) == (0.007, 5, 48)
+    assert (given.lr, given.num_epochs, given.batch_size) == (0.007, 5, 16)
 
 
 def test_lr_on_the_command_line_wins_over_the_resumed_checkpoint(runs, tmp_path):
@@ -215,14 +215,12 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(runs, tmp_path):
 
 def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
-    # BUG: KeyError in AdamW's first step, whose state and settings came from SGD
     assert "--optimizer" in error_line(train.main, ["--resume", copy, "--optimizer", "adamw"])
 
 
 def test_a_run_with_an_img_size_that_its_data_set_ignores_can_be_resumed(tmp_path):
     argv = ["--m", "vanilla_cnn", *FLAGS, "--lr", "0.01", "--img_size", "64", "--od", str(tmp_path), "--en", "run"]
     train.main([*argv, "--num_epochs", "1"])
-    # BUG: --img_size 64 is neither refused nor used, but recorded, and then contradicts the checkpoint
     train.main(["--resume", str(tmp_path / "run"), "--num_epochs", "2"])
     assert (tmp_path / "run" / "ckpt_2").exists()
 
@@ -286,7 +284,7 @@ def test_ckpt_best_is_the_last_of_the_epochs_with_the_highest_held_out_accuracy(
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
 def test_history_holds_the_held_out_accuracy_of_each_epochs_network(runs, mode, digits):
-    _, held_out = dataset.split_train(digits.train_labels[:160], 0)
+    _, held_out = dataset.split_train(digits.train_labels[:60], 0)
     for epoch, content in checkpoints(runs[mode]).items():
         model = (infer.build_quantized if mode == "qat" else infer.build_float)(content).eval()
         model.load_state_dict(content["state"])
@@ -329,7 +327,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]
-        assert content["flags"]["batch_size"] == 48
+        assert content["flags"]["batch_size"] == 16
 
 
 def test_runs_of_different_seeds_differ_and_record_their_seed(runs, tmp_path):
@@ -341,13 +339,11 @@ def test_runs_of_different_seeds_differ_and_record_their_seed(runs, tmp_path):
 
 @pytest.mark.parametrize("seed", ["-1", "100000000000000000000"])
 def test_impossible_seed_is_one_line(tmp_path, error_line, seed):
-    # BUG: ValueError of NumPy, and of torch, for seeds that they do not take
     assert "--seed" in error_line(train.main, [*arguments("float", None, epochs=1), "--seed", seed, "--od", tmp_path])
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--batch_size", "0"), ("--lrdt", "0"), ("--calib_images", "0"), ("--lr", "-1")])
 def test_senseless_number_is_one_line(tmp_path, error_line, flag, value):
-    # BUG: a negative rate is accepted and climbs the loss
     line = error_line(train.main, [*arguments("float", None, epochs=1), flag, value, "--od", tmp_path])
     assert f"{flag} {value}" in line
     assert list(tmp_path.iterdir()) == []
@@ -380,8 +376,8 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(runs, tmp_path
         assert all(value.isfinite().all() for value in ckpt.load(path)["state"].values())
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, script_environment, failure_line):
-    argv = ["--m", "resnet18", "--stem", "imagenet", "--dataset", "digits", "--num_epochs", "50", "--od", tmp_path]
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, script_environment, failure_line):
+    argv = ["--m", "vanilla_cnn", "--data_dir", small_cifar10, "--num_epochs", "1000", "--od", tmp_path]
     folder = tmp_path / "pytorch_exp"
     process = subprocess.Popen(
         [sys.executable, "train.py", *map(str, argv)],

@@ -6,11 +6,17 @@ import errno
 import sys
 from collections.abc import Callable
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG),  # no such place for a file
+)
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that says what is wrong and what to do."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # libraries' errors, which many messages quote, have more lines
 
 
 def run(main: Callable[[], None]) -> None:

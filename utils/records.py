@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,9 @@ def plot(path: Path, record: Record) -> None:
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    markers = dict(zip(sorted({row["batch_size"] for row in rows}), "os^Dv<>", strict=False))
-    colours = dict(zip(dict.fromkeys((row["backend"], row["precision"]) for row in rows), pyplot.cm.tab10.colors, strict=False))
+    networks = dict.fromkeys((row["backend"], row["precision"]) for row in rows)
+    markers = dict(zip(sorted({row["batch_size"] for row in rows}), cycle("os^Dv<>Pp*hXd8H"), strict=False))
+    colours = dict(zip(networks, cycle(pyplot.cm.tab10.colors), strict=False))
     for row in rows:
         colour = colours[row["backend"], row["precision"]]
         axes.scatter(row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=markers[row["batch_size"]], s=60)
