@@ -50,7 +50,7 @@ def digits_cut_to(train, test, digits):
 
 @pytest.fixture(scope="module")
 def small_digits(digits):
-    """For the rest of the module, `--dataset digits` is 60 train and 40 test images: 50 and 10 of the 60 after the split."""
+    """For the rest of the module, `--dataset digits` is 60 train images, 50 and 10 after the split, and 40 test images."""
     with digits_cut_to(60, 40, digits):
         yield
 
@@ -121,18 +121,13 @@ def error_line():
 
 
 @pytest.fixture(scope="session")
-def script_environment():
-    return dict(os.environ)
-
-
-@pytest.fixture(scope="session")
-def run_script(script_environment):
+def run_script():
     """Run `train.py` or `infer.py` in a process of its own, in which the packages `blocked` are not installed."""
 
-    def run(*argv, blocked=(), **options):
+    def run(*argv, blocked=()):
         prefix = ["-c", BLOCK.format(blocked=tuple(blocked))] if blocked else []
         command = [sys.executable, *prefix, *map(str, argv)]
-        return subprocess.run(command, cwd=ROOT, env=script_environment, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     return run
 

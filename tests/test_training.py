@@ -376,13 +376,12 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(runs, tmp_path
         assert all(value.isfinite().all() for value in ckpt.load(path)["state"].values())
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, script_environment, failure_line):
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, failure_line):
     argv = ["--m", "vanilla_cnn", "--data_dir", small_cifar10, "--num_epochs", "1000", "--od", tmp_path]
     folder = tmp_path / "pytorch_exp"
     process = subprocess.Popen(
         [sys.executable, "train.py", *map(str, argv)],
         cwd=ROOT,
-        env=script_environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        sys.exit(f"error: cannot write {error.filename}: {error.strerror}; free space or name another folder")
+        sys.exit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free space or name another folder")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch.cuda.OutOfMemoryError, without importing torch
             raise
