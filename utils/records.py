@@ -65,13 +65,18 @@ def make_row(
 
 def environment() -> dict[str, str | None]:
     """Hardware and versions. A package that this process did not load has version None."""
-    versions = {}
-    for package in ("torch", "tensorrt", "onnxruntime"):
-        module = sys.modules.get(package)
-        versions[package] = getattr(module, "__version__", None)
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+    names = {"torch": ("torch",), "tensorrt": ("tensorrt", "tensorrt_rtx_bindings"), "onnxruntime": ("onnxruntime",)}
+    loaded = {package: next((sys.modules[n] for n in modules if n in sys.modules), None) for package, modules in names.items()}
+    versions = {package: getattr(module, "__version__", None) for package, module in loaded.items()}
+    return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+
+
+def _gpu_name() -> str | None:
+    """The GPU that this process uses, by torch or by PyCUDA."""
+    torch, cuda = sys.modules.get("torch"), sys.modules.get("pycuda.driver")
+    if torch is not None:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return cuda.Context.get_device().name() if cuda is not None else None
 
 
 def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple[dict[str, str | None], list[Row]]:

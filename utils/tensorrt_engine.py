@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.measure import MIN_RUNS, MIN_SECONDS, Network
+from utils.measure import BURST, Network, repeated_ms
 
 INPUT, OUTPUT = "images", "logits"
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -34,7 +34,6 @@ INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC",
 OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
 CALIBRATION_BATCH = 128
-BURST = 20  # launches timed back to back, so that the GPU never waits for the host
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,12 @@ def load_cuda(trt: ModuleType) -> ModuleType:
             "install tensorrt there: pip install -r requirements-gpu.txt"
         )
     return cuda
+
+
+def require_gpu() -> tuple[ModuleType, ModuleType]:
+    """TensorRT and PyCUDA, ready to run. Raises UserError, which says in one line what is missing and how to get it."""
+    trt = load_tensorrt()
+    return trt, load_cuda(trt)
 
 
 def strongly_typed(trt: ModuleType, precision: str) -> bool:
@@ -287,6 +292,9 @@ class Layer:
     precision: str
     tactic: str
 
+    def __str__(self) -> str:
+        return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
+
 
 def parse_layers(inspection: str) -> list[Layer]:
     """Layers of an engine from the inspector's JSON, whose keys differ between versions."""
@@ -295,7 +303,7 @@ def parse_layers(inspection: str) -> list[Layer]:
         if isinstance(layer, str):
             raise UserError("the engine was built without layer information; delete it and build it again")
         inputs = [" ".join(str(v) for k, v in tensor.items() if "type" in k.lower()) for tensor in layer.get("Inputs", [])]
-        found = re.search(r"int8|fp16|half|fp32|float|uint8|int32|bool", inputs[0].lower()) if inputs else None
+        found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", inputs[0].lower()) if inputs else None
         kind = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
         tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
         names = f"{layer['Name']} {layer.get('Metadata', '')}"
@@ -377,7 +385,7 @@ class _Lane:
         self.cuda.memcpy_dtoh_async(slot.logits, slot.device_logits, self.compute)
         slot.done.record(self.compute)
 
-    def times_ms(self) -> np.ndarray:
+    def burst_ms(self) -> list[float]:
         """Device times of single engine runs in ms, from events between launches that follow each other at once."""
         events = [self.cuda.Event() for _ in range(BURST + 1)]
         for event in events[:-1]:
@@ -385,7 +393,7 @@ class _Lane:
             self.slots[0].launch()
         events[-1].record(self.compute)
         events[-1].synchronize()
-        return np.asarray([start.time_till(end) for start, end in zip(events, events[1:], strict=False)])
+        return [start.time_till(end) for start, end in zip(events, events[1:], strict=False)]
 
 
 class TensorRTNetwork(Network):
@@ -398,16 +406,21 @@ class TensorRTNetwork(Network):
     name = "tensorrt"
 
     def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray):
-        trt = load_tensorrt()
-        self._cuda, self._log = load_cuda(trt), make_logger(trt)
+        trt, self._cuda = require_gpu()
+        self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
         plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration)
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
         inspector = self._engine.create_engine_inspector()
-        self.layers = parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        self._all_layers = parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        self.layers = [layer for layer in self._all_layers if not re.search(r"\[profile [1-9]", layer.name)]
         self._sizes, self._lanes = options.batch_sizes, {}
+
+    def float_nodes(self, nodes: Iterable[str]) -> list[str]:
+        """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
+        return float_nodes(self._all_layers, nodes)
 
     def _lane(self, batch_size: int) -> _Lane:
         if batch_size not in self._lanes:
@@ -416,6 +429,9 @@ class TensorRTNetwork(Network):
                 raise UserError(f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}")
             self._lanes[batch_size] = _Lane(self._cuda, self._engine, profile, batch_size)
         return self._lanes[batch_size]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return next(self.stream([images]))
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits of each batch, in order, while the next is on its way; no batch may be larger than the first."""
@@ -437,10 +453,5 @@ class TensorRTNetwork(Network):
 
     def latencies_ms(self, images: np.ndarray) -> np.ndarray:
         """Times of the engine alone, on the device, copies excluded."""
-        lane = self._lane(len(images))
-        for slot in lane.slots:
-            lane.start(slot, images)
-        times = lane.times_ms()[:0]
-        while len(times) < MIN_RUNS or times.sum() < 1000 * MIN_SECONDS:
-            times = np.concatenate([times, lane.times_ms()])
-        return times
+        self(images)  # leaves them in the lane's first buffers
+        return repeated_ms(self._lane(len(images)).burst_ms)
