@@ -1,0 +1,631 @@
+"""What the exported graphs hold, node by node, and what ONNX Runtime computes from them."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import dataset
+import infer
+import models
+from models.resnet import BasicBlock
+from utils import checkpoint as ckpt
+from utils.calibrate import calibrate
+from utils.export import export_onnx, merge_shared_quantizers
+from utils.onnx_runtime import OnnxRuntimeNetwork
+from utils.swap import quantizable_modules, quantize_modules
+from utils.torch_network import FromImages, TorchNetwork
+
+NETWORKS = [("vanilla_cnn", "cifar"), *((f"resnet{depth}", stem) for depth in (18, 34, 50) for stem in ("imagenet", "cifar"))]
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+COMPUTING = ("Conv", "Gemm", "Add", "GlobalAveragePool")  # the node of each quantizable layer
+STATS = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])  # mean and standard deviation of the images
+
+
+def randomise_batch_norm(model):
+    """Statistics and affine parameters as if trained, a fifth of the gammas negative."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            sign = torch.where(torch.rand_like(module.running_var) < 0.2, -1, 1)
+            module.weight.data.uniform_(0.5, 1.5).mul_(sign)
+            module.bias.data.normal_(0, 0.1)
+
+
+class Graph:
+    """An exported file, with the questions that tests ask."""
+
+    def __init__(self, path):
+        self.proto = onnx.load(path)
+        self.nodes = list(self.proto.graph.node)
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.proto.graph.initializer}
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self.layers = {layer_name(node): node for node in self.nodes if node.op_type in COMPUTING and layer_name(node)}
+
+    def count(self, *kinds):
+        return sum(node.op_type in kinds for node in self.nodes)
+
+    def is_quantized(self, name):
+        return name in self.maker and self.maker[name].op_type == "DequantizeLinear"
+
+    def quantized(self, name):
+        """What a DequantizeLinear makes `name` of: the float tensor, the scale, and the axis (None: whole tensor).
+
+        Both nodes must have the same constants, the zero point 0 of signed INT8, and nobody else in between.
+        """
+        dequantize = self.maker[name]
+        assert dequantize.op_type == "DequantizeLinear"
+        quantize = self.maker[dequantize.input[0]]
+        assert quantize.op_type == "QuantizeLinear"
+        for node in (quantize, dequantize):
+            assert len(node.input) == 3
+            scale, zero_point = (self.constants[constant] for constant in node.input[1:])
+            assert scale.dtype == np.float32
+            assert zero_point.dtype == np.int8
+            assert zero_point.shape == scale.shape
+            assert not zero_point.any()
+            assert np.isfinite(scale).all()
+            assert (scale > 0).all()
+        assert list(quantize.input[1:]) == list(dequantize.input[1:])
+        axes = [attribute.i for node in (quantize, dequantize) for attribute in node.attribute if attribute.name == "axis"]
+        assert axes == ([] if scale.ndim == 0 else [0, 0])
+        return quantize.input[0], scale, axes[0] if axes else None
+
+
+def layer_name(node):
+    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1; "" for those that normalise the images."""
+    parts = []
+    for part in node.name.strip("/").split("/")[1:-1]:
+        if parts and part.startswith(parts[-1] + "."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
+
+
+def batch_norm_of(model, name):
+    """The BatchNorm after a convolution, by the names that the models give them; None for other layers."""
+    parent, _, last = name.rpartition(".")
+    if not isinstance(model.get_submodule(name), nn.Conv2d):
+        return None
+    following = str(int(last) + 1) if last.isdigit() else last.replace("conv", "bn")
+    return model.get_submodule(f"{parent}.{following}" if parent else following)
+
+
+def quantizer_pairs(name):
+    """How many activations and weights a whole network quantizes, equal quantizers of one tensor counted once."""
+    if name == "vanilla_cnn":
+        return 6 + 2, 6 + 1  # the convolutions, the pool's and the classifier's input
+    convolutions = 3 if name == "resnet50" else 2
+    shortcuts = 4 if name == "resnet50" else 3  # blocks whose identity is a convolution's output, a tensor of its own
+    blocks = sum(DEPTHS[name])
+    # the stem, in each block the input (for conv1, shortcut or addition) and what follows conv1, the identities, pool and fc
+    return 1 + blocks * convolutions + shortcuts + 2, 1 + blocks * convolutions + shortcuts + 1
+
+
+def export(model, path, size=8):
+    export_onnx(model, path, (size, size), *STATS)
+    return Graph(path)
+
+
+def random_images(count, size):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def normalised(images):
+    return torch.from_numpy(dataset.normalise(images, *STATS))
+
+
+def in_torch(model, stats=STATS):
+    return TorchNetwork(FromImages(copy.deepcopy(model), *stats), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=NETWORKS, ids="-".join)
+def exported(request, tmp_path_factory):
+    """A calibrated network, its file, its graph, and images."""
+    name, stem = request.param
+    torch.manual_seed(0)
+    model = models.build(name, 10, stem).eval()
+    randomise_batch_norm(model)
+    size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8  # what the last stage sees as one pixel
+    images = random_images(4, size)
+    quantize_modules(model)
+    calibrate(model, [normalised(images)], "max")
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
+    return SimpleNamespace(name=name, model=model, path=path, graph=export(model, path, size), images=images)
+
+
+class Small(nn.Module):
+    """A convolution and two residual blocks, one with a shortcut convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.layer1 = BasicBlock(6, 6, 1, None)
+        self.layer2 = BasicBlock(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4)))
+        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))))
+
+
+def small(**layers):
+    """Calibrated, with the layers that `quantize_modules` is told to quantize."""
+    torch.manual_seed(0)
+    model = Small().eval()
+    randomise_batch_norm(model)
+    quantize_modules(model, **layers)
+    calibrate(model, [torch.randn(4, 3, 8, 8)], "max")
+    return model
+
+
+# every network
+
+
+def test_graph_is_valid_opset_17_with_named_ends_and_a_free_batch(exported):
+    proto = exported.graph.proto
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 17)]
+    ends = [
+        (value.name, value.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim])
+        for value in (*proto.graph.input, *proto.graph.output)
+    ]
+    size = exported.images.shape[1]
+    assert ends == [("images", TensorProto.UINT8, ["batch", size, size, 3]), ("logits", TensorProto.FLOAT, ["batch", 10])]
+
+
+def test_graph_has_no_node_too_many_and_none_dangling(exported):
+    graph = exported.graph
+    assert [node.op_type for node in graph.nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
+    assert graph.count("BatchNormalization", "Identity", "Cast", "Mul") == 2
+    known = {"images", *graph.constants}
+    for node in graph.nodes:
+        assert node.domain == ""
+        assert set(node.input) <= known, node.name
+        assert known.isdisjoint(node.output), node.name
+        known |= set(node.output)
+    read = {name for node in graph.nodes for name in node.input} | {"logits"}
+    assert {name for node in graph.nodes for name in node.output} - read == set()
+    assert graph.constants.keys() - read == set()
+
+
+def test_every_layer_is_there_once(exported):
+    kinds = {"QuantConv2d": "Conv", "QuantLinear": "Conv", "QuantAdd": "Add", "QuantAdaptiveAvgPool2d": "GlobalAveragePool"}
+    expected = {name: kinds[type(module).__name__] for name, module in quantizable_modules(exported.model).items()}
+    graph = exported.graph
+    assert {name: node.op_type for name, node in graph.layers.items()} == expected
+    assert graph.count(*COMPUTING) == len(expected) + 1  # and the addition that normalises the images
+
+
+def test_number_of_quantizers_follows_from_the_structure(exported):
+    graph = exported.graph
+    activations, weights = quantizer_pairs(exported.name)
+    assert graph.count("QuantizeLinear") == activations + weights
+    assert graph.count("DequantizeLinear") == activations + weights
+    quantize = [node for node in graph.nodes if node.op_type == "QuantizeLinear"]
+    assert sum(node.input[0] in graph.constants for node in quantize) == weights
+    assert len({node.input[0] for node in quantize}) == activations + weights
+
+
+def test_every_input_and_weight_is_quantized_with_its_calibrated_range(exported):
+    graph = exported.graph
+    for name, layer in quantizable_modules(exported.model).items():
+        node = graph.layers[name]
+        quantized_input = node.input[1 if node.op_type == "Add" else 0]
+        _, scale, axis = graph.quantized(quantized_input)
+        assert axis is None
+        assert scale == (layer.input_quantizer.amax / 127).numpy(), name
+        if hasattr(layer, "weight"):
+            weight, scale, axis = graph.quantized(node.input[1])
+            assert axis == 0
+            pointwise = (1, 1) if layer.weight.ndim == 2 else ()
+            assert graph.constants[weight].shape == (*layer.weight.shape, *pointwise)
+            expected = layer.weight_quantizer.amax.double() / 127
+            bn = batch_norm_of(exported.model, name)
+            if bn is not None:
+                expected = expected * (bn.weight.detach().double() * (bn.running_var.double() + bn.eps).rsqrt()).abs()
+            np.testing.assert_allclose(scale, expected.numpy(), rtol=1e-6, err_msg=name)
+
+
+def test_weights_in_the_file_are_the_trained_codes(exported):
+    """But for the sign, where BatchNorm's is negative. Looks at 16 channels; ties are left out."""
+    graph = exported.graph
+    for name, layer in quantizable_modules(exported.model).items():
+        if hasattr(layer, "weight"):
+            weight, scale, _ = graph.quantized(graph.layers[name].input[1])
+            shape = -1, *[1] * (layer.weight.ndim - 1)
+            stored = graph.constants[weight].reshape(layer.weight.shape)
+            codes = stored[:16].astype(np.float64) / scale[:16].reshape(shape)
+            assert np.abs(codes - np.rint(codes)).max() < 1e-4
+            bn = batch_norm_of(exported.model, name)
+            sign = np.ones(len(scale)) if bn is None else np.sign(bn.weight.detach().numpy())
+            amax = layer.weight_quantizer.amax.double().numpy()[:16].reshape(shape)
+            steps = layer.weight.detach().double().numpy()[:16] / amax * 127
+            clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
+            assert np.array_equal((np.rint(codes) * sign[:16].reshape(shape))[clear], np.rint(steps)[clear]), name
+
+
+def test_of_an_addition_only_the_identity_is_quantized(exported):
+    graph = exported.graph
+    additions = {name: node for name, node in graph.layers.items() if node.op_type == "Add"}
+    assert len(additions) == sum(DEPTHS.get(exported.name, ()))
+    for name, node in additions.items():
+        block = name.removesuffix(".add")
+        branch, identity = node.input
+        assert graph.maker[branch] is graph.layers[f"{block}.conv{3 if exported.name == 'resnet50' else 2}"], name
+        source, _, _ = graph.quantized(identity)
+        shortcut = graph.layers.get(f"{block}.downsample.0")
+        if shortcut is not None:
+            assert source == shortcut.output[0]
+        else:  # one pair of nodes serves the first convolution and the addition
+            assert identity == graph.layers[f"{block}.conv1"].input[0]
+
+
+def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):
+    graph = exported.graph
+    shortcuts = [name for name in graph.layers if name.endswith("downsample.0")]
+    assert len(shortcuts) == {"vanilla_cnn": 0, "resnet50": 4}.get(exported.name, 3)
+    for name in shortcuts:
+        assert graph.layers[name].input[0] == graph.layers[name.replace("downsample.0", "conv1")].input[0]
+
+
+def test_onnx_runtime_agrees_with_pytorch_at_every_batch_size(exported):
+    """Codes differ at ties, which ONNX finds by dividing, torch by multiplying: of few images, and by little."""
+    network, images = OnnxRuntimeNetwork(exported.path), exported.images
+    expected = in_torch(exported.model)(images)
+    for batch in (1, 3, 4):
+        result = network(images[:batch])
+        assert result.shape == (batch, 10)
+        assert result.dtype == np.float32
+        errors = np.linalg.norm(result - expected[:batch], axis=1) / np.linalg.norm(expected[:batch], axis=1)
+        assert errors.max() < 0.2
+    assert (errors < 1e-3).sum() >= 2
+    assert np.array_equal(result.argmax(1), expected.argmax(1))
+
+
+# float networks, and float layers in quantized ones
+
+
+@pytest.mark.parametrize(("name", "stem"), [("vanilla_cnn", "cifar"), ("resnet18", "imagenet"), ("resnet18", "cifar")])
+def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem):
+    torch.manual_seed(0)
+    model = models.build(name, 7, stem).eval()
+    randomise_batch_norm(model)
+    graph = export(model, tmp_path / "model.onnx")
+    assert graph.count("QuantizeLinear", "DequantizeLinear", "BatchNormalization", "Identity") == 0
+    assert {tensor.dtype.type for tensor in graph.constants.values()} <= {np.float32}
+    assert set(graph.layers) == set(quantizable_modules(model))
+    images = random_images(5, 8)
+    expected = in_torch(model)(images)
+    network = OnnxRuntimeNetwork(tmp_path / "model.onnx")
+    for batch in (1, 5):
+        np.testing.assert_allclose(network(images[:batch]), expected[:batch], atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "skip_layers",
+    [["conv1"], ["fc"], ["*.add"], ["avgpool"], ["layer1.*"], ["layer2.conv1", "layer2.downsample.0"], ["layer*", "avgpool"]],
+    ids=str,
+)
+def test_skipped_layers_are_float(tmp_path, skip_layers):
+    model = small(skip_layers=skip_layers)
+    graph = export(model, tmp_path / "model.onnx")
+    skipped = 0
+    for name, layer in quantizable_modules(model).items():
+        node = graph.layers[name]
+        operands = [node.input[1]] if node.op_type == "Add" else [operand for operand in node.input if "bias" not in operand]
+        floats = [not graph.is_quantized(operand) for operand in operands]
+        assert set(floats) == {not type(layer).__name__.startswith("Quant")}, name
+        skipped += floats[0]
+    assert 0 < skipped < len(graph.layers)
+
+
+def test_only_the_chosen_layer_is_quantized(tmp_path):
+    graph = export(small(quant_layers=["layer1.conv2"]), tmp_path / "model.onnx")
+    assert graph.count("QuantizeLinear") == graph.count("DequantizeLinear") == 2
+    assert all(graph.is_quantized(name) for name in graph.layers["layer1.conv2"].input[:2])
+
+
+def test_equal_ranges_of_one_tensor_share_a_quantizer_and_different_ones_do_not(tmp_path):
+    model = small()
+    equal = export(model, tmp_path / "equal.onnx")
+    model.layer1.add.input_quantizer.amax.mul_(2)
+    different = export(model, tmp_path / "different.onnx")
+    assert different.count("QuantizeLinear") == equal.count("QuantizeLinear") + 1
+    assert different.count("DequantizeLinear") == equal.count("DequantizeLinear") + 1
+    sources = [
+        different.quantized(different.layers[f"layer1.{part}"].input[index]) for part, index in (("conv1", 0), ("add", 1))
+    ]
+    assert sources[0][0] == sources[1][0]
+    assert sources[1][1] == 2 * sources[0][1]
+
+
+def test_equal_ranges_of_different_tensors_keep_their_quantizers(tmp_path):
+    model = small()
+    before = export(model, tmp_path / "before.onnx")
+    for layer in quantizable_modules(model).values():
+        layer.input_quantizer.set_range(torch.tensor(3.0))
+    after = export(model, tmp_path / "after.onnx")
+    assert after.count("QuantizeLinear") == before.count("QuantizeLinear")
+    assert after.count("Identity") == 0
+    for node in after.layers.values():
+        assert after.quantized(node.input[1 if node.op_type == "Add" else 0])[1] == np.float32(3) / np.float32(127)
+
+
+# trained networks
+
+
+def stats_of(content):
+    return content["data"]["mean"], content["data"]["std"]
+
+
+def run(network, images):
+    return np.concatenate([network(images[start : start + 120]) for start in (0, 120, 240)])
+
+
+def test_trained_int8_graph_predicts_what_pytorch_predicts(qat_checkpoint, digits, tmp_path):
+    content = ckpt.load(qat_checkpoint)
+    model = infer.build_quantized(content)
+    model.load_state_dict(content["state"])
+    export_onnx(model, tmp_path / "int8.onnx", (32, 32), *stats_of(content))
+    expected = run(in_torch(model, stats_of(content)), digits.test_images)
+    result = run(OnnxRuntimeNetwork(tmp_path / "int8.onnx"), digits.test_images)
+    assert len(result) == len(digits.test_labels) == 360
+    assert (result.argmax(1) != expected.argmax(1)).sum() <= 2  # of 360: 99.4 %, on a network of one epoch
+    errors = np.linalg.norm(result - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert (errors < 1e-4).mean() > 0.75  # no code differs at all; one that does moves everything after it
+    assert errors.max() < 0.5
+    assert (expected.argmax(1) == digits.test_labels).mean() > 0.5  # it is trained: the comparison means something
+
+
+def test_trained_float_graph_computes_what_pytorch_computes(float_checkpoint, digits, tmp_path):
+    content = ckpt.load(float_checkpoint)
+    model = infer.build_float(content)
+    model.load_state_dict(content["state"])
+    export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats_of(content))
+    expected = run(in_torch(model, stats_of(content)), digits.test_images)
+    result = run(OnnxRuntimeNetwork(tmp_path / "fp32.onnx"), digits.test_images)
+    np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.array_equal(result.argmax(1), expected.argmax(1))
+
+
+# what the export leaves alone
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "float"])
+def test_the_model_passed_in_stays_as_it_is(tmp_path, training, quantized):
+    model = small() if quantized else Small()
+    model.train(training)
+    modules, state = dict(model.named_modules()), {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    export(model, tmp_path / "model.onnx")
+    assert dict(model.named_modules()) == modules
+    assert all(module.training is training for module in modules.values())
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    assert all(p is parameters[name] and p.requires_grad and p.grad is None for name, p in model.named_parameters())
+
+
+def test_a_model_in_training_mode_is_exported_in_evaluation_mode(tmp_path):
+    model = small()
+    export(model, tmp_path / "evaluation.onnx")
+    export(model.train(), tmp_path / "training.onnx")
+    assert (tmp_path / "training.onnx").read_bytes() == (tmp_path / "evaluation.onnx").read_bytes()
+
+
+def fail_halfway(self, data):
+    with self.open("wb") as file:
+        file.write(bytes(data)[: len(data) // 2])
+    raise OSError("disk full")
+
+
+def refuse(*_, **__):
+    raise onnx.checker.ValidationError("invalid")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "failure", "error"),
+    [
+        (Path, "write_bytes", fail_halfway, OSError),
+        (onnx.checker, "check_model", refuse, onnx.checker.ValidationError),
+    ],
+    ids=["writing", "checking"],
+)
+@pytest.mark.parametrize("exists", [True, False], ids=["old file", "no file"])
+def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, target, name, failure, error, exists):
+    path = tmp_path / "model.onnx"
+    if exists:
+        path.write_bytes(b"old")
+    monkeypatch.setattr(target, name, failure)
+    with pytest.raises(error):
+        export_onnx(small(), path, (8, 8), *STATS)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == ([path] if exists else [])
+    assert not exists or path.read_bytes() == b"old"
+
+
+def test_a_model_that_cannot_run_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError):
+        export_onnx(nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS)  # it has 5 logits
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_are_made_and_an_old_file_is_replaced(tmp_path):
+    path = tmp_path / "deep" / "er" / "model.onnx"
+    first = export(small(), path)
+    second = export(small(quant_layers=["fc"]), path)
+    assert first.count("QuantizeLinear") > second.count("QuantizeLinear") == 2
+    assert sorted(path.parent.iterdir()) == [path, path.with_name("model_fp16.onnx")]
+
+
+# FP16
+
+
+def test_fp16_graph_computes_in_fp16_and_quantizes_as_before(exported):
+    """Opset 19 takes FP16 scales; what goes in and comes out keeps its type."""
+    path = exported.path.with_name("model_fp16.onnx")
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    half = Graph(path)
+    assert [opset.version for opset in half.proto.opset_import] == [19]
+    kinds = [node.op_type for node in half.nodes]
+    assert kinds == [*(node.op_type for node in exported.graph.nodes), "Cast"]
+    assert not any(tensor.dtype == np.float32 for tensor in half.constants.values())
+    assert half.constants.keys() == exported.graph.constants.keys()
+    for name, tensor in exported.graph.constants.items():
+        if tensor.dtype == np.float32:
+            np.testing.assert_allclose(half.constants[name], tensor, rtol=2**-10, atol=6e-8, err_msg=name)
+    ends = [value.type.tensor_type.elem_type for value in (*half.proto.graph.input, *half.proto.graph.output)]
+    assert ends == [TensorProto.UINT8, TensorProto.FLOAT]
+
+
+def test_fp16_graph_of_a_trained_network_agrees_with_fp32(float_checkpoint, digits, tmp_path):
+    """Only the float one: ONNX Runtime 1.23 truncates where an FP16 QuantizeLinear shall round."""
+    content = ckpt.load(float_checkpoint)
+    model = infer.build_float(content)
+    model.load_state_dict(content["state"])
+    export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats_of(content))
+    full, half = (run(OnnxRuntimeNetwork(tmp_path / name), digits.test_images) for name in ("fp32.onnx", "fp16.onnx"))
+    assert half.dtype == np.float32
+    assert 100 * (full.argmax(1) == half.argmax(1)).mean() >= 99.5
+    assert np.abs(full - half).max() > 0
+
+
+def test_weights_of_the_fp16_graph_have_the_same_codes(exported):
+    half = Graph(exported.path.with_name("model_fp16.onnx"))
+    for node in half.nodes:
+        if node.op_type == "QuantizeLinear" and node.input[0] in half.constants:
+            codes = []
+            for constants in (half.constants, exported.graph.constants):
+                weight, scale = (constants[name].astype(np.float64) for name in node.input[:2])
+                codes.append(np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))))
+            assert np.array_equal(*codes), node.name
+
+
+def test_a_scale_too_small_for_fp16_stays_above_zero(tmp_path):
+    model = small()
+    model.conv1.weight_quantizer.amax[2] = 1e-9
+    export(model, tmp_path / "model.onnx")
+    half = Graph(tmp_path / "model_fp16.onnx")
+    scales = [half.constants[node.input[1]] for node in half.nodes if node.op_type == "QuantizeLinear"]
+    assert all((scale > 0).all() and scale.dtype == np.float16 for scale in scales)
+
+
+# merging, on graphs made by hand
+
+
+def constant(name, value):
+    return numpy_helper.from_array(np.asarray(value), name)
+
+
+CONSTANTS = {
+    "scale": np.float32(0.5),
+    "other_scale": np.float32(0.25),
+    "zero": np.int8(0),
+    "one": np.int8(1),
+}
+
+
+def merged(lines, outputs=("logits",)):
+    """Merge a graph of lines "output = Op input input"; returns the lines that are left, and the graph."""
+    nodes = []
+    for line in lines:
+        output, _, operation = line.partition(" = ")
+        kind, *inputs = operation.split()
+        nodes.append(helper.make_node(kind, inputs, [output]))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y", *outputs)]
+    constants = [constant(name, value) for name, value in CONSTANTS.items()]
+    graph = helper.make_graph(nodes, "test", values[:2], values[2:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    before = evaluate(model, outputs)
+    merge_shared_quantizers(model)
+    onnx.checker.check_model(model, full_check=True)
+    for old, new in zip(before, evaluate(model, outputs), strict=True):
+        assert np.array_equal(old, new)
+    return [f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in model.graph.node]
+
+
+def evaluate(model, outputs):
+    feeds = {"x": np.linspace(-3, 3, 11, dtype=np.float32), "y": np.linspace(5, -70, 11, dtype=np.float32)}
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(list(outputs), feeds)
+
+
+def pair(name, source, scale="scale", zero="zero"):
+    return [f"{name}_q = QuantizeLinear {source} {scale} {zero}", f"{name} = DequantizeLinear {name}_q {scale} {zero}"]
+
+
+def test_equal_pairs_on_one_tensor_become_one():
+    assert merged([*pair("a", "x"), *pair("b", "x"), "logits = Add a b"]) == [*pair("a", "x"), "logits = Add a a"]
+
+
+def test_three_equal_pairs_become_one():
+    lines = [*pair("a", "x"), *pair("b", "x"), *pair("c", "x"), "ab = Mul a b", "logits = Sub ab c"]
+    assert merged(lines) == [*pair("a", "x"), "ab = Mul a a", "logits = Sub ab a"]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [pair("b", "y"), pair("b", "x", scale="other_scale"), pair("b", "x", zero="one")],
+    ids=["tensor", "scale", "zero point"],
+)
+def test_pairs_that_differ_stay(second):
+    lines = [*pair("a", "x"), *second, "logits = Add a b"]
+    assert merged(lines) == lines
+
+
+def test_one_rounding_read_in_two_scales_is_rounded_once():
+    lines = ["a_q = QuantizeLinear x scale zero", "a = DequantizeLinear a_q scale zero", "b_q = QuantizeLinear x scale zero"]
+    lines += ["b = DequantizeLinear b_q other_scale zero", "logits = Add a b"]
+    assert merged(lines) == [*lines[:2], "b = DequantizeLinear a_q other_scale zero", lines[4]]
+
+
+def test_copies_of_a_scale_are_seen_through():
+    lines = [
+        "copy = Identity scale",
+        "copy_2 = Identity copy",
+        *pair("a", "x"),
+        *pair("b", "x", "copy"),
+        *pair("c", "y", "copy_2"),
+    ]
+    lines += ["ab = Add a b", "logits = Add ab c"]
+    assert merged(lines) == [*pair("a", "x"), *pair("c", "y"), "ab = Add a a", "logits = Add ab c"]
+
+
+def test_copies_of_a_tensor_are_seen_through():
+    lines = ["x2 = Identity x", *pair("a", "x"), *pair("b", "x2"), "logits = Add a b"]
+    assert merged(lines) == [*pair("a", "x"), "logits = Add a a"]
+
+
+def test_pairs_after_merged_pairs_merge_too():
+    lines = [
+        *pair("a", "x"),
+        *pair("b", "x"),
+        *pair("c", "a", "other_scale"),
+        *pair("d", "b", "other_scale"),
+        "logits = Add c d",
+    ]
+    assert merged(lines) == [*pair("a", "x"), *pair("c", "a", "other_scale"), "logits = Add c c"]
+
+
+def test_a_copy_that_is_the_graphs_output_stays():
+    assert merged([*pair("a", "x"), "logits = Identity a"]) == [*pair("a", "x"), "logits = Identity a"]
+
+
+def test_equal_nodes_of_other_kinds_stay():
+    lines = ["a = Relu x", "b = Relu x", "c = Add a b", "d = Add a b", "logits = Mul c d"]
+    assert merged(lines) == lines
+
+
+def test_graph_without_quantizers_stays():
+    assert merged(["logits = Add x y"]) == ["logits = Add x y"]

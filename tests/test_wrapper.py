@@ -1,0 +1,586 @@
+"""Which layers are swapped, what stays as it was, and the ranges that calibration finds."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+from layers.add import Add
+from layers.quantized import QUANTIZED_FORM
+from layers.quantizers import Quantizer
+from models.resnet import BasicBlock
+from utils.calibrate import PERCENTILE, calibrate, require_calibrated
+from utils.errors import UserError
+from utils.flags import CALIBRATORS
+from utils.swap import audit, is_quantized, quantizable_modules, quantize_modules, select
+
+HISTOGRAMS = tuple(method for method in CALIBRATORS if method != "max")
+BLOCKS = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]
+DOWNSAMPLES = [f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)]
+RESNET18 = [
+    "conv1",
+    *(
+        name
+        for block in BLOCKS
+        for name in (f"{block}.conv1", f"{block}.conv2", f"{block}.downsample.0", f"{block}.add")
+        if not name.endswith("downsample.0") or name in DOWNSAMPLES
+    ),
+    "avgpool",
+    "fc",
+]
+"""Every quantizable layer of a ResNet-18, in order."""
+
+
+def resnet18():
+    torch.manual_seed(0)
+    return models.build("resnet18", 10, "imagenet")
+
+
+class Small(nn.Module):
+    """One of each: an input of 3 channels, a residual block with and one without a shortcut convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.layer1 = BasicBlock(6, 6, 1, None)
+        self.layer2 = BasicBlock(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4)))
+        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn(self.conv(x))))))))
+
+
+def small(seed=0):
+    """With BatchNorm statistics that matter."""
+    torch.manual_seed(seed)
+    model = Small()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def tiny(seed=0):
+    """Three layers with an input range, for the methods that need long for each."""
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.conv, model.bn, model.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+    model.avgpool, model.flatten, model.fc = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)
+    model.bn.running_mean.normal_(0, 0.3)
+    return model
+
+
+def batches(count=3, seed=0, size=12):
+    """Of different sizes and magnitudes, the largest value in the middle one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4 + i, 3, size, size, generator=generator) * (1 + i % 2) for i in range(count)]
+
+
+def ranges(model):
+    return {name: module.amax.clone() for name, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items() if not key.endswith("_amax")}
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+# selection
+
+
+@pytest.mark.parametrize(
+    ("quant_layers", "skip_layers", "expected"),
+    [
+        (["*"], [], RESNET18),
+        (["layer1.*"], [], RESNET18[1:7]),
+        (["fc"], [], ["fc"]),
+        (["*.add"], [], [f"{block}.add" for block in BLOCKS]),
+        (["*conv1"], [], ["conv1", *(f"{block}.conv1" for block in BLOCKS)]),
+        (["*.conv1"], [], [f"{block}.conv1" for block in BLOCKS]),
+        (["layer[23].0.downsample.?"], [], DOWNSAMPLES[:2]),
+        (["fc", "conv1"], [], ["conv1", "fc"]),
+        (["fc", "*"], ["fc"], RESNET18[:-1]),
+        (["*"], ["conv1", "fc"], RESNET18[1:-1]),
+        (["*"], ["*.add", "layer*conv?"], ["conv1", *DOWNSAMPLES, "avgpool", "fc"]),
+        (["layer4.1.*", "avgpool"], ["*.add"], ["layer4.1.conv1", "layer4.1.conv2", "avgpool"]),
+        (["fc"], ["f*"], []),
+    ],
+    ids=str,
+)
+def test_globs_select_layers_in_the_models_order(quant_layers, skip_layers, expected):
+    model = resnet18()
+    before = dict(model.named_modules())
+    assert list(quantizable_modules(model)) == RESNET18
+    assert quantize_modules(model, quant_layers, skip_layers) == expected
+    assert list(quantizable_modules(model)) == RESNET18
+    after = dict(model.named_modules())
+    for name, module in before.items():
+        if name in expected:
+            assert type(after[name]) is QUANTIZED_FORM[type(module)], name
+            assert is_quantized(after[name])
+        else:
+            assert after[name] is module, name
+    new = {name for name in after if name not in before}
+    assert {name.rpartition(".")[0] for name in new} == set(expected)
+    assert {name.rpartition(".")[2] for name in new} <= {"input_quantizer", "weight_quantizer"}
+
+
+def test_everything_is_quantized_by_default():
+    model = resnet18()
+    assert quantize_modules(model) == RESNET18
+    assert all(is_quantized(module) for module in quantizable_modules(model).values())
+    assert not any(type(module) in QUANTIZED_FORM for module in model.modules())
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_no_convolution_matrix_product_or_addition_of_a_model_is_missed(name):
+    layers = quantizable_modules(models.build(name, 10, "cifar")).values()
+    kinds = [type(layer) for layer in layers]
+    additions, convolutions = {"vanilla_cnn": (0, 6), "resnet18": (8, 20), "resnet34": (16, 36), "resnet50": (16, 53)}[name]
+    assert [kinds.count(kind) for kind in (Add, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Linear)] == [additions, convolutions, 1, 1]
+
+
+def test_only_quantizable_layers_can_be_selected():
+    for pattern in ("bn1", "relu", "layer1", "layer1.0", "conv1.input_quantizer", "FC"):
+        with pytest.raises(UserError):
+            select(RESNET18, [pattern], [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("layer1.0.conv3", "layer1.0.conv1"),
+        ("layer1.0.conv3", "layer1.0.conv2"),
+        ("layr1.*", "layer1.*"),
+        ("layer2.0.downsample", "layer2.0.downsample.0"),
+        ("fcc", "fc"),
+        ("avg_pool", "avgpool"),
+        ("conv_1", "conv1"),
+        ("bn1", "conv1"),
+        ("???", "conv1"),  # nothing is near: the first names
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True], ids=["quant_layers", "skip_layers"])
+def test_pattern_without_a_layer_is_one_line_with_near_names(pattern, near, skip):
+    model = resnet18()
+    before = dict(model.named_modules())
+    with pytest.raises(UserError) as error:
+        quantize_modules(model, ["*"] if skip else ["conv1", pattern], [pattern] if skip else [])
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"layer pattern {pattern!r} matches no quantizable layer" in message
+    listed = message.partition("near it: ")[2].split(", ")
+    assert near in listed
+    assert 1 <= len(listed) <= 4
+    assert dict(model.named_modules()) == before
+
+
+def test_quantized_layers_are_not_swapped_again():
+    model = small()
+    quantize_modules(model, ["conv", "layer1.*"])
+    calibrate(model, batches(), "max")
+    before, known = dict(model.named_modules()), ranges(model)
+    quantize_modules(model)
+    after = dict(model.named_modules())
+    assert all(is_quantized(module) for module in quantizable_modules(model).values())
+    assert all(after[name] is before[name] for name in before if is_quantized(before[name]))
+    assert_same(known, {name: ranges(model)[name] for name in known})
+
+
+# what stays
+
+
+def test_parameters_keep_their_names_and_identity():
+    model = resnet18()
+    parameters, buffers, state = dict(model.named_parameters()), dict(model.named_buffers()), model.state_dict()
+    quantize_modules(model, skip_layers=["layer2.*"])
+    assert list(dict(model.named_parameters())) == list(parameters)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(dict(model.named_buffers())[name] is buffer for name, buffer in buffers.items())
+    swapped = [name for name in RESNET18 if not name.startswith("layer2")]
+    expected = {f"{name}.input_quantizer._amax" for name in swapped}
+    expected |= {f"{name}.weight_quantizer._amax" for name in swapped if not name.endswith(("add", "avgpool"))}
+    assert model.state_dict().keys() - state.keys() == expected
+    assert state.keys() <= model.state_dict().keys()
+
+
+def test_with_quantizers_disabled_it_is_the_float_network():
+    model = small().train()
+    quantized = copy.deepcopy(model)
+    quantize_modules(quantized)
+    for module in quantized.modules():
+        if isinstance(module, Quantizer):
+            module.disable()
+    images, labels = torch.randn(8, 3, 12, 12), torch.arange(8) % 5
+    for network in (model, quantized):
+        nn.functional.cross_entropy(network(images), labels).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if name.endswith("weight"))
+    assert_same(gradients, {name: parameter.grad for name, parameter in quantized.named_parameters()})
+    assert_same(snapshot(model), snapshot(quantized))  # BatchNorm statistics
+    assert torch.equal(model.eval()(images), quantized.eval()(images))
+
+
+def test_with_quantizers_enabled_it_is_near_the_float_network_but_not_equal():
+    model = small().eval()
+    quantized = copy.deepcopy(model)
+    quantize_modules(quantized)
+    images = batches()
+    calibrate(quantized, images, "max")
+    expected, result = model(images[0]), quantized(images[0])
+    assert not torch.equal(result, expected)
+    assert (result - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batch_norm_statistics_move_in_quantized_training_unless_frozen(frozen):
+    model = small()
+    quantize_modules(model)
+    calibrate(model, batches(), "max")
+    model.train()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for norm in norms.values():
+        norm.train(not frozen)
+    before = snapshot(model)
+    seen = {}
+    hook = model.bn.register_forward_pre_hook(lambda _, args: seen.update(bn=args[0].detach().clone()))
+    model(batches()[1])
+    hook.remove()
+    after = snapshot(model)
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    statistics = {f"{name}.{key}" for name in norms for key in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved == (set() if frozen else statistics)
+    if not frozen:
+        expected = 0.9 * before["bn.running_mean"] + 0.1 * seen["bn"].mean((0, 2, 3))
+        torch.testing.assert_close(after["bn.running_mean"], expected)
+
+
+# the audit
+
+
+def table(model):
+    """Header, rows and last line of the audit; cells are two or more spaces apart."""
+    *lines, last = audit(model).splitlines()
+    header, *rows = (re.split(r"\s{2,}", line) for line in lines)
+    return header, rows, last
+
+
+def test_audit_lists_every_quantizable_layer():
+    model = resnet18()
+    quantize_modules(model, skip_layers=["conv1", "layer3.*", "fc"])
+    header, rows, last = table(model)
+    assert header == ["layer", "type", "bits", "input range", "weight range"]
+    assert [row[0] for row in rows] == RESNET18
+    assert last == "21 of 30 quantizable layers are quantized"
+    for name, kind, bits, inputs, weights in rows:
+        skipped = name in ("conv1", "fc") or name.startswith("layer3.")
+        assert kind == type(model.get_submodule(name)).__name__
+        assert bits == ("float" if skipped else "8")
+        assert inputs == ("-" if skipped else "not calibrated")
+        assert weights == ("-" if skipped or name.endswith(("add", "avgpool")) else "not calibrated")
+
+
+def test_audit_shows_granularity_and_calibrated_ranges():
+    model = small()
+    quantize_modules(model, skip_layers=["layer1.conv2"])
+    calibrate(model, batches(), "max")
+    _, rows, last = table(model)
+    assert last == "9 of 10 quantizable layers are quantized"
+    found = ranges(model)
+    for name, _, bits, inputs, weights in rows:
+        if name == "layer1.conv2":
+            assert (bits, inputs, weights) == ("float", "-", "-")
+            continue
+        assert inputs.endswith(" per tensor")
+        assert float(inputs.split()[0]) == pytest.approx(float(found[f"{name}.input_quantizer"]), rel=1e-3)
+        if name.endswith(("add", "avgpool")):
+            assert weights == "-"
+            continue
+        amax = found[f"{name}.weight_quantizer"]
+        low, high, count = re.fullmatch(r"(\S+)\.\.(\S+) per channel \((\d+)\)", weights).groups()
+        assert int(count) == len(amax)
+        assert (float(low), float(high)) == pytest.approx((float(amax.min()), float(amax.max())), rel=1e-2)
+
+
+def test_audit_of_a_float_network_counts_none():
+    _, rows, last = table(small())
+    assert {row[2] for row in rows} == {"float"}
+    assert last == "0 of 10 quantizable layers are quantized"
+
+
+# calibration
+
+
+@torch.no_grad()
+def magnitudes(model, images):
+    """Layer -> |what it would quantize|, of all images, in the float network in evaluation mode."""
+    model = copy.deepcopy(model).eval()
+    seen = {name: [] for name in quantizable_modules(model)}
+    for name, parts in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, parts=parts: parts.append(args[-1].abs().flatten().clone())
+        )
+    for batch in images:
+        model(batch)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def check_weight_ranges(model, found):
+    for name, layer in quantizable_modules(model).items():
+        if hasattr(layer, "weight"):
+            expected = torch.stack([channel.abs().max() for channel in layer.weight.detach()])
+            assert torch.equal(found[f"{name}.weight_quantizer"], expected), name
+
+
+@pytest.mark.parametrize("build", [small, resnet18])
+def test_max_is_the_largest_magnitude_that_the_layer_saw(build):
+    model, images = build(), batches(size=12)
+    expected = magnitudes(model, images)
+    quantize_modules(model)
+    calibrate(model, iter(images), "max")
+    found = ranges(model)
+    assert {name for name in found if name.endswith("input_quantizer")} == {f"{name}.input_quantizer" for name in expected}
+    for name, values in expected.items():
+        assert found[f"{name}.input_quantizer"] == values.max(), name
+    check_weight_ranges(model, found)
+
+
+@pytest.mark.parametrize("method", HISTOGRAMS)
+def test_histogram_ranges_are_positive_and_at_most_the_maximum(method):
+    model, images = tiny(), batches()
+    largest = {name: values.max() for name, values in magnitudes(model, images).items()}
+    quantize_modules(model)
+    calibrate(model, images, method)
+    found = ranges(model)
+    check_weight_ranges(model, found)
+    for name, value in largest.items():
+        assert found[f"{name}.input_quantizer"].shape == ()
+        assert 0 < found[f"{name}.input_quantizer"] <= value, name
+
+
+def test_percentile_is_numpys_within_one_bin():
+    model, images = small(), batches(count=5, size=24)
+    values = magnitudes(model, images)
+    quantize_modules(model)
+    calibrate(model, images, "percentile")
+    assert PERCENTILE == 99.99
+    for name, value in ranges(model).items():
+        layer = name.rpartition(".")[0]
+        if name.endswith("input_quantizer") and len(values[layer]) > 2000:
+            expected = np.percentile(values[layer].numpy(), PERCENTILE, method="inverted_cdf")
+            assert abs(float(value) - expected) <= 1.01 * float(values[layer].max()) / 2048, name
+
+
+class OneLayer(nn.Module):
+    """Its only range is that of the values passed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def range_of(parts, method):
+    """The range found for a layer that sees these values, given batch by batch."""
+    model = OneLayer()
+    quantize_modules(model)
+    calibrate(model, [torch.as_tensor(part).reshape(1, 1, 1, -1) for part in parts], method)
+    return float(model.conv.input_quantizer.amax)
+
+
+def squared_error(counts, centres, amax):
+    """Of rounding a histogram's bin centres with this range."""
+    scale = amax / 127
+    return float((counts * (np.clip(np.rint(centres / scale), -127, 127) * scale - centres) ** 2).sum())
+
+
+@pytest.mark.parametrize("outlier", [1.0, 3.0, 6.0, 20.0])
+def test_mse_is_the_best_range_by_brute_force(outlier):
+    values = np.abs(np.random.default_rng(0).normal(0, 0.2, 4000)).astype(np.float32).clip(0, 0.999)
+    values[0] = outlier  # the larger, the more is worth clipping
+    counts, edges = np.histogram(values, bins=2048, range=(0, values.max()))
+    centres = (edges[1:] + edges[:-1]) / 2
+    errors = {amax: squared_error(counts, centres, amax) for amax in centres[128:]}
+    best = min(errors, key=errors.get)
+    found = range_of([values], "mse")
+    assert squared_error(counts, centres, found) <= 1.001 * errors[best]
+    assert abs(found - best) <= 0.01 * best
+    if outlier == 1.0:
+        assert found > 0.5
+    if outlier == 20.0:
+        assert found > 10  # one value of 20 weighs more than fine steps for all others
+
+
+def test_mse_clips_an_outlier_when_many_values_gain_from_it():
+    values = np.full(100_001, 0.9, dtype=np.float32)
+    values[:50_000] = 0.4567
+    values[-1] = 1.5
+    counts, edges = np.histogram(values, bins=2048, range=(0, 1.5))
+    centres = (edges[1:] + edges[:-1]) / 2
+    errors = {amax: squared_error(counts, centres, amax) for amax in centres[128:]}
+    best = min(errors, key=errors.get)
+    assert best < 1.49
+    assert range_of([values], "mse") == pytest.approx(best, rel=1e-5)
+
+
+def test_every_method_has_its_own_opinion_of_a_long_tail():
+    values = (np.random.default_rng(0).exponential(1, 50_000) ** 1.5).astype(np.float32)
+    found = {method: range_of([values], method) for method in CALIBRATORS}
+    assert found.pop("max") == values.max()
+    assert all(0.3 * values.max() < value < 0.9 * values.max() for value in found.values())
+    assert len(set(found.values())) == len(HISTOGRAMS)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_weights_and_statistics_stay(method):
+    model = tiny()
+    quantize_modules(model)
+    before = snapshot(model)
+    calibrate(model, batches(1), method)
+    assert_same(before, snapshot(model))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_mode_is_restored_and_does_not_matter(training, method):
+    found = []
+    for mode in (training, False):
+        model = small()
+        quantize_modules(model)
+        model.train(mode)
+        calibrate(model, batches(), method)
+        assert all(module.training is mode for module in model.modules())
+        found.append(ranges(model))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_calibrating_twice_finds_the_same_ranges(method):
+    model = tiny()
+    quantize_modules(model)
+    calibrate(model, batches(1), method)
+    first = ranges(model)
+    quantized = model.eval()(batches(1)[0])
+    calibrate(model, batches(1), method)
+    assert_same(first, ranges(model))
+    assert torch.equal(model(batches(1)[0]), quantized)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_another_calibration_forgets_the_first(method):
+    model, fresh = tiny(), tiny()
+    for network in (model, fresh):
+        quantize_modules(network)
+    calibrate(model, [100 * batch for batch in batches(1)], "max")
+    calibrate(model, batches(1, seed=1), method)
+    calibrate(fresh, batches(1, seed=1), method)
+    assert_same(ranges(fresh), ranges(model))
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_calibrated_network_quantizes_and_collects_no_more(method):
+    model = tiny().eval()
+    quantize_modules(model)
+    calibrate(model, batches(1), method)
+    before = ranges(model)
+    x = 50 * batches(1)[0]
+    seen = {}
+    model.conv.input_quantizer.register_forward_hook(lambda _, args, output: seen.update(output=output))
+    model(x)
+    assert_same(before, ranges(model))
+    scale = before["conv.input_quantizer"] / 127
+    assert torch.equal(seen["output"], torch.fake_quantize_per_tensor_affine(x, scale, torch.tensor(0).int(), -128, 127))
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_skipped_layers_have_no_range_and_stay_float(method):
+    model = tiny()
+    quantize_modules(model, skip_layers=["avgpool", "fc"])
+    calibrate(model, batches(1), method)
+    assert not [name for name in ranges(model) if name.startswith(("avgpool.", "fc."))]
+    require_calibrated(model)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_layer_that_sees_only_zeros_gets_a_tiny_range(method):
+    assert 0 < range_of([torch.zeros(100), torch.zeros(100)], method) < 1e-6
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_first_batch_of_zeros_does_not_matter(method):
+    assert 0 < range_of([torch.zeros(100), torch.linspace(0, 2, 1000)], method) <= 2
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_any_growth_of_the_largest_value_is_taken(method):
+    first, second = 4.458950996398926, 6.568679275456816
+    found = range_of([torch.linspace(0, first, 1000), torch.linspace(0, second, 1000)], method)
+    assert 0 < found <= np.float32(second)
+    assert found > 0.8 * second  # the values lie evenly: nothing to clip
+
+
+# calibration that cannot work
+
+
+def calibration_error(model, images, method):
+    quantize_modules(model)
+    with pytest.raises(UserError) as error:
+        calibrate(model, images, method)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["image", "last image", "weight", "activation"])
+def test_values_that_are_not_finite_are_one_line(method, broken, where):
+    model, images = small(), batches(2, size=6)
+    if where == "weight":
+        model.layer1.conv2.weight.data[0, 0, 0, 0] = broken
+    elif where == "activation":
+        model.bn.bias.data[0] = broken
+    else:
+        images[0 if where == "image" else -1][0, 0, 0, 0] = broken
+    message = calibration_error(model, images, method)
+    assert "finite" in message
+    assert {"weight": "_quantizer", "activation": "layer1.conv1.input_quantizer"}.get(where, "conv.input_quantizer") in message
+    if where.endswith("image"):
+        assert "layer" not in message
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_layer_that_never_ran_is_named(method):
+    model = small()
+    model.layer1.unused = nn.Linear(2, 2)
+    message = calibration_error(model, batches(1, size=4), method)
+    assert "calibration of layer1.unused.input_quantizer found no finite value" in message
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
+def test_no_images_are_one_line(method):
+    assert "calibration of conv.input_quantizer found no finite value" in calibration_error(small(), [], method)
+
+
+def test_ranges_that_are_missing_are_counted_and_the_first_is_named():
+    model = small()
+    quantize_modules(model)
+    with pytest.raises(UserError, match=r"^17 ranges are not calibrated, the first is conv\.input_quantizer$"):
+        require_calibrated(model)
+    calibrate(model, batches(), "max")
+    require_calibrated(model)
+    model.layer2.conv1.weight_quantizer.amax[1] = torch.nan
+    with pytest.raises(UserError, match=r"^1 ranges are not calibrated, the first is layer2\.conv1\.weight_quantizer$"):
+        require_calibrated(model)
+    require_calibrated(small())  # a float network has none
