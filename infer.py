@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--opt_level", type=int, choices=range(6), default=3, help="of TensorRT's builder (default: %(default)s)")
     add("--audit", action="store_true", help="list the engines' layers; fail if one meant for INT8 runs in another type")
     add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help="time torch.compile in FP16 at these batch sizes")
-    add("--export_only", action="store_true", help="stop after the export: evaluate it elsewhere with --onnx")
+    add("--export_only", action="store_true", help="evaluate the export elsewhere, with --onnx; here only PyTorch")
     add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=Path, metavar="FILE", help="plot accuracy against throughput as PNG")
     return parser
@@ -324,19 +324,23 @@ def evaluate_exported(
         if args.audit and network.layers:
             print(f"{precision} engine\n" + "\n".join(map(str, network.layers)))
             complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]
+    return make_record(manifest, rows, args), complaints
+
+
+def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argparse.Namespace) -> records.Record:
+    """A record of the PyTorch rows that an export holds, and of `rows`."""
     environment, torch_rows = records.merge_environment(manifest["environment"], manifest["rows"])
-    record = {
+    return {
         "kind": "inference",
         "model": manifest["model"],
         "stem": manifest["stem"],
-        "dataset": info["dataset"],
+        "dataset": manifest["data"]["dataset"],
         "seed": manifest["seed"],
         "flags": {key: str(value) for key, value in vars(args).items() if value},
         "commit": records.commit(),
         "environment": environment,
         "rows": torch_rows + rows,
     }
-    return record, complaints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -350,9 +354,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if folder is None:
         folder, data = export_checkpoint(args, wanted)
         print(f"exported to {folder}")
-        if args.export_only:
-            return
-    record, complaints = evaluate_exported(folder, data, wanted, args)
+    if args.export_only:
+        record, complaints = make_record(read_export(folder)[0], [], args), []
+    else:
+        record, complaints = evaluate_exported(folder, data, wanted, args)
     print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
     print(records.text_table(record["rows"]))
     if args.record:

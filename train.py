@@ -139,6 +139,15 @@ class Run:
         if best:
             link(path, self.folder / "ckpt_best")
 
+    def tidy(self) -> None:
+        """Do what a killed process left undone: remove its partial files, and let `ckpt_best` be the last if that is best."""
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink()
+        last_pct = self.history[-1]["held_out_accuracy_pct"] if self.history else self.best_accuracy_pct
+        path = self.folder / f"ckpt_{self.epoch}"
+        if last_pct == self.best_accuracy_pct and path.exists():
+            link(path, self.folder / "ckpt_best")
+
 
 def train_epoch(step: Step, batches: Batches, rates: Sequence[float], bar: tqdm) -> tuple[float, float]:
     """One epoch in place, at one learning rate for each batch; mean loss and accuracy in percent on augmented images."""
@@ -272,6 +281,8 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
     if args.resume:
         run.optimizer.load_state_dict(start["optimizer"])
         run.epoch, run.best_accuracy_pct, run.history = start["epoch"], start["best_accuracy_pct"], start["history"]
+        if ranks.rank == 0:
+            run.tidy()
     elif args.quantize and ranks.rank == 0:
         run.save(accuracy_pct(model, batches(*held_out)))  # ckpt_0: calibrated, not yet fine-tuned
     share = (ranks.rank, ranks.count)

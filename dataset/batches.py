@@ -75,6 +75,7 @@ class Batches:
         rows, columns = (torch.arange(size, device=device) for size in (height, width))
         if self.natural:
             mirrored = torch.rand(count, 1, device=device) < 0.5
+            side = round(HOLE * width)
             row, column = (torch.randint(0, size, (count, 1), device=device) for size in (height, width))
         padded = F.pad(self.images, [SHIFT] * 4).permute(0, 2, 3, 1).contiguous()  # -> (N, H + 8, W + 8, 3)
         rank, ranks = self.share
@@ -87,6 +88,6 @@ class Batches:
             images = padded[order[part, None, None], from_rows[:, :, None], from_columns[:, None, :]]  # (B, H, W, 3)
             images = images.permute(0, 3, 1, 2) * self.scale - self.offset  # (B, 3, H, W)
             if self.natural:
-                hit = [2 * (at - centre[part]).abs() < HOLE * width for at, centre in ((rows, row), (columns, column))]
+                hit = [(2 * (at - centre[part]) + 1 - side % 2).abs() < side for at, centre in ((rows, row), (columns, column))]
                 images = images.masked_fill((hit[0][:, :, None] & hit[1][:, None, :])[:, None], 0.0)
             yield images, self.labels[order[part]]

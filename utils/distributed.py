@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -83,12 +84,14 @@ class RankedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
-        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = all_reduce(moments) / dist.get_world_size()
-        variance = square - mean.square()
+        x32, ranks = x.float(), dist.get_world_size()
+        own = torch.stack(torch.var_mean(x32, (0, 2, 3), correction=0))  # (2, C)
+        before = dist.get_rank()
+        variances, means = all_reduce(F.pad(own[None], (0, 0, 0, 0, before, ranks - 1 - before))).unbind(1)  # (ranks, C)
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)  # the square's mean less the mean's square could be negative
         with torch.no_grad():
-            count = x.numel() // len(mean) * dist.get_world_size()
+            count = x.numel() // len(mean) * ranks
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)

@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from layers.fold import to_inference
+from utils.calibrate import require_calibrated
 from utils.files import atomic_path
 from utils.torch_network import FromImages
 
@@ -31,9 +32,11 @@ def export_onnx(model: nn.Module, path: Path, image_size: tuple[int, int], mean:
     becomes a QuantizeLinear / DequantizeLinear pair with a constant scale and zero point 0.
 
     Raises:
+        UserError: a range was never calibrated.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
+    require_calibrated(model)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, its successor cannot export fake quantization

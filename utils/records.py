@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -99,12 +100,12 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The project's git commit, with "-dirty" if files differ from it; None outside a checkout."""
+    """The project's git commit, with "-dirty" if files differ from it; outside a checkout what $GIT_COMMIT says, or None."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
 
 
 def write(path: Path, record: Record) -> None:
