@@ -72,6 +72,14 @@ def test_singular_values_become_about_one(shape, scale):
     assert 0.6 <= aligned.min() <= aligned.max() <= 1.3
 
 
+def test_five_iterations_are_enough_for_a_direction_two_hundred_times_weaker_than_another():
+    left, right = (torch.linalg.qr(k.flatten(1)).Q for k in kernels([(32, 32, 1, 1), (288, 32, 1, 1)]))
+    kernel = (left @ torch.diag(torch.logspace(0, -2.3, 32)) @ right.T).reshape(32, 32, 3, 3)
+    values = torch.linalg.svdvals(orthogonalised([kernel])[0].flatten(1))
+    assert 0.6 <= values.min() <= values.max() <= 1.3
+    assert torch.linalg.svdvals(orthogonalised([kernel], iterations=4)[0].flatten(1)).min() < 0.6
+
+
 def test_kernels_of_a_shape_go_together_and_equal_each_alone():
     shapes = [WIDE_AND_TALL[i] for i in (0, 2, 0, 3, 2, 0)]
     given = kernels(shapes)
