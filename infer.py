@@ -11,7 +11,7 @@ second, which the first ends with, evaluates exported files and imports no torch
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import copy
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from dataset.batches import Batches
 
-FILES = {"FP32": "fp32.onnx", "INT8-PTC": "int8_ptc.onnx", "INT8-QAT": "int8_qat.onnx"}
-"""Precision -> its file in an export folder."""
-FAKE = {"FP32": "FP32", "INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
+EXPORTED = ("FP32", "INT8-PTC", "INT8-QAT")
+"""Precisions that an export has a graph of; each also comes in FP16 where it is not INT8."""
+FAKE = {"INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
-MANIFEST_KEYS = ("model", "stem", "data", "seed", "files", "environment", "rows")
+MANIFEST_KEYS = ("model", "stem", "data", "seed", "calib_images", "int8_nodes", "environment", "rows")
 BATCH_SIZES = (1, 128)
 
 
@@ -47,6 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--onnx", type=Path, metavar="DIR", help="evaluate files exported earlier; needs no torch")
     add("--onnx_dir", type=Path, metavar="DIR", help="where to export to (default: <checkpoint>_onnx)")
     add("--batch_size", type=int, nargs="+", default=BATCH_SIZES, help="of the latencies (default: 1 128)")
+    add("--remainder", choices=("fp16", "fp32"), default="fp16", help="what TensorRT computes the unquantized layers in")
+    add("--workspace_gb", type=float, default=4.0, help="TensorRT's limit of scratch memory (default: %(default)s)")
+    add("--opt_level", type=int, choices=range(6), default=3, help="of TensorRT's builder (default: %(default)s)")
+    add("--audit", action="store_true", help="list the engines' layers; fail if one meant for INT8 runs in another type")
+    add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help="time torch.compile in FP16 at these batch sizes")
+    add("--export_only", action="store_true", help="evaluate the export elsewhere, with --onnx; here only PyTorch")
     add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=Path, metavar="FILE", help="plot accuracy against throughput as PNG")
     return parser
@@ -87,7 +93,10 @@ def wanted_precisions(args: argparse.Namespace) -> list[str]:
     """The precisions that the flags name, FP32 always as the reference; without such flags, all that are exported."""
     flags_on = {"FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
     named = [precision for precision, on in flags_on.items() if on]
-    return ["FP32", *named] if named else list(FILES)
+    wanted = ["FP32", *(named or flags_on)]
+    if args.ptc_mode == "implicit" and "INT8-PTC" in wanted:
+        wanted.insert(wanted.index("INT8-PTC") + 1, "INT8-PTC-IMPLICIT")
+    return wanted
 
 
 def restore(
@@ -129,7 +138,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
 
     from dataset.batches import Batches
     from utils import checkpoint as ckpt
-    from utils.export import export_onnx
+    from utils.export import export_onnx, int8_nodes
 
     checkpoint = ckpt.load(args.load_ckpt)
     if "model" not in checkpoint:
@@ -144,8 +153,9 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     networks = restore(checkpoint, wanted, args, train)
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
     for precision, network in networks.items():
-        export_onnx(network, folder / FILES[precision], (3, *data.train_images.shape[1:3]))
-    rows, predictions = evaluate_torch(networks, data, info, args.batch_size, device)
+        path = folder / graph_file(precision)
+        export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
+    rows, predictions = evaluate_torch(networks, data, info, args, device)
     with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
         np.savez(file, **predictions)
     manifest = {
@@ -153,12 +163,18 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
         "stem": model["stem"],
         "data": info,
         "seed": checkpoint["seed"],
-        "files": {precision: FILES[precision] for precision in networks},
+        "calib_images": quantization_config(args, checkpoint["quantization"])["calib_images"],
+        "int8_nodes": {precision: int8_nodes(folder / graph_file(precision)) for precision in networks},
         "environment": records.environment(),
         "rows": rows,
     }
     records.write(folder / MANIFEST, manifest)
     return folder, data
+
+
+def graph_file(precision: str) -> str:
+    """The file that ONNX Runtime reads for a precision; `utils.tensorrt_engine.graph_name` says it for TensorRT."""
+    return f"{precision.lower().replace('-', '_')}.onnx"
 
 
 def load_data(args: argparse.Namespace, info: dict[str, Any]) -> dataset.ImageData:
@@ -178,110 +194,147 @@ def evaluate_torch(
     networks: dict[str, nn.Module],
     data: dataset.ImageData,
     info: dict[str, Any],
-    batch_sizes: Sequence[int],
+    args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[list[records.Row], dict[str, np.ndarray]]:
-    """Rows and test predictions of the PyTorch networks. Fake quantization computes in float, so it gets no latency."""
-    from utils.torch_network import TorchNetwork
+    """Rows and test predictions of the PyTorch networks. Fake quantization computes in float, so it gets no latency.
 
-    runners = {precision: TorchNetwork(network, device) for precision, network in networks.items()}
-    predictions = {FAKE[p]: predict(runner, data, info, f"pytorch {FAKE[p]}") for p, runner in runners.items()}
-    rows = []
-    for precision, runner in runners.items():
-        shared = accuracies(FAKE[precision], predictions, data.test_labels)
-        timed = latency_columns(runner, data, info, batch_sizes) if precision == "FP32" else [{}]
-        rows += [records.make_row("pytorch", FAKE[precision], **shared, **columns) for columns in timed]
+    With --torch_compile, also FP16 rows of PyTorch itself, eager and compiled, to compare engines with.
+    """
+    from utils.torch_network import FromImages, TorchNetwork
+
+    if args.torch_compile and device.type != "cuda":
+        raise UserError("--torch_compile compares GPU times, and there is no GPU here: drop it")
+    runs = [("pytorch", precision, args.batch_size if precision == "FP32" else ()) for precision in networks]
+    runs += [(name, "FP16", args.torch_compile) for name in ("pytorch", "torch.compile") if args.torch_compile]
+    rows, predictions = [], {}
+    for name, precision, batch_sizes in runs:
+        model = FromImages(copy.deepcopy(networks["FP32" if precision == "FP16" else precision]), info["mean"], info["std"])
+        network, key = (
+            TorchNetwork(model.half() if precision == "FP16" else model, device, name),
+            FAKE.get(precision, precision),
+        )
+        batch_size = max(batch_sizes, default=measure.EVALUATION_BATCH)
+        predictions[key] = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
+        shared = accuracies(predictions[key], predictions["FP32"], data.test_labels)
+        timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
+        rows += [records.make_row(name, key, **shared, **columns) for columns in timed]
     return rows, predictions
 
 
-def predict(network: measure.Network, data: dataset.ImageData, info: dict[str, Any], what: str) -> np.ndarray:
-    return measure.predict(network, data.test_images, normaliser(info), what)
-
-
-def normaliser(info: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
-    return partial(dataset.normalise, mean=info["mean"], std=info["std"])
-
-
-def accuracies(key: str, predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, its difference from FP32's and the agreement with FP32's predictions, all in percent."""
-    accuracy_pct, reference_pct = (measure.percent_equal(predictions[k], labels) for k in (key, "FP32"))
-    agreement_pct = measure.percent_equal(predictions[key], predictions["FP32"])
+def accuracies(predicted: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, its difference from the FP32 reference's and the agreement with the reference, all in percent."""
+    accuracy_pct, reference_pct = (measure.percent_equal(classes, labels) for classes in (predicted, reference))
+    agreement_pct = measure.percent_equal(predicted, reference)
     return {"accuracy_pct": accuracy_pct, "delta_pct": accuracy_pct - reference_pct, "agreement_pct": agreement_pct}
 
 
-def latency_columns(
-    network: measure.Network, data: dataset.ImageData, info: dict[str, Any], batch_sizes: Sequence[int]
-) -> list[dict[str, Any]]:
+def latency_columns(network: measure.Network, images: np.ndarray, batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Latency percentiles at each batch size, over test images."""
     columns = []
     for batch_size in batch_sizes:
-        batch = normaliser(info)(np.resize(data.test_images, (batch_size, *data.test_images.shape[1:])))
-        p50, p99 = np.percentile(measure.latencies_ms(network, batch), (50, 99))
+        p50, p99 = np.percentile(network.latencies_ms(np.resize(images, (batch_size, *images.shape[1:]))), (50, 99))
         columns.append({"batch_size": batch_size, "p50": float(p50), "p99": float(p99)})
     return columns
 
 
-def tensorrt_missing() -> str:
-    """Why no TensorRT engine can be built here, and how to get there."""
-    for package in ("tensorrt", "pycuda"):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package {package} is missing (on a GPU machine: pip install -r requirements-gpu.txt)"
-    return "this version of the project does not build engines yet"
-
-
-def choose_backend(name: str) -> Callable[[Path], measure.Network]:
-    """The back end's class. "auto" is ONNX Runtime where TensorRT is missing, and says why.
+def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarray) -> Callable[[str], measure.Network]:
+    """A function from a precision to its network. "auto" is ONNX Runtime where TensorRT cannot run, and says why.
 
     Raises:
         UserError: TensorRT is asked for by name and cannot run here.
     """
+    if args.backend != "onnxruntime":
+        from utils.tensorrt_engine import EngineOptions, TensorRTNetwork, require_gpu
+
+        sizes = tuple(sorted(set(args.batch_size)))
+        try:
+            require_gpu()
+        except UserError as error:
+            if args.backend == "tensorrt" or args.ptc_mode == "implicit":
+                raise UserError(f"--backend tensorrt: {error}") from None
+            print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
+        else:
+            options = partial(
+                EngineOptions,
+                batch_sizes=sizes,
+                remainder=args.remainder,
+                workspace_gb=args.workspace_gb,
+                level=args.opt_level,
+            )
+            return lambda precision: TensorRTNetwork(folder, options(precision), calibration)
     from utils.onnx_runtime import OnnxRuntimeNetwork
 
-    if name != "onnxruntime":
-        reason = tensorrt_missing()
-        if name == "tensorrt":
-            raise UserError(f"--backend tensorrt: {reason}")
-        print(f"TensorRT is not used: {reason}. ONNX Runtime runs the networks on the CPU.")
-    return OnnxRuntimeNetwork
+    return lambda precision: OnnxRuntimeNetwork(folder / graph_file(precision))
+
+
+def read_export(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Manifest of an export, and the FP32 network's predictions of the test images.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        return {key: content[key] for key in MANIFEST_KEYS}, np.load(folder / PREDICTIONS)["FP32"]
+    except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} is no complete export ({what}); make one with infer.py --load_ckpt") from None
+
+
+def evaluate_network(
+    network: measure.Network, precision: str, data: dataset.ImageData, reference: np.ndarray, batch_sizes: Sequence[int]
+) -> list[records.Row]:
+    """A row for each batch size with the network's own time; on a GPU also one with the time from host to host."""
+    batch_size = max(batch_sizes) if network.layers else measure.EVALUATION_BATCH
+    predicted = measure.predict(network, data.test_images, batch_size, f"{network.name} {precision}")
+    shared = accuracies(predicted, reference, data.test_labels)
+    shared["file_mb"] = network.path.stat().st_size / 1e6
+    if network.layers:
+        shared["layers"], shared["int8_layers"] = len(network.layers), sum(x.precision == "INT8" for x in network.layers)
+    timed = latency_columns(network, data.test_images, batch_sizes)
+    rows = [records.make_row(network.name, precision, **shared, **columns) for columns in timed]
+    if network.layers:
+        rows.append(records.make_row(f"{network.name} end-to-end", precision, **shared, batch_size=batch_size))
+        rows[-1]["throughput_img_s"] = measure.end_to_end_img_s(network, data.test_images, batch_size)
+    return rows
 
 
 def evaluate_exported(
     folder: Path, data: dataset.ImageData | None, wanted: Sequence[str], args: argparse.Namespace
-) -> records.Record:
-    """Evaluate exported files on a back end; the record starts with the PyTorch rows of the export."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text())
-        manifest = {key: content[key] for key in MANIFEST_KEYS}
-        reference = np.load(folder / PREDICTIONS)["FP32"]
-    except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder} is no complete export ({what}); make one with infer.py --load_ckpt") from None
+) -> tuple[records.Record, list[str]]:
+    """Evaluate exported files on a back end: the record, which starts with the PyTorch rows of the export, and complaints."""
+    manifest, reference = read_export(folder)
     flags.agreed("--m", args.model, manifest["model"])
     info = manifest["data"]
     data = data or load_data(args, info)
     if reference.shape != data.test_labels.shape:
         counts = f"{reference.size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
         raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
-    backend = choose_backend(args.backend)
-    rows = []
+    chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
+    backend = choose_backend(folder, args, data.train_images[chosen[: manifest["calib_images"]]])
+    rows, complaints = [], []
     for precision in wanted:
-        if precision not in manifest["files"]:
+        source = precision if precision in FAKE else "FP32"
+        if source not in manifest["int8_nodes"]:
             print(f"{precision}: not in this export, no row")
             continue
-        path = folder / manifest["files"][precision]
-        network = backend(path)
-        predictions = {"FP32": reference}
-        predictions[FAKE[precision]] = predict(network, data, info, f"{network.name} {precision}")
-        shared = accuracies(FAKE[precision], predictions, data.test_labels)
-        shared["file_mb"] = path.stat().st_size / 1e6
-        timed = latency_columns(network, data, info, args.batch_size)
-        rows += [records.make_row(network.name, precision, **shared, **columns) for columns in timed]
+        network = backend(precision)
+        rows += evaluate_network(network, precision, data, reference, args.batch_size)
+        if args.audit and network.layers:
+            print(f"{precision} engine\n" + "\n".join(map(str, network.layers)))
+            complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]
+    return make_record(manifest, rows, args), complaints
+
+
+def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argparse.Namespace) -> records.Record:
+    """A record of the PyTorch rows that an export holds, and of `rows`."""
     environment, torch_rows = records.merge_environment(manifest["environment"], manifest["rows"])
     return {
         "kind": "inference",
         "model": manifest["model"],
         "stem": manifest["stem"],
-        "dataset": info["dataset"],
+        "dataset": manifest["data"]["dataset"],
         "seed": manifest["seed"],
         "flags": {key: str(value) for key, value in vars(args).items() if value},
         "commit": records.commit(),
@@ -295,19 +348,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted, data = wanted_precisions(args), None
     if (args.onnx is None) == (args.load_ckpt is None):
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
-    if min(args.batch_size) < 1:
+    if min((*args.batch_size, *args.torch_compile)) < 1:
         raise UserError("--batch_size: at least 1")
     folder = args.onnx
     if folder is None:
         folder, data = export_checkpoint(args, wanted)
         print(f"exported to {folder}")
-    record = evaluate_exported(folder, data, wanted, args)
+    if args.export_only:
+        record, complaints = make_record(read_export(folder)[0], [], args), []
+    else:
+        record, complaints = evaluate_exported(folder, data, wanted, args)
     print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
     print(records.text_table(record["rows"]))
     if args.record:
         records.write(args.record, record)
     if args.plot:
         records.plot(args.plot, record)
+    if complaints:
+        raise UserError(f"--audit: meant for INT8, but not run in it: {'; '.join(complaints)}")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,27 @@
 
     python train.py --m resnet18 --num_epochs 40
     python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt /tmp/pytorch_exp/ckpt_best --num_epochs 10
+    torchrun --nproc_per_node=2 train.py --m resnet18 --num_epochs 40
 
-Float training is plain SGD with a warm-up and a cosine decay. QAT follows Wu et al. (arXiv:2004.09602): swap the selected
-layers, calibrate, then fine-tune through the rounding with a straight-through gradient and ranges that stay fixed.
+QAT follows Wu et al. (arXiv:2004.09602): swap the selected layers, calibrate, then fine-tune through the rounding with a
+straight-through gradient and ranges that stay fixed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -30,14 +32,16 @@ import infer
 import models
 from dataset.batches import Batches
 from utils import checkpoint as ckpt
-from utils import flags
+from utils import distributed, flags
 from utils.errors import UserError, run
-from utils.files import new_folder
+from utils.files import link, new_folder
+from utils.optimizers import make_optimizer
+from utils.training import Step, accuracy_pct, freeze_batch_norm, make_schedule
 
-WARM_UP = 0.1  # of all steps
-WEIGHT_DECAY = 5e-4  # weights of convolutions and linear layers only
-LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3}  # peak, at batch size 128
+LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch size 128; proportional to the batch size
 FINE_TUNE = 0.01  # of it when training starts from a checkpoint
+BATCH_SIZE = {"cpu": 128, "cuda": 512}
+LABEL_SMOOTHING = 0.1
 BN_FROZEN = 1 / 3  # of the QAT epochs, the last ones, run with frozen BatchNorm statistics
 MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch takes
 
@@ -50,10 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--partial_ckpt", action="store_true", help="--load_ckpt is a float checkpoint: it fills all but the ranges")
     add("--resume", type=Path, metavar="DIR", help="continue an interrupted run from its folder, with its own flags")
     add("--num_epochs", type=int, help="default: 40, with --quantize 10; with --quantize, 0 calibrates only")
-    add("--batch_size", type=int, default=128, help="default: %(default)s")
-    add("--optimizer", choices=tuple(LEARNING_RATE), default="sgd", help="default: %(default)s")
-    add("--lr", type=float, help="peak learning rate (default: sgd 0.05, adamw 0.002; a hundredth of it from a checkpoint)")
-    add("--lrdt", type=int, metavar="N", help="divide the rate by 10 every N epochs (default: warm-up and cosine)")
+    add("--batch_size", type=int, help="of all ranks together (default: 512 on a GPU, 128 on a CPU)")
+    add("--optimizer", choices=tuple(LEARNING_RATE), help="default: muon from scratch on a GPU, otherwise sgd")
+    add("--lr", type=float, help="peak learning rate (default: by optimizer and batch size; less from a checkpoint)")
+    add("--lrdt", type=int, metavar="N", help="divide the rate by 10 every N epochs (default: warm-up, then a line to 0)")
+    add("--no_compile", action="store_true", help="no torch.compile on the GPU")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help="default: %(default)s")
     add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help="default: %(default)s, then _1, _2, ...")
@@ -79,10 +84,18 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         raise UserError("--quantize starts from a trained network: name it with --load_ckpt (or --pretrain)")
     if args.pretrain and args.load_ckpt and not args.resume:
         raise UserError("--pretrain and --load_ckpt both name weights to start from: drop one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scratch = not (args.load_ckpt or args.pretrain)
     if args.num_epochs is None:
         args.num_epochs = 10 if args.quantize else 40
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZE[device]
+    if args.optimizer is None:
+        args.optimizer = "muon" if scratch and device == "cuda" else "sgd"
+    if args.optimizer == "muon" and not (scratch or args.resume):
+        raise UserError("--optimizer muon sets the length of every kernel, so it trains from scratch only: use sgd")
     if args.lr is None:
-        args.lr = LEARNING_RATE[args.optimizer] * (FINE_TUNE if args.load_ckpt else 1)
+        args.lr = LEARNING_RATE[args.optimizer] * args.batch_size / 128 * (FINE_TUNE if args.load_ckpt else 1)
     least = {"num_epochs": 0 if args.quantize else 1, "batch_size": 1, "lr": 0, "lrdt": 1, "calib_images": 1, "seed": 0}
     for name, low in least.items():
         high = MAX_SEED if name == "seed" else math.inf
@@ -121,76 +134,31 @@ class Run:
             "best_accuracy_pct": self.best_accuracy_pct,
             "history": self.history,
         }
-        ckpt.save(self.folder / f"ckpt_{self.epoch}", content)
+        path = self.folder / f"ckpt_{self.epoch}"
+        ckpt.save(path, content)
         if best:
-            ckpt.save(self.folder / "ckpt_best", content)
+            link(path, self.folder / "ckpt_best")
+
+    def tidy(self) -> None:
+        """Do what a killed process left undone: remove its partial files, and let `ckpt_best` be the last if that is best."""
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink()
+        last_pct = self.history[-1]["held_out_accuracy_pct"] if self.history else self.best_accuracy_pct
+        path = self.folder / f"ckpt_{self.epoch}"
+        if last_pct == self.best_accuracy_pct and path.exists():
+            link(path, self.folder / "ckpt_best")
 
 
-def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; BatchNorm parameters and biases do not decay."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-
-
-def make_schedule(lr: float, num_epochs: int, lrdt: int | None) -> Callable[[float], float]:
-    """Learning rate as a function of the epochs done so far, a fraction included."""
-
-    def decayed(epochs: float) -> float:
-        return lr * 0.1 ** (int(epochs) // lrdt)
-
-    def cosine(epochs: float) -> float:
-        progress = epochs / num_epochs
-        if progress < WARM_UP:
-            return lr * (0.01 + 0.99 * progress / WARM_UP)
-        return lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-
-    return decayed if lrdt else cosine
-
-
-def train_epoch(
-    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rate: Callable[[float], float], bar: tqdm
-) -> tuple[float, float]:
-    """One epoch in place; returns the mean loss and the accuracy in percent over its augmented images.
-
-    Args:
-        rate: learning rate as a function of the fraction of this epoch done, 0..1.
-    """
-    loss_sum, correct, count = torch.zeros((), device=batches.device), torch.zeros((), device=batches.device), 0
-    for step, (images, labels) in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step / len(batches))
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.argmax(1) == labels).sum()
-        count += len(labels)
-        if batches.device.type == "cpu":  # reading a value off a GPU would make it wait
-            bar.set_postfix_str(f"loss {loss_sum / count:.3f}, accuracy {100 * correct / count:.1f} %", refresh=False)
-        bar.update(len(labels))
-    return float(loss_sum) / count, 100 * float(correct) / count
-
-
-@torch.no_grad()
-def accuracy_pct(model: nn.Module, batches: Batches) -> float:
-    """Accuracy in evaluation mode, in percent."""
-    model.eval()
-    correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches)
-    return 100 * float(correct) / len(batches.labels)
-
-
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Let BatchNorm use its running statistics and no longer update them; its scale and shift still train."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+def train_epoch(step: Step, batches: Batches, rates: Sequence[float], bar: tqdm) -> tuple[float, float]:
+    """One epoch in place, at one learning rate for each batch; mean loss and accuracy in percent on augmented images."""
+    for (images, labels), rate in zip(batches, rates, strict=True):
+        step.set_rate(rate)
+        step(images, labels)
+        if not step.on_gpu:  # reading a value off a GPU would make it wait
+            loss, hits = step.loss_sum / step.count, 100 * step.hits / step.count
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1f} %", refresh=False)
+        bar.update(batches.batch_size)
+    return step.totals()
 
 
 def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -> None:
@@ -205,27 +173,32 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
     rate = make_schedule(args.lr, args.num_epochs, args.lrdt)
     bn_frozen_from = args.num_epochs - int(args.num_epochs * BN_FROZEN) if args.quantize else args.num_epochs
     total, done = (len(train) * train.batch_size * epochs for epochs in (args.num_epochs, run.epoch))
-    with tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar:
+    compiled = train.device.type == "cuda" and not args.no_compile and train.share[1] == 1
+    step, writer = None, train.share[0] == 0
+    bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5, disable=not writer)
+    with bar:
         for epoch in range(run.epoch, args.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
             torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
             run.model.train()
             if epoch >= bn_frozen_from:
                 freeze_batch_norm(run.model)
+            if step is None or epoch == bn_frozen_from:
+                step = Step(run.model, run.optimizer, LABEL_SMOOTHING, compiled)
             started = time.perf_counter()
-            loss, train_pct = train_epoch(run.model, train, run.optimizer, lambda part, e=epoch: rate(e + part), bar)
+            rates = [rate(epoch + index / len(train)) for index in range(len(train))]
+            loss, train_pct = train_epoch(step, train, rates, bar)
+            seconds = time.perf_counter() - started
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
             if not math.isfinite(loss) or not all(p.isfinite().all() for p in run.model.parameters()):
                 raise UserError(f"the loss became {loss} in epoch {epoch + 1}: use a lower --lr than {args.lr:g}; {run.last()}")
             held_out_pct = accuracy_pct(run.model, held_out)
             run.epoch = epoch + 1
             run.history.append({"loss": loss, "train_accuracy_pct": train_pct, "held_out_accuracy_pct": held_out_pct})
-            run.save(held_out_pct)
-            bar.write(
-                f"epoch {epoch + 1}: loss {loss:.4f}, train {train_pct:.2f} %, held-out {held_out_pct:.2f} %, "
-                f"{time.perf_counter() - started:.1f} s",
-                file=sys.stdout,
-            )
+            if writer:
+                run.save(held_out_pct)
+                said = f"epoch {epoch + 1}: loss {loss:.4f}, train {train_pct:.2f} %, held-out {held_out_pct:.2f} %"
+                bar.write(f"{said}, {seconds:.2f} s", file=sys.stdout)
 
 
 def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:
@@ -272,7 +245,7 @@ def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str
         print(ckpt.load_weights(model, start["state"], allow_missing_ranges=args.quantize and args.partial_ckpt))
     elif args.pretrain:
         models.load_imagenet_weights(model, config["model"]["name"])
-    model.to(train.device)
+    model.to(train.device, memory_format=torch.channels_last if train.device.type == "cuda" else torch.preserve_format)
     if args.quantize:
         if not start.get("quantization"):
             infer.calibrate_model(model, config["quantization"], train)
@@ -283,17 +256,16 @@ def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str
     return model
 
 
-def train(args: argparse.Namespace, start: dict[str, Any], folder: Path) -> Path:
-    """Train as the flags say and test the best checkpoint, whose path it returns."""
+def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: distributed.Ranks) -> None:
+    """Train as the flags say and test the best checkpoint."""
     known = start.get("data", {})
     name = flags.agreed("--dataset", args.dataset, known.get("dataset"), "cifar10")
     data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, known.get("img_size"), 32))
     config = make_config(args, start, data)
     info = config["data"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def batches(images: np.ndarray, labels: np.ndarray, **augmentation: bool) -> Batches:
-        return Batches(images, labels, info["mean"], info["std"], args.batch_size, device, **augmentation)
+    def batches(images: np.ndarray, labels: np.ndarray, **options: Any) -> Batches:
+        return Batches(images, labels, info["mean"], info["std"], args.batch_size, ranks.device, **options)
 
     chosen, held_out = (
         (data.train_images[part], data.train_labels[part])
@@ -301,37 +273,47 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path) -> Path
     )
     if not len(held_out[0]):
         raise UserError(f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out")
+    if args.batch_size % ranks.count:
+        raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {ranks.count} ranks")
     model = make_model(args, start, config, batches(*chosen))
+    distributed.share_model(model)
     run = Run(folder, model, make_optimizer(model, args.optimizer), config)
     if args.resume:
         run.optimizer.load_state_dict(start["optimizer"])
         run.epoch, run.best_accuracy_pct, run.history = start["epoch"], start["best_accuracy_pct"], start["history"]
-    elif args.quantize:
+        if ranks.rank == 0:
+            run.tidy()
+    elif args.quantize and ranks.rank == 0:
         run.save(accuracy_pct(model, batches(*held_out)))  # ckpt_0: calibrated, not yet fine-tuned
-    fit(run, batches(*chosen, augment=True, flip=data.flip), batches(*held_out), args)
-    best = ckpt.load(folder / "ckpt_best")
-    model.load_state_dict(best["state"])
-    test_pct = accuracy_pct(model, batches(data.test_images, data.test_labels))
-    print(f"{folder}/ckpt_best is epoch {best['epoch']}: test accuracy {test_pct:.2f} %")
-    return folder / "ckpt_best"
+    share = (ranks.rank, ranks.count)
+    fit(run, batches(*chosen, augment=True, natural=data.natural, share=share), batches(*held_out), args)
+    if ranks.rank == 0:
+        best = ckpt.load(folder / "ckpt_best")
+        model.load_state_dict(best["state"])
+        test_pct = accuracy_pct(model, batches(data.test_images, data.test_labels))
+        print(f"{folder}/ckpt_best is epoch {best['epoch']}: test accuracy {test_pct:.2f} %")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_flags(sys.argv[1:] if argv is None else argv)
-    folder = ckpt.latest(args.resume).parent if args.resume else new_folder(args.output_dir, args.exp_name)
-    print(f"experiment folder: {folder}", flush=True)
-    try:
-        best = train(args, start, folder)
-    except KeyboardInterrupt:
-        saved = any(folder.glob("ckpt_*"))
-        mend = f"continue with: python train.py --resume {folder}" if saved else "nothing was saved yet"
-        raise UserError(f"interrupted; {mend}") from None
-    finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()  # a run that failed before its first checkpoint leaves nothing, and frees its number
-    if args.test_trt:
+    torch.backends.cudnn.benchmark = True
+    with distributed.joined() as ranks, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
+        new = None if args.resume or ranks.rank else new_folder(args.output_dir, args.exp_name)
+        folder = ckpt.latest(args.resume).parent if args.resume else distributed.from_first(new)
+        print(f"experiment folder: {folder}", flush=True)
+        try:
+            train(args, start, folder, ranks)
+        except KeyboardInterrupt:
+            saved = any(folder.glob("ckpt_*"))
+            mend = f"continue with: python train.py --resume {folder}" if saved else "nothing was saved yet"
+            raise UserError(f"interrupted; {mend}") from None
+        finally:
+            if ranks.rank == 0 and not any(folder.iterdir()):
+                folder.rmdir()  # a run that failed before its first checkpoint leaves nothing, and frees its number
+    if args.test_trt and ranks.rank == 0:
         chosen = [f"--{name}" for name in ("FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
-        infer.main(["--load_ckpt", str(best), "--data_dir", str(args.data_dir), "--backend", args.backend, *chosen])
+        best = str(folder / "ckpt_best")
+        infer.main(["--load_ckpt", best, "--data_dir", str(args.data_dir), "--backend", args.backend, *chosen])
 
 
 if __name__ == "__main__":

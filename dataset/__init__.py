@@ -11,7 +11,7 @@ import numpy as np
 from dataset import cifar10, digits, folder
 from utils.errors import UserError
 
-VALIDATION_FRACTION = 0.04  # CIFAR-10: 2,000 of the 50,000 train images choose the checkpoint
+VALIDATION_FRACTION = 0.02  # CIFAR-10: 1,000 of the 50,000 train images choose the checkpoint
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
@@ -21,8 +21,8 @@ LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
 }
 """Name -> loader of (data_dir, img_size). Each returns train images, train labels, test images, test labels, class names."""
 
-FLIP = {"cifar10": True, "folder": True, "digits": False}
-"""Whether an image's mirror image belongs to the same class, so that training may flip it."""
+NATURAL = {"cifar10": True, "folder": True, "digits": False}
+"""Whether an image mirrored, or with a part hidden, still shows its class, so that training may do both."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ImageData:
     test_labels: np.ndarray
 
     @property
-    def flip(self) -> bool:
-        return FLIP[self.name]
+    def natural(self) -> bool:
+        return NATURAL[self.name]
 
 
 def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:

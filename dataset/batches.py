@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHIFT = 4  # pixels, at most, in each direction
+HOLE = 3 / 8  # of the image's width: side of the square that a training image loses (DeVries and Taylor, 2017)
 
 
 class Batches:
@@ -19,7 +20,9 @@ class Batches:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
         mean, std: of each channel, in units of the full range.
-        augment: random shifts by up to 4 pixels (edges filled with black), and mirroring where `flip` allows it.
+        augment: random shifts by up to 4 pixels, edges filled with black.
+        natural: with `augment`, also mirror half of the images and blank a random square of each.
+        share: (rank, ranks): every rank draws the same epoch and serves its part of each batch.
     """
 
     def __init__(
@@ -31,14 +34,15 @@ class Batches:
         batch_size: int,
         device: torch.device,
         augment: bool = False,
-        flip: bool = False,
+        natural: bool = False,
+        share: tuple[int, int] = (0, 1),
     ):
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)  # NHWC -> NCHW
         self.labels = torch.from_numpy(labels).to(device)
         self.scale = (1 / (255 * torch.tensor(std, device=device))).reshape(1, 3, 1, 1)
         self.offset = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).reshape(1, 3, 1, 1)
-        self.batch_size = min(batch_size, len(images))
-        self.augment, self.flip = augment, flip
+        self.batch_size = min(batch_size, len(images) // share[1] * share[1])
+        self.augment, self.natural, self.share = augment, natural, share
 
     @property
     def device(self) -> torch.device:
@@ -56,22 +60,34 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch: shuffled and augmented with torch's global random state if `augment`, in order otherwise."""
-        order = torch.randperm(len(self.labels), device=self.device) if self.augment else None
-        for index in range(len(self)):
-            chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
-            chosen = chosen if order is None else order[chosen]
-            images = self._augmented(self.images[chosen]) if self.augment else self.images[chosen]
-            yield images * self.scale - self.offset, self.labels[chosen]
+        if self.augment:
+            yield from self._augmented_epoch()
+            return
+        for start in range(0, len(self.labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.images[part] * self.scale - self.offset, self.labels[part]
 
-    def _augmented(self, images: Tensor) -> Tensor:
-        """Shifted and mirrored copies of uint8 images (B, 3, H, W), each by its own amount."""
-        count, _, height, width = images.shape
-        rows = torch.arange(height, device=self.device) + torch.randint(
-            0, 2 * SHIFT + 1, (count, 1), device=self.device
-        )  # (B, H)
-        columns = torch.arange(width, device=self.device) + torch.randint(0, 2 * SHIFT + 1, (count, 1), device=self.device)
-        if self.flip:
-            columns = torch.where(torch.rand(count, 1, device=self.device) < 0.5, columns.flip(1), columns)
-        batch = torch.arange(count, device=self.device)[:, None, None]
-        padded = F.pad(images, [SHIFT] * 4).permute(0, 2, 3, 1)  # (B, 3, H, W) -> (B, H + 8, W + 8, 3)
-        return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # -> (B, 3, H, W)
+    def _augmented_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole epoch's choices are drawn at once; each image is gathered from black-edged originals by row and column."""
+        (count, _, height, width), device = self.images.shape, self.device
+        order = torch.randperm(count, device=device)
+        down, right = (torch.randint(0, 2 * SHIFT + 1, (count, 1), device=device) for _ in range(2))
+        rows, columns = (torch.arange(size, device=device) for size in (height, width))
+        if self.natural:
+            mirrored = torch.rand(count, 1, device=device) < 0.5
+            side = round(HOLE * width)
+            row, column = (torch.randint(0, size, (count, 1), device=device) for size in (height, width))
+        padded = F.pad(self.images, [SHIFT] * 4).permute(0, 2, 3, 1).contiguous()  # -> (N, H + 8, W + 8, 3)
+        rank, ranks = self.share
+        for index in range(len(self)):
+            start = index * self.batch_size + rank * (self.batch_size // ranks)
+            part = slice(start, start + self.batch_size // ranks)
+            from_rows, from_columns = rows + down[part], columns + right[part]  # (B, H), (B, W)
+            if self.natural:
+                from_columns = torch.where(mirrored[part], from_columns.flip(1), from_columns)
+            images = padded[order[part, None, None], from_rows[:, :, None], from_columns[:, None, :]]  # (B, H, W, 3)
+            images = images.permute(0, 3, 1, 2) * self.scale - self.offset  # (B, 3, H, W)
+            if self.natural:
+                hit = [(2 * (at - centre[part]) + 1 - side % 2).abs() < side for at, centre in ((rows, row), (columns, column))]
+                images = images.masked_fill((hit[0][:, :, None] & hit[1][:, None, :])[:, None], 0.0)
+            yield images, self.labels[order[part]]

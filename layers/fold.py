@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from layers.quantized import QUANTIZED_FORM
+from layers.quantized import QUANTIZED_FORM, QuantConv2d, QuantLinear
 from layers.quantizers import FrozenQuantizer, Quantizer
 
 FACTOR_FLOOR = 1e-12  # a BatchNorm factor of 0 would make a scale of 0, which no engine accepts
@@ -64,6 +64,24 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         conv.weight = nn.Parameter(conv.weight * factor.reshape(-1, 1, 1, 1), requires_grad=False)
 
 
+class PointwiseLinear(QuantConv2d):
+    """Inference form of `QuantLinear`: (N, in) -> (N, out) as a 1x1 convolution.
+
+    TensorRT 8.6 has INT8 kernels for convolutions, but dequantizes the operands of a matrix product.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: QuantLinear) -> PointwiseLinear:
+        """Take over parameters and quantizers of `linear`; the weight (out, in) becomes (out, in, 1, 1)."""
+        conv = cls(linear.in_features, linear.out_features, 1)
+        conv.weight, conv.bias = nn.Parameter(linear.weight[:, :, None, None], requires_grad=False), linear.bias
+        conv.input_quantizer, conv.weight_quantizer = linear.input_quantizer, linear.weight_quantizer
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, None, None]).flatten(1)  # (N, in) -> (N, in, 1, 1) -> (N, out)
+
+
 def to_inference(model: nn.Module) -> nn.Module:
     """A copy of `model` on the CPU in its inference form; `model`, float or quantized, stays as it is."""
     model = copy.deepcopy(model).cpu().float().eval()
@@ -75,4 +93,7 @@ def to_inference(model: nn.Module) -> nn.Module:
             freeze_weight(module)
         if isinstance(getattr(module, "input_quantizer", None), Quantizer):
             module.input_quantizer = FrozenQuantizer(module.input_quantizer.scale)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, PointwiseLinear.from_linear(module))
     return model

@@ -43,7 +43,8 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, code_min: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.code_min = code_min
-        return (_codes(x, scale).clamp(code_min, CODE_MAX) * scale).to(x.dtype)
+        values = _codes(x, scale).clamp(code_min, CODE_MAX) * scale
+        return values if values.dtype == x.dtype else values.to(x.dtype)  # compiled, `.to` the same type loses the gradient
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

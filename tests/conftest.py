@@ -40,9 +40,10 @@ def digits():
 
 
 @contextmanager
-def digits_cut_to(train, test, digits):
-    """Meanwhile, `--dataset digits` is its first `train` train and `test` test images."""
+def digits_cut_to(train, test, digits, width=32):
+    """Meanwhile, `--dataset digits` is its first `train` train and `test` test images, `width` pixels wide."""
     few = (digits.train_images[:train], digits.train_labels[:train], digits.test_images[:test], digits.test_labels[:test])
+    few = [array[:, :: 32 // width, :: 32 // width] if array.ndim == 4 else array for array in few]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset.digits, "load", lambda: (*few, digits.classes))
         yield
@@ -50,8 +51,11 @@ def digits_cut_to(train, test, digits):
 
 @pytest.fixture(scope="module")
 def small_digits(digits):
-    """For the rest of the module, `--dataset digits` is 60 train images, 50 and 10 after the split, and 40 test images."""
-    with digits_cut_to(60, 40, digits):
+    """For the rest of the module, `--dataset digits` is 60 train images, 50 and 10 after the split, and 40 test images.
+
+    They are 16 pixels wide.
+    """
+    with digits_cut_to(60, 40, digits, width=16):
         yield
 
 

@@ -102,13 +102,13 @@ def test_pretrained_float_training_with_engines_afterwards(imagenet_cache, few_d
     assert best["model"] == {"name": "resnet18", "stem": "imagenet", "num_classes": 10}
     assert best["quantization"] is None
     output = capsys.readouterr().out
-    assert "FP16: not in this export, no row" in output
     rows = printed_rows(output)
-    expected = [("pytorch", "FP32"), ("pytorch", "FAKE-QUANT-PTC"), ("onnxruntime", "FP32"), ("onnxruntime", "INT8-PTC")]
+    expected = [("pytorch", precision) for precision in ("FP32", "FAKE-QUANT-PTC")]
+    expected += [("onnxruntime", precision) for precision in ("FP32", "FP16", "INT8-PTC")]
     assert list(dict.fromkeys(row[:2] for row in rows)) == expected
     assert [batch for backend, precision, batch in rows if precision == "INT8-PTC"] == ["1", "128"]
     files = {path.name for path in (tmp_path / "out" / "pytorch_exp" / "ckpt_best_onnx").iterdir()}
-    assert files == {"fp32.onnx", "int8_ptc.onnx", "export.json", "predictions.npz"}
+    assert files == {"fp32.onnx", "fp16.onnx", "int8_ptc.onnx", "int8_ptc_fp16.onnx", "export.json", "predictions.npz"}
 
 
 def test_quantized_fine_tuning_from_a_float_checkpoint(float_checkpoint, few_digits, tmp_path, capsys):
@@ -355,18 +355,18 @@ def test_int8_qat_of_a_float_checkpoint_says_how_to_get_it(float_checkpoint, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+@pytest.mark.skipif(importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed: there may be a GPU")
 def test_tensorrt_by_name_without_the_package_says_what_is_missing(exported, error_line):
     line = error_line(infer.main, ["--onnx", exported / "onnx", "--backend", "tensorrt"])
-    assert line.startswith("error: --backend tensorrt: the Python package tensorrt is missing")
+    assert line.startswith("error: --backend tensorrt: the Python package ")
     assert "pip install" in line
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+@pytest.mark.skipif(importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed: there may be a GPU")
 def test_without_tensorrt_onnx_runtime_runs_and_says_why(exported, capsys):
     infer.main(["--onnx", str(exported / "onnx"), "--batch_size", "1"])
     output = capsys.readouterr().out
-    assert "TensorRT is not used: the Python package tensorrt is missing" in output
+    assert "TensorRT is not used: the Python package " in output
     assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(output)
 
 
@@ -448,3 +448,43 @@ def test_shared_flags_agree_or_contradict():
         agreed("--x", 1, 2)
     with pytest.raises(UserError, match="--x is needed"):
         agreed("--x", None, None)
+
+
+def test_implicit_calibration_without_tensorrt_is_one_line(exported, error_line):
+    assert "--backend tensorrt: " in error_line(
+        infer.main, ["--onnx", exported / "onnx", "--INT8PTC", "--ptc_mode", "implicit"]
+    )
+
+
+def test_torch_compile_without_a_gpu_is_one_line(qat_checkpoint, tmp_path, error_line):
+    argv = ["--load_ckpt", qat_checkpoint, "--torch_compile", "8", "--onnx_dir", tmp_path / "onnx"]
+    assert "no GPU" in error_line(infer.main, argv)
+
+
+def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(qat_checkpoint, tmp_path, capsys):
+    infer.main(["--load_ckpt", str(qat_checkpoint), "--INT8QAT", "--export_only", "--onnx_dir", str(tmp_path / "onnx")])
+    assert {row[0] for row in printed_rows(capsys.readouterr().out)} == {"pytorch"}
+    manifest, reference = infer.read_export(tmp_path / "onnx")
+    assert sorted(manifest["int8_nodes"]) == ["FP32", "INT8-QAT"]
+    assert manifest["int8_nodes"]["FP32"] == []
+    assert len(manifest["int8_nodes"]["INT8-QAT"]) == 30
+    assert len(reference) == 360
+
+
+def test_the_backend_takes_a_network_that_reports_its_layers(exported, digits):
+    """As TensorRT does: layers are counted, and a row with the time from host to host stands beside the engine's own."""
+    from types import SimpleNamespace
+
+    from utils.onnx_runtime import OnnxRuntimeNetwork
+
+    network = OnnxRuntimeNetwork(exported / "onnx" / "int8_qat.onnx")
+    network.layers = [SimpleNamespace(precision=kind) for kind in ("INT8", "INT8", "FP16")]
+    rows = infer.evaluate_network(network, "INT8-QAT", digits, digits.test_labels, [1, 64])
+    assert [(row["backend"], row["batch_size"]) for row in rows] == [
+        ("onnxruntime", 1),
+        ("onnxruntime", 64),
+        ("onnxruntime end-to-end", 64),
+    ]
+    assert all((row["int8_layers"], row["layers"]) == (2, 3) for row in rows)
+    assert rows[2]["latency_ms"] == {"p50": None, "p99": None}
+    assert rows[2]["throughput_img_s"] > 0

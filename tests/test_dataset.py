@@ -104,7 +104,7 @@ def test_digits_are_1797_images_of_ten_classes(digits):
     assert digits.train_labels.dtype == digits.test_labels.dtype == np.int64
     assert digits.classes == tuple("0123456789")
     assert set(digits.train_labels) == set(digits.test_labels) == set(range(10))
-    assert not digits.flip
+    assert not digits.natural
 
 
 def test_digits_are_the_archive_enlarged_four_times_in_three_equal_channels(digits):
@@ -134,7 +134,7 @@ def test_cifar10_reads_a_keras_archive(tmp_path, save, flat):
     assert np.array_equal(data.test_labels, arrays["y_test"][:, 0])
     assert data.train_labels.dtype == np.int64
     assert data.classes == cifar10.CLASSES
-    assert data.flip
+    assert data.natural
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,7 @@ def test_folder_resizes_to_img_size(tmp_path):
             Image.new("RGB", (50, 20), colour).save(tmp_path / split / name / "image.png")
     data = dataset.load("folder", tmp_path, 24)
     assert data.classes == ("blue", "red")
+    assert data.natural
     assert data.train_images.shape == (2, 24, 24, 3)
     assert data.train_images.dtype == np.uint8
     assert np.array_equal(data.train_labels, [0, 1])
@@ -431,16 +432,16 @@ def test_split_is_a_partition(digits):
     assert sorted([*chosen, *held_out]) == list(range(len(digits.train_labels)))
 
 
-def test_split_holds_out_four_percent_of_every_class():
+def test_split_holds_out_two_percent_of_every_class():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (100, 200, 500, 1000)))
     _, held_out = dataset.split_train(labels, 0)
-    assert np.bincount(labels[held_out]).tolist() == [4, 8, 20, 40]
+    assert np.bincount(labels[held_out]).tolist() == [2, 4, 10, 20]
 
 
 def test_split_holds_out_an_image_of_a_rare_class():
     labels = np.repeat([0, 1], (100, 3))
     _, held_out = dataset.split_train(labels, 0)
-    assert np.bincount(labels[held_out]).tolist() == [4, 1]
+    assert np.bincount(labels[held_out]).tolist() == [2, 1]
 
 
 def test_split_trains_on_every_class():
@@ -458,7 +459,7 @@ def test_split_is_shuffled(digits):
     chosen, held_out = dataset.split_train(digits.train_labels, 0)
     for part in (chosen, held_out):
         assert not np.array_equal(part, np.sort(part))
-        assert len(set(digits.train_labels[part[:50]])) == 10
+        assert len(set(digits.train_labels[part[:100]])) == 10
 
 
 # normalisation
@@ -507,16 +508,29 @@ def test_first_serves_exactly_that_many_images(count, sizes):
     np.testing.assert_allclose(torch.cat(served), expected, atol=1e-6)
 
 
-def augmented(images, flip, seed, batch_size=32):
-    """Augmented uint8 images (N, H, W, 3) of one epoch, and the index of the original of each."""
-    batches = Batches(images, np.arange(len(images)), [0.0] * 3, [1.0] * 3, batch_size, CPU, augment=True, flip=flip)
+GREY = 127.5 / 255  # a mean that no pixel has: normalised, only blanked pixels are 0
+
+
+def epoch_of(images, seed, batch_size=32, **options):
+    """Images (N, 3, H, W), normalised around GREY, and labels of one augmented epoch; labels are the originals' indices."""
+    options = {"augment": True, "natural": True, **options}
+    batches = Batches(images, np.arange(len(images)), [GREY] * 3, [0.5] * 3, batch_size, CPU, **options)
     torch.manual_seed(seed)
-    parts, indices = zip(*batches, strict=True)
-    return (torch.cat(parts) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), torch.cat(indices).numpy()
+    return list(batches)
 
 
-def found_moves(image, original):
-    """Every (down, right, mirrored) that turns `original`, on black, into `image`."""
+def augmented(images, natural, seed, batch_size=32):
+    """Augmented uint8 images (N, H, W, 3) of one epoch, where they are blanked (N, H, W), and the index of each original."""
+    parts, indices = zip(*epoch_of(images, seed, batch_size, natural=natural), strict=True)
+    normalised = torch.cat(parts)
+    blank = (normalised == 0).all(1)
+    assert torch.equal(blank, (normalised == 0).any(1))  # in all channels alike
+    pixels = ((normalised * 0.5 + GREY) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels.numpy(), blank.numpy(), torch.cat(indices).numpy()
+
+
+def found_moves(image, blank, original):
+    """Every (down, right, mirrored) that turns `original`, on black, into `image` where that is not blank."""
     height, width, _ = original.shape
     moves = set()
     for mirrored in (False, True):
@@ -524,25 +538,51 @@ def found_moves(image, original):
         for down in range(2 * SHIFT + 1):
             for right in range(2 * SHIFT + 1):
                 moved = padded[down : down + height, right : right + width]
-                if np.array_equal(moved[:, ::-1] if mirrored else moved, image):
+                if ((moved[:, ::-1] if mirrored else moved) == image).all(-1)[~blank].all():
                     moves.add((down - SHIFT, right - SHIFT, mirrored))
     return moves
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(flip):
+@pytest.mark.parametrize("natural", [False, True])
+def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(natural):
     originals = np.random.default_rng(0).integers(1, 256, (320, 12, 10, 3), dtype=np.uint8)  # not square, no black
-    images, indices = augmented(originals, flip, seed=0)
-    moves = [found_moves(image, originals[index]) for image, index in zip(images, indices, strict=True)]
+    images, blank, indices = augmented(originals, natural, seed=0)
+    moves = [found_moves(*found, originals[index]) for *found, index in zip(images, blank, indices, strict=True)]
     assert all(len(found) == 1 for found in moves)
-    downs, rights, mirrored = (set(values) for values in zip(*set.union(*moves), strict=True))
-    assert downs == rights == set(range(-SHIFT, SHIFT + 1))
-    assert mirrored == ({False, True} if flip else {False})
+    downs, rights, mirrored = zip(*(found.pop() for found in moves), strict=True)
+    assert set(downs) == set(rights) == set(range(-SHIFT, SHIFT + 1))
+    assert set(mirrored) == ({False, True} if natural else {False})
+    assert not natural or 0.4 < np.mean(mirrored) < 0.6
+
+
+@pytest.mark.parametrize(("size", "side"), [((32, 32), 12), ((12, 10), 4), ((9, 8), 3)])
+def test_each_natural_image_loses_one_square_of_three_eighths_of_its_width(size, side):
+    originals = np.random.default_rng(0).integers(0, 256, (640, *size, 3), dtype=np.uint8)
+    blank = augmented(originals, True, seed=0)[1]
+    corners = set()
+    for mask in blank:
+        spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+        assert mask.sum() == len(spans[0]) * len(spans[1])  # a filled rectangle
+        for span, length in zip(spans, size, strict=True):
+            assert len(span) == span[-1] - span[0] + 1
+            clipped = span[0] == 0 or span[-1] == length - 1  # its centre is in the image, its edges need not be
+            assert side // 2 <= len(span) <= side if clipped else len(span) == side
+        corners.add((spans[0][0], spans[1][0]))
+    assert len(corners) > min(200, size[0] * size[1] // 3)
+    assert (blank.reshape(len(blank), -1).sum(1) == side**2).mean() > 0.3
+    assert blank.any(0).all()  # no place is spared
+
+
+def test_nothing_is_blanked_where_images_are_not_natural_or_not_augmented():
+    originals = made_images(64, size=8)
+    assert not augmented(originals, False, seed=0)[1].any()
+    for images, _ in epoch_of(originals, 0, augment=False):
+        assert (images != 0).all()
 
 
 @pytest.mark.parametrize(("count", "served"), [(96, 96), (100, 96), (20, 20)])
 def test_an_epoch_serves_each_image_at_most_once_in_full_batches(count, served):
-    images, indices = augmented(made_images(count, size=8), True, seed=0)
+    images, _, indices = augmented(made_images(count, size=8), True, seed=0)
     assert len(images) == len(indices) == len(set(indices)) == served
     assert not np.array_equal(indices, np.sort(indices))
 
@@ -551,7 +591,7 @@ def test_augmentation_is_a_function_of_torch_seed():
     originals = made_images(64, size=8)
     first, again, other = (augmented(originals, True, seed) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not np.array_equal(first[1], other[1])
+    assert not np.array_equal(first[2], other[2])
 
 
 def test_epochs_leave_out_different_images():
@@ -559,3 +599,23 @@ def test_epochs_leave_out_different_images():
     torch.manual_seed(0)
     epochs = [set(torch.cat([labels for _, labels in batches]).tolist()) for _ in range(2)]
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_parts_of_all_ranks_are_the_batches_of_one_process(ranks, natural):
+    originals = made_images(100, size=8)
+    whole = epoch_of(originals, 0, natural=natural)
+    parts = [epoch_of(originals, 0, natural=natural, share=(rank, ranks)) for rank in range(ranks)]
+    assert {len(epoch) for epoch in parts} == {len(whole)} == {3}
+    for (images, labels), *shares in zip(whole, *parts, strict=True):
+        assert {len(labels) for _, labels in shares} == {32 // ranks}
+        assert torch.equal(torch.cat([images for images, _ in shares]), images)
+        assert torch.equal(torch.cat([labels for _, labels in shares]), labels)
+
+
+def test_ranks_get_equal_parts_of_fewer_images_than_a_batch():
+    shares = [epoch_of(made_images(21, size=8), 0, 64, share=(rank, 2)) for rank in range(2)]
+    labels = [torch.cat([labels for _, labels in epoch]).tolist() for epoch in shares]
+    assert [len(part) for part in labels] == [10, 10]
+    assert len(set(sum(labels, []))) == 20

@@ -465,7 +465,8 @@ def assert_codes_stay(frozen, layer, factor=None, channels=None):
 
     Within 2e-5 steps of a tie torch may round to the other side. Looks at the first `channels` only.
     """
-    weight, result = layer.weight.detach()[:channels], frozen.weight.detach()[:channels].double()
+    weight = layer.weight.detach()[:channels]
+    result = frozen.weight.detach().reshape(layer.weight.shape)[:channels].double()
     scale = column(layer.weight_quantizer.amax[:channels], weight) / 127
     steps = result / column(frozen.weight_quantizer.scale[:channels], weight)
     codes = steps.round()

@@ -1,22 +1,29 @@
 """Training: schedules, exact resumption, what QAT changes and what it leaves alone, and how a run ends early."""
 
-import math
+import copy
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
+from torch import nn
 
 import dataset
 import infer
 import models
 import train
+from layers import quantizers
 from utils import checkpoint as ckpt
+from utils import training
 from utils.errors import UserError
+from utils.swap import quantize_modules
 
 FLAGS = ["--dataset", "digits", "--batch_size", "16"]
 EPOCHS, STEPS = 3, 3  # 50 images in full batches of 16
@@ -91,24 +98,26 @@ def test_lrdt_divides_the_rate_by_ten_every_n_epochs(epochs, rate):
     ("epochs", "share"),
     [
         (0, 0.01),
-        (2, 0.01 + 0.99 / 2),
-        (4, 1),  # a tenth of all epochs warms up
-        (4 + 36 / 4, (1 + math.sqrt(0.5)) / 2),
-        (22, 0.5),
-        (4 + 36 * 2 / 3, 0.25),
+        (1, 0.01 + 0.99 / 2),
+        (1.5, 0.01 + 0.99 * 3 / 4),
+        (2, 1),  # a twentieth of all epochs warms up
+        (2 + 38 / 4, 0.75),
+        (21, 0.5),
+        (2 + 38 * 2 / 3, 1 / 3),
+        (39.9, 0.1 / 38),
         (40, 0),
     ],
 )
-def test_default_schedule_warms_up_linearly_and_decays_as_a_cosine(epochs, share):
+def test_default_schedule_is_a_line_up_and_a_line_down(epochs, share):
     assert train.make_schedule(0.2, 40, None)(epochs) == pytest.approx(0.2 * share, abs=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
 def test_each_step_uses_the_rate_of_its_share_of_the_epoch(runs, mode):
-    peak = 0.05 if mode == "float" else 0.0005  # from a checkpoint, a hundredth
+    peak = 0.05 * 16 / 128 * (1 if mode == "float" else 0.01)  # from a checkpoint, a hundredth
     for epoch, checkpoint in checkpoints(runs[mode]).items():
         progress = (epoch - 1 + (STEPS - 1) / STEPS) / EPOCHS  # of the epoch's last step
-        expected = peak * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+        expected = peak * (1 - progress) / 0.95
         for group in checkpoint["optimizer"]["param_groups"]:
             assert group["lr"] == (pytest.approx(expected, rel=1e-9) if epoch else 0.0)
 
@@ -121,6 +130,28 @@ def test_default_peak_rate_is_a_hundredth_from_a_checkpoint(runs, optimizer, pea
     assert train.parse_flags(["--optimizer", optimizer, *start, "--lr", "0.3"])[0].lr == 0.3
 
 
+def test_default_peak_rate_is_proportional_to_the_batch_size():
+    assert train.parse_flags(["--batch_size", "32"])[0].lr == 0.05 / 4
+    assert train.parse_flags(["--batch_size", "1024", "--optimizer", "muon"])[0].lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "start", "optimizer", "batch_size", "lr"),
+    [
+        (False, [], "sgd", 128, 0.05),
+        (False, ["--load_ckpt"], "sgd", 128, 0.0005),
+        (True, [], "muon", 512, 0.05),
+        (True, ["--load_ckpt"], "sgd", 512, 0.002),
+        (True, ["--pretrain"], "sgd", 512, 0.2),
+        (True, ["--optimizer", "adamw"], "adamw", 512, 0.008),
+    ],
+)
+def test_defaults_depend_on_the_device_and_the_start(runs, monkeypatch, gpu, start, optimizer, batch_size, lr):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args, _ = train.parse_flags([*start, *([str(runs["float"] / "ckpt_3")] if "--load_ckpt" in start else [])])
+    assert (args.optimizer, args.batch_size, args.lr) == (optimizer, batch_size, pytest.approx(lr))
+
+
 def test_only_matrices_and_kernels_decay():
     model = models.build("vanilla_cnn", 10, "cifar")
     for name in ("sgd", "adamw"):
@@ -131,21 +162,144 @@ def test_only_matrices_and_kernels_decay():
         }
 
 
+# steps
+
+
+def small_net():
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_a_step_on_the_cpu_is_the_textbook_loop():
+    torch.manual_seed(0)
+    mine = small_net()
+    model = copy.deepcopy(mine)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    step = training.Step(mine, torch.optim.SGD(mine.parameters(), lr=1.0, momentum=0.9), 0.1, compiled=False)
+    for batch_sizes in ([6, 6, 6], [6, 3]):  # the totals are of the steps since the last ones
+        loss_sum, hits = 0.0, 0
+        for index, size in enumerate(batch_sizes):
+            images, labels = torch.randn(size, 3, 8, 8), torch.randint(0, 4, (size,))
+            optimizer.param_groups[0]["lr"] = 0.1 / (index + 1)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            step.set_rate(0.1 / (index + 1))
+            step(images, labels)
+            loss_sum += loss.item() * size
+            hits += (logits.argmax(1) == labels).sum().item()
+        assert_same(dict(mine.state_dict()), dict(model.state_dict()))
+        mean_loss, accuracy = step.totals()
+        assert mean_loss == pytest.approx(loss_sum / sum(batch_sizes), rel=1e-6)
+        assert accuracy == pytest.approx(100 * hits / sum(batch_sizes), rel=1e-6)
+        assert (step.count, step.loss_sum, step.hits) == (0, 0, 0)
+
+
+def test_a_groups_scale_multiplies_its_rate():
+    model = small_net()
+    groups = [{"params": [model[0].weight]}, {"params": [model[3].weight], "scale": 3.0}, {"params": [model[7].weight]}]
+    step = training.Step(model, torch.optim.SGD(groups, lr=0.0), 0.1, compiled=False)
+    step.set_rate(0.25)
+    assert [group["lr"] for group in step.optimizer.param_groups] == [0.25, 0.75, 0.25]
+    reference = copy.deepcopy(model)
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    F.cross_entropy(reference(images), labels, label_smoothing=0.1).backward()
+    step(images, labels)
+    for index, rate in ((0, 0.25), (3, 0.75), (7, 0.25)):
+        expected = reference[index].weight - rate * reference[index].weight.grad
+        torch.testing.assert_close(model[index].weight, expected, rtol=1e-6, atol=1e-8)
+
+
+SCALES = {"scalar": torch.tensor(0.013), "channels": torch.tensor([0.013, 0.5, 3e-5, quantizers.RANGE_FLOOR / 127])}
+
+
+@pytest.mark.parametrize("code_min", [-128, -127])
+@pytest.mark.parametrize("kind", list(SCALES))
+def test_straight_through_is_torchs_fake_quantization(kind, code_min):
+    scale = SCALES[kind]
+    column = scale.reshape(-1, 1, 1).expand(4, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.cat([torch.arange(-131.0, 132), torch.arange(-131.0, 132) + 0.5])  # the grid and its ties
+    values = [column * codes, *(column * (codes * (1 + eps)) for eps in (-1e-7, 1e-7, 1e-6))]
+    values += [column * torch.randn(1, 1, 2000, generator=generator) * spread for spread in (0.3, 10, 100, 1e4)]
+    huge = torch.tensor([0.0, 1.0, 700.0, 6e4, 1e-30, 1e-42])  # times 1 / 7.9e-15, still a 64-bit integer
+    values.append(torch.cat([huge, -huge]).expand(4, 1, -1))
+    x = torch.cat([v.reshape(4, 1, -1) for v in values], 2)
+    assert x.dtype == torch.float32
+    upstream = torch.randn(x.shape, generator=generator)
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    result = quantizers.StraightThrough.apply(mine, scale.reshape(-1, 1, 1), code_min)
+    if kind == "scalar":
+        expected = torch.fake_quantize_per_tensor_affine(theirs, scale, torch.tensor(0, dtype=torch.int32), code_min, 127)
+    else:
+        zeros = torch.zeros(4, dtype=torch.int32)
+        expected = torch.fake_quantize_per_channel_affine(theirs, scale, zeros, 0, code_min, 127)
+    result.backward(upstream)
+    expected.backward(upstream)
+    assert torch.equal(result, expected)
+    assert torch.equal(mine.grad, theirs.grad)
+    assert set((result / column).round().unique().tolist()) == set(range(code_min, 128))
+    assert 0.2 < (mine.grad == 0).float().mean() < 0.8  # of the values outside the range
+
+
+def test_infinite_values_take_the_ends_of_the_range():
+    x = torch.tensor([torch.inf, -torch.inf, 1e38, -1e38], requires_grad=True)
+    result = quantizers.StraightThrough.apply(x, torch.tensor([0.5]), -128)
+    assert result.tolist() == [63.5, -64, 63.5, -64]
+    result.sum().backward()
+    assert x.grad.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_quantized_network_is_the_eager_one(monkeypatch, dtype):
+    torch.manual_seed(0)
+    eager = small_net()
+    quantize_modules(eager)
+    for module in eager.modules():
+        if isinstance(module, quantizers.Quantizer):
+            module.set_range(0.1 + 0.5 * torch.rand(module._amax.shape))  # part of the values is outside
+    same, images = copy.deepcopy(eager), torch.randn(4, 3, 8, 8)
+
+    def run(model):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            result = model(images)
+        result.float().square().sum().backward()
+        return result
+
+    if dtype != torch.float32:  # torch's own kernels want float32 on a CPU
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    expected = run(eager)
+    monkeypatch.undo()
+
+    def absent(*_):
+        raise AssertionError("an opaque kernel, which no compiler fuses")
+
+    for name in ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"):
+        monkeypatch.setattr(torch, name, absent)
+    torch._dynamo.reset()
+    assert torch.equal(run(torch.compile(same, backend="aot_eager", fullgraph=True)), expected)
+    for (name, one), other in zip(eager.named_parameters(), same.parameters(), strict=True):
+        assert one.grad.count_nonzero() > 0, name
+        assert torch.equal(one.grad, other.grad), name
+
+
 # resuming
 
 
 def stop_in(monkeypatch, epoch):
     """Ctrl-C in the second step of an epoch, counted from 1."""
-    original, calls = train.F.cross_entropy, 0
+    original, calls = training.F.cross_entropy, 0
 
-    def cross_entropy(*args):
+    def cross_entropy(*args, **options):
         nonlocal calls
         calls += 1
         if calls == STEPS * (epoch - 1) + 2:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
 
 
 @pytest.mark.parametrize("saved", [1, 2])
@@ -184,6 +338,110 @@ def test_a_float_run_stopped_in_its_first_epoch_leaves_nothing(tmp_path, error_l
     assert list(tmp_path.iterdir()) == []
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [".", "tests"]
+import conftest, dataset, train
+from utils import training
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+steps, cross_entropy, write_bytes = 0, training.F.cross_entropy, Path.write_bytes
+
+def in_an_epoch(*args, **options):
+    global steps
+    steps += 1
+    return die() if steps == {steps} + 2 else cross_entropy(*args, **options)
+
+def in_a_write(path, data):
+    if path.name.startswith(".ckpt_2."):
+        write_bytes(path, data[: len(data) // 2])
+        die()
+    return write_bytes(path, data)
+
+if sys.argv.pop(1) == "epoch":
+    training.F.cross_entropy = in_an_epoch
+else:
+    Path.write_bytes = in_a_write
+with conftest.digits_cut_to(60, 40, dataset.load("digits", Path()), width=16):
+    train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Place -> number of a process that was killed there in its second epoch, and the run's folder."""
+    processes = {}
+    for place in ("epoch", "write"):
+        folder = tmp_path_factory.mktemp(place) / "run"
+        argv = [place, *arguments("float", None), "--od", str(folder.parent), "--en", folder.name]
+        command = [sys.executable, "-c", KILLED.format(steps=STEPS), *argv]
+        processes[place] = subprocess.Popen(command, cwd=ROOT), folder
+    for process, _ in processes.values():
+        assert process.wait(timeout=100) == -signal.SIGKILL
+    return {place: (process.pid, folder) for place, (process, folder) in processes.items()}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_finishes_like(whole, folder):
+    """A resumed run leaves the uninterrupted run's files and nothing else."""
+    train.main(["--resume", str(folder)])
+    assert names(folder) == names(whole) == {"ckpt_1", "ckpt_2", "ckpt_3", "ckpt_best"}
+    for name in names(folder):
+        mine, theirs = ckpt.load(folder / name), ckpt.load(whole / name)
+        for key in ("history", "state", "optimizer", "epoch", "best_accuracy_pct"):
+            assert_same(mine[key], theirs[key], f"{name}.{key}")
+
+
+@pytest.mark.parametrize(
+    ("place", "left"), [("epoch", {"ckpt_1", "ckpt_best"}), ("write", {"ckpt_1", "ckpt_best", ".ckpt_2.{}.partial"})]
+)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(runs, killed, place, left):
+    pid, folder = killed[place]
+    assert names(folder) == {name.format(pid) for name in left}
+    assert_finishes_like(runs["float"], folder)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupted_one(runs, tmp_path, epoch):
+    folder = part_of_run(runs["float"], tmp_path / "run", epoch)
+    (folder / "ckpt_best").unlink()
+    accuracies = [past["held_out_accuracy_pct"] for past in ckpt.load(folder / f"ckpt_{epoch}")["history"]]
+    if epoch > 1:  # the best of the epochs before, the last if several are
+        best = max(range(1, epoch), key=lambda index: (accuracies[index - 1], index))
+        (folder / "ckpt_best").hardlink_to(folder / f"ckpt_{best}")
+    (folder / f".ckpt_best.{os.getpid()}.partial").hardlink_to(folder / f"ckpt_{epoch}")  # this process's number, as it happens
+    (folder / ".ckpt_7.1.partial").write_bytes(b"half")
+    assert_finishes_like(runs["float"], folder)
+
+
+def test_a_run_with_muon_resumes_exactly(tmp_path):
+    argv = [*arguments("float", None, epochs=2), "--optimizer", "muon", "--od", str(tmp_path), "--en", "run"]
+    train.main(argv)
+    whole = checkpoints(tmp_path / "run")
+    (tmp_path / "run" / "ckpt_2").unlink()
+    train.main(["--resume", str(tmp_path / "run")])
+    for key in ("history", "state", "optimizer"):
+        assert_same(ckpt.load(tmp_path / "run" / "ckpt_2")[key], whole[2][key], key)
+    rates = [group["lr"] for group in whole[2]["optimizer"]["param_groups"]]
+    assert rates[1] == 2 * rates[0] > 0
+    assert all(changed(tensors(whole[1], kind), tensors(whole[2], kind)) for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("start", [["--load_ckpt"], ["--pretrain"], ["--quantize", "--partial_ckpt", "--load_ckpt"]])
+def test_muon_from_a_checkpoint_is_one_line(runs, tmp_path, error_line, start):
+    source = [runs["float"] / "ckpt_3"] if start[-1] == "--load_ckpt" else []
+    line = error_line(train.main, [*start, *source, *FLAGS, "--optimizer", "muon", "--od", tmp_path])
+    assert "--optimizer muon" in line
+    assert line.endswith("use sgd")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_path):
     own, _ = train.parse_flags(["--resume", str(runs["float"])])
     assert (own.model, own.dataset, own.batch_size, own.num_epochs, own.lr, own.seed) == (
@@ -191,7 +449,7 @@ def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_pat
         "digits",
         16,
         3,
-        0.05,
+        0.05 * 16 / 128,
         0,
     )
     given, _ = train.parse_flags(["--resume", str(runs["float"]), "--lr", "0.007", "--num_epochs", "5"])
@@ -270,7 +528,7 @@ def test_ranges_stay_fixed_in_qat(runs):
 
 
 def test_ckpt_best_is_the_last_of_the_epochs_with_the_highest_held_out_accuracy(tmp_path):
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), {"seed": 0})
     best = []
     for epoch, accuracy in enumerate([40.0, 70.0, 60.0, 70.0, 65.0]):
@@ -282,6 +540,39 @@ def test_ckpt_best_is_the_last_of_the_epochs_with_the_highest_held_out_accuracy(
     assert best == [(0, 40.0), (1, 70.0), (1, 70.0), (3, 70.0), (3, 70.0)]
 
 
+def saved_run(folder):
+    model = nn.Linear(2, 2)
+    run = train.Run(folder, model, train.make_optimizer(model, "sgd"), {"seed": 0}, epoch=1)
+    run.save(50.0)
+    return run
+
+
+def test_ckpt_best_is_a_second_name_of_a_checkpoint_and_survives_it(tmp_path):
+    run = saved_run(tmp_path)
+    assert (tmp_path / "ckpt_1").samefile(tmp_path / "ckpt_best")
+    run.model.weight.data.fill_(7)
+    run.save(40.0)  # ckpt_1 again, not better this time
+    assert (ckpt.load(tmp_path / "ckpt_1")["state"]["weight"] == 7).all()
+    assert (ckpt.load(tmp_path / "ckpt_best")["state"]["weight"] != 7).all()
+    run.epoch = 2
+    run.save(60.0)
+    content = ckpt.load(tmp_path / "ckpt_2")
+    (tmp_path / "ckpt_2").unlink()
+    assert_same(ckpt.load(tmp_path / "ckpt_best"), content)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt_1", "ckpt_best"}
+
+
+def test_ckpt_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def hardlink_to(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    saved_run(tmp_path)
+    assert not (tmp_path / "ckpt_1").samefile(tmp_path / "ckpt_best")
+    assert (tmp_path / "ckpt_1").read_bytes() == (tmp_path / "ckpt_best").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt_1", "ckpt_best"}
+
+
 @pytest.mark.parametrize("mode", ["float", "qat"])
 def test_history_holds_the_held_out_accuracy_of_each_epochs_network(runs, mode, digits):
     _, held_out = dataset.split_train(digits.train_labels[:60], 0)
@@ -289,7 +580,7 @@ def test_history_holds_the_held_out_accuracy_of_each_epochs_network(runs, mode, 
         model = (infer.build_quantized if mode == "qat" else infer.build_float)(content).eval()
         model.load_state_dict(content["state"])
         info = content["data"]
-        images = torch.from_numpy(dataset.normalise(digits.train_images[held_out], info["mean"], info["std"]))
+        images = torch.from_numpy(dataset.normalise(digits.train_images[held_out, ::2, ::2], info["mean"], info["std"]))
         with torch.no_grad():
             right = (model(images).argmax(1).numpy() == digits.train_labels[held_out]).mean()
         recorded = content["history"][-1]["held_out_accuracy_pct"] if epoch else content["best_accuracy_pct"]
@@ -321,7 +612,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["model"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}
         assert content["data"]["dataset"] == "digits"
         assert content["data"]["classes"] == list("0123456789")
-        assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (32, 0, 0)
+        assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (16, 0, 0)
         assert content["quantization"] == (
             None if mode == "float" else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "max", "calib_images": 1024}
         )

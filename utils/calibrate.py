@@ -13,6 +13,7 @@ from layers.quantizers import CODE_MAX, Quantizer
 from utils.errors import UserError
 
 PERCENTILE = 99.99
+BINS = 2048
 ENTROPY_STRIDE = 16  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
 
 
@@ -22,7 +23,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
 
     Weights: the largest magnitude of each output channel. Activations, one range for the tensor, from |x|: its maximum,
     its 99.99th percentile, the range with the least mean squared rounding error, or with the least Kullback-Leibler
-    divergence (Migacz, "8-bit inference with TensorRT", GTC 2017).
+    divergence (Migacz, "8-bit inference with TensorRT", GTC 2017). All but the first go over the images twice.
 
     Args:
         batches: normalised images (B, 3, H, W) on the model's device.
@@ -31,22 +32,27 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
     Raises:
         UserError: an activation was not finite or never computed.
     """
+    batches = list(batches)
     quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
     activations = {name: quantizer for name, quantizer in quantizers.items() if quantizer.axis is None}
     for quantizer in quantizers.values():
-        histogram = method != "max" and quantizer.axis is None
-        calibrator = HistogramCalibrator if histogram else MaxCalibrator
-        quantizer._calibrator = calibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
+        quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
         quantizer.disable_quant()
     for module in model.modules():
         if hasattr(module, "weight_quantizer"):
             module.weight_quantizer._calibrator.collect(module.weight)
     _collect(model, batches, activations.values())
-    for name, quantizer in tqdm(quantizers.items(), desc=f"calibrate ({method})", unit="range", leave=False):
-        amax = _amax(quantizer._calibrator, method)
+    largest = {name: quantizer._calibrator.compute_amax() for name, quantizer in quantizers.items()}
+    for name, amax in largest.items():
         if amax is None or not torch.isfinite(amax).all():
             raise UserError(f"calibration of {name} found no finite value: the model's weights or the images are broken")
-        quantizer.set_range(amax)
+    if method != "max":
+        for name, quantizer in activations.items():
+            quantizer._calibrator = _Histogram(largest[name])
+        _collect(model, batches, activations.values())
+    for name, quantizer in tqdm(quantizers.items(), desc=f"calibrate ({method})", unit="range", leave=False):
+        histogram = isinstance(quantizer._calibrator, _Histogram)
+        quantizer.set_range(quantizer._calibrator.amax(method) if histogram else largest[name])
         quantizer.enable_quant()
         quantizer._calibrator = None
 
@@ -64,16 +70,29 @@ def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Q
     model.train(training)
 
 
-def _amax(calibrator: MaxCalibrator | HistogramCalibrator, method: str) -> Tensor | None:
-    if isinstance(calibrator, MaxCalibrator):
-        return calibrator.compute_amax()
-    if calibrator._calib_hist is None:
-        return None
-    if method == "percentile":
-        return calibrator.compute_amax("percentile", percentile=PERCENTILE)
-    if method == "entropy":
-        return calibrator.compute_amax("entropy", stride=ENTROPY_STRIDE)
-    return _least_squares_amax(calibrator._calib_hist, calibrator._calib_bin_edges)
+class _Histogram:
+    """Counts |x| up to its largest value, which is known.
+
+    The library's own histogram grows with the values it sees, and fails if the first are zeros.
+    """
+
+    def __init__(self, largest: Tensor):
+        self.largest, self.counts = largest, torch.zeros(BINS, device=largest.device)
+
+    def collect(self, x: Tensor) -> None:
+        self.counts += torch.histc(x.abs().float(), BINS, 0, float(self.largest) or 1.0)
+
+    def amax(self, method: str) -> Tensor:
+        """The range by "percentile", "mse" or "entropy"; 0 if all values are."""
+        edges = torch.linspace(0, 1, BINS + 1, device=self.counts.device) * self.largest
+        if self.largest == 0:
+            return self.largest
+        if method == "mse":
+            return _least_squares_amax(self.counts, edges)
+        calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
+        calibrator._calib_hist, calibrator._calib_bin_edges = self.counts, edges
+        options = {"percentile": PERCENTILE} if method == "percentile" else {"stride": ENTROPY_STRIDE}
+        return calibrator.compute_amax(method, **options)
 
 
 def _least_squares_amax(counts: Tensor, edges: Tensor) -> Tensor:
@@ -82,7 +101,6 @@ def _least_squares_amax(counts: Tensor, edges: Tensor) -> Tensor:
     Args:
         counts: (bins,) how many |x| fell into each bin; edges: (bins + 1,).
     """
-    edges = edges.to(counts.device)
     centres = (edges[1:] + edges[:-1]) / 2
     candidates = centres[CODE_MAX + 1 :, None]  # (candidates, 1): a smaller range would be finer than the bins
     scale = candidates / CODE_MAX

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from layers.fold import to_inference
+from utils.calibrate import require_calibrated
 from utils.files import atomic_path
+from utils.torch_network import FromImages
 
 OPSET = 17  # 13 brought per-channel QuantizeLinear; TensorRT 8.6 reads up to 17
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+FP16_OPSET, FP16_IR = 19, 9  # the first whose QuantizeLinear takes FP16 scales
+SMALLEST_FP16 = 6e-8
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
-def export_onnx(model: nn.Module, path: Path, image_shape: tuple[int, int, int]) -> None:
-    """Write the inference form of `model`: input (batch, 3, H, W) float32 normalised, output (batch, classes), any batch.
+def export_onnx(model: nn.Module, path: Path, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write the inference form of `model`, and beside it the same graph in FP16 (`..._fp16.onnx`, or `fp16.onnx`).
 
-    Each quantizer becomes a QuantizeLinear / DequantizeLinear pair with a constant scale and zero point 0.
+    Both take raw images (batch, H, W, 3) uint8 and return logits (batch, classes) float32, for any batch. Each quantizer
+    becomes a QuantizeLinear / DequantizeLinear pair with a constant scale and zero point 0.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: a range was never calibrated.
+        OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
+    require_calibrated(model)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, its successor cannot export fake quantization
         torch.onnx.export(
-            to_inference(model),
-            (torch.zeros(2, *image_shape),),
+            FromImages(to_inference(model), mean, std).eval(),
+            (torch.zeros(2, *image_size, 3, dtype=torch.uint8),),
             buffer,
             dynamo=False,
             opset_version=OPSET,
@@ -42,9 +52,46 @@ def export_onnx(model: nn.Module, path: Path, image_shape: tuple[int, int, int])
         )
     graph = onnx.load_from_string(buffer.getvalue())
     merge_shared_quantizers(graph)
-    onnx.checker.check_model(graph, full_check=True)
-    with atomic_path(path) as partial:
-        partial.write_bytes(graph.SerializeToString())
+    fp16 = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
+    for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16))):
+        onnx.checker.check_model(version, full_check=True)
+        with atomic_path(target) as partial:
+            partial.write_bytes(version.SerializeToString())
+
+
+def int8_nodes(path: Path) -> list[str]:
+    """Names of the nodes of a graph that read a quantized activation, and so are meant to run in INT8."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    quantized = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and made_by[node.input[0]].input[0] not in constants
+    }
+    return [node.name for node in graph.node if node.op_type != "QuantizeLinear" and quantized & set(node.input)]
+
+
+def to_fp16(model: ModelProto) -> ModelProto:
+    """A copy that computes in FP16 whatever it does not compute in INT8; what goes in and comes out keeps its type."""
+    model = copy.deepcopy(model)
+    model.ir_version, model.opset_import[0].version = FP16_IR, FP16_OPSET
+    constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
+    scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    for tensor in (*model.graph.initializer, *constants):
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor).astype(np.float16)
+            if tensor.name in scales:  # a channel that does nothing has a scale of almost 0
+                values = np.maximum(values, np.float16(SMALLEST_FP16))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Cast" else ():
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+        node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
+    model.graph.node.append(helper.make_node("Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT))
+    del model.graph.value_info[:]
+    return model
 
 
 def merge_shared_quantizers(model: ModelProto) -> None:

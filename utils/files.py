@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def link(source: Path, path: Path) -> None:
+    """Let `path` be the file `source` too, atomically; a copy where the file system has no hard links."""
+    with atomic_path(path) as partial:
+        try:
+            partial.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 def new_folder(parent: Path, name: str) -> Path:

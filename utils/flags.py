@@ -37,6 +37,7 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
     add("--FP16", action="store_true", help="an FP16 engine (TensorRT)")
     add("--INT8PTC", action="store_true", help="INT8 by calibration alone")
     add("--INT8QAT", action="store_true", help="INT8 from a quantization-aware checkpoint")
+    add("--ptc_mode", choices=("explicit", "implicit"), default="explicit", help="implicit: also TensorRT's own calibration")
     add(
         "--backend",
         choices=("auto", "tensorrt", "onnxruntime"),

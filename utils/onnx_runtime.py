@@ -11,10 +11,11 @@ import numpy as np
 import onnxruntime
 
 from utils.errors import UserError
+from utils.measure import Network
 
 
-class OnnxRuntimeNetwork:
-    """An ONNX file as a function: images (N, 3, H, W) float32 -> logits (N, classes) float32.
+class OnnxRuntimeNetwork(Network):
+    """An ONNX file as a function: images (N, H, W, 3) uint8 -> logits (N, classes) float32.
 
     Raises:
         UserError: the file is missing, truncated or not a graph that ONNX Runtime can run.
@@ -23,6 +24,7 @@ class OnnxRuntimeNetwork:
     name = "onnxruntime"
 
     def __init__(self, path: Path):
+        self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals (what TensorRT needs), and would

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -65,13 +66,18 @@ def make_row(
 
 def environment() -> dict[str, str | None]:
     """Hardware and versions. A package that this process did not load has version None."""
-    versions = {}
-    for package in ("torch", "tensorrt", "onnxruntime"):
-        module = sys.modules.get(package)
-        versions[package] = getattr(module, "__version__", None)
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+    names = {"torch": ("torch",), "tensorrt": ("tensorrt", "tensorrt_rtx_bindings"), "onnxruntime": ("onnxruntime",)}
+    loaded = {package: next((sys.modules[n] for n in modules if n in sys.modules), None) for package, modules in names.items()}
+    versions = {package: getattr(module, "__version__", None) for package, module in loaded.items()}
+    return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+
+
+def _gpu_name() -> str | None:
+    """The GPU that this process uses, by torch or by PyCUDA."""
+    torch, cuda = sys.modules.get("torch"), sys.modules.get("pycuda.driver")
+    if torch is not None:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return cuda.Context.get_device().name() if cuda is not None else None
 
 
 def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple[dict[str, str | None], list[Row]]:
@@ -94,12 +100,12 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The project's git commit, with "-dirty" if files differ from it; None outside a checkout."""
+    """The project's git commit, with "-dirty" if files differ from it; outside a checkout what $GIT_COMMIT says, or None."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
 
 
 def write(path: Path, record: Record) -> None:

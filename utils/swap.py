@@ -57,7 +57,7 @@ def quantize_modules(model: nn.Module, quant_layers: Sequence[str] = ("*",), ski
     """
     layers = quantizable_modules(model)
     selected = select(list(layers), quant_layers, skip_layers)
-    for name in selected:
+    for name in (name for name in selected if not is_quantized(layers[name])):
         model.set_submodule(name, QUANTIZED_FORM[type(layers[name])].from_float(layers[name]))
     return selected
 

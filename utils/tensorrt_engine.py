@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.measure import MIN_RUNS, MIN_SECONDS, Network
+from utils.measure import BURST, Network, repeated_ms
 
 INPUT, OUTPUT = "images", "logits"
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -34,7 +34,7 @@ INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC",
 OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
 CALIBRATION_BATCH = 128
-BURST = 20  # launches timed back to back, so that the GPU never waits for the host
+TOO_LITTLE_MEMORY = "the GPU has too little memory for this engine: use a smaller --batch_size"
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ def load_cuda(trt: ModuleType) -> ModuleType:
             "install tensorrt there: pip install -r requirements-gpu.txt"
         )
     return cuda
+
+
+def require_gpu() -> tuple[ModuleType, ModuleType]:
+    """TensorRT and PyCUDA, ready to run. Raises UserError, which says in one line what is missing and how to get it."""
+    trt = load_tensorrt()
+    return trt, load_cuda(trt)
 
 
 def strongly_typed(trt: ModuleType, precision: str) -> bool:
@@ -188,10 +194,18 @@ def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any,
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in wanted]
     network = builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(graph):
-        said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or log.errors[-1]
+    parsed = parser.parse(graph)
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not parsed or network.num_inputs == 0:  # an empty file passes for an empty graph
+        said = "; ".join(f"{_node(error)}{error.desc()}" for error in errors) or log.errors[-1]
         raise UserError(f"TensorRT {trt.__version__} rejects the graph: {' '.join(said.split())}")
     return builder, network
+
+
+def _node(error: Any) -> str:
+    """Which node a parser error is about, where the version tells."""
+    said = f"{error.node_operator()} {error.node_name()}".strip() if hasattr(error, "node_operator") else ""
+    return f"{said}: " if said else ""
 
 
 def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None) -> Any:
@@ -200,6 +214,8 @@ def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOption
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = options.level
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # else 8.6 runs only one batch size in each profile
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     sources = [getattr(trt.TacticSource, name) for name in OWN_KERNELS if hasattr(trt.TacticSource, name)]
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
     if not strongly_typed(trt, options.precision):
@@ -237,9 +253,11 @@ def build_plan(
     with tqdm(desc=f"build {what}", bar_format="{desc} {elapsed}", leave=False) as bar:
         clock = threading.Thread(target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(0.5), True)], daemon=True)
         clock.start()
-        plan = builder.build_serialized_network(network, config)
-        done.set()
-        clock.join()
+        try:
+            plan = builder.build_serialized_network(network, config)
+        finally:
+            done.set()
+            clock.join()
     if plan is None:
         raise UserError(f"TensorRT {trt.__version__} cannot build the {what}: {log.errors[-1]}")
     timing.write(bytes(config.get_timing_cache().serialize()))
@@ -280,12 +298,15 @@ def cached_plan(
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine, as its inspector tells it. `precision` is the type of its first input."""
+    """One layer of an engine, as its inspector tells it. `precision` is the type of its first input, else of its weights."""
 
     name: str
     kind: str
     precision: str
     tactic: str
+
+    def __str__(self) -> str:
+        return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
 
 
 def parse_layers(inspection: str) -> list[Layer]:
@@ -294,8 +315,9 @@ def parse_layers(inspection: str) -> list[Layer]:
     for layer in json.loads(inspection, strict=False)["Layers"]:  # 8.6 leaves control characters in its strings
         if isinstance(layer, str):
             raise UserError("the engine was built without layer information; delete it and build it again")
-        inputs = [" ".join(str(v) for k, v in tensor.items() if "type" in k.lower()) for tensor in layer.get("Inputs", [])]
-        found = re.search(r"int8|fp16|half|fp32|float|uint8|int32|bool", inputs[0].lower()) if inputs else None
+        told = (*layer.get("Inputs", [])[:1], layer.get("Weights") or {})
+        types = " ".join(str(v) for tensor in told for k, v in tensor.items() if "type" in k.lower())
+        found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
         kind = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
         tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
         names = f"{layer['Name']} {layer.get('Metadata', '')}"
@@ -303,8 +325,18 @@ def parse_layers(inspection: str) -> list[Layer]:
     return layers
 
 
+def profile_layers(layers: list[Layer], profile: int) -> list[Layer]:
+    """Those of `layers` that an optimization profile runs: marked after the first, where each has layers of its own."""
+    marked = [layer for layer in layers if f"[profile {profile}]" in layer.name]
+    return marked or [layer for layer in layers if "[profile " not in layer.name]
+
+
 def float_nodes(layers: list[Layer], nodes: Iterable[str]) -> list[str]:
-    """Which of the graph's `nodes`, all meant to run in INT8, are in no engine layer or in one that does not."""
+    """Which of the graph's `nodes`, all meant to run in INT8, are in no engine layer or in one that does not.
+
+    Copies of a layer's operands into another memory layout, which bear its name, do not count.
+    """
+    layers = [layer for layer in layers if not layer.name.startswith("Reformatting CopyNode")]
 
     def runs_in_int8(node: str) -> bool:
         holders = [layer for layer in layers if re.search(rf"(?<![\w/.]){re.escape(node)}(?![\w/.])", layer.name)]
@@ -361,11 +393,14 @@ class _Lane:
         self.copies, self.compute = cuda.Stream(), cuda.Stream()
         self.context = engine.create_execution_context()
         if self.context is None:
-            raise UserError("the GPU has too little memory for this engine: use a smaller --batch_size")
+            raise UserError(TOO_LITTLE_MEMORY)
         self.context.set_optimization_profile_async(profile, self.compute.handle)
         self.context.set_input_shape(INPUT, (batch_size, *tuple(engine.get_tensor_shape(INPUT))[1:]))
         shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in (INPUT, OUTPUT)}
-        self.slots = [_Slot(cuda, self.context, self.compute, shapes) for _ in range(2)]
+        try:
+            self.slots = [_Slot(cuda, self.context, self.compute, shapes) for _ in range(2)]
+        except cuda.MemoryError:
+            raise UserError(TOO_LITTLE_MEMORY) from None
 
     def start(self, slot: _Slot, images: np.ndarray) -> None:
         """Enqueue the copy in, the engine and the copy out of a batch of at most `batch_size` images."""
@@ -377,7 +412,7 @@ class _Lane:
         self.cuda.memcpy_dtoh_async(slot.logits, slot.device_logits, self.compute)
         slot.done.record(self.compute)
 
-    def times_ms(self) -> np.ndarray:
+    def burst_ms(self) -> list[float]:
         """Device times of single engine runs in ms, from events between launches that follow each other at once."""
         events = [self.cuda.Event() for _ in range(BURST + 1)]
         for event in events[:-1]:
@@ -385,7 +420,7 @@ class _Lane:
             self.slots[0].launch()
         events[-1].record(self.compute)
         events[-1].synchronize()
-        return np.asarray([start.time_till(end) for start, end in zip(events, events[1:], strict=False)])
+        return [start.time_till(end) for start, end in zip(events, events[1:], strict=False)]
 
 
 class TensorRTNetwork(Network):
@@ -398,16 +433,25 @@ class TensorRTNetwork(Network):
     name = "tensorrt"
 
     def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray):
-        trt = load_tensorrt()
-        self._cuda, self._log = load_cuda(trt), make_logger(trt)
+        trt, self._cuda = require_gpu()
+        self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
         plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration)
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
-        inspector = self._engine.create_engine_inspector()
-        self.layers = parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         self._sizes, self._lanes = options.batch_sizes, {}
+        profiles = [self._inspect(trt, profile) for profile in range(len(self._sizes))]
+        self.layers, self._all_layers = profiles[0], sum(profiles, [])
+
+    def _inspect(self, trt: ModuleType, profile: int) -> list[Layer]:
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._lane(self._sizes[profile]).context  # types are told only for a known batch size
+        return profile_layers(parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON)), profile)
+
+    def float_nodes(self, nodes: Iterable[str]) -> list[str]:
+        """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
+        return float_nodes(self._all_layers, nodes)
 
     def _lane(self, batch_size: int) -> _Lane:
         if batch_size not in self._lanes:
@@ -416,6 +460,9 @@ class TensorRTNetwork(Network):
                 raise UserError(f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}")
             self._lanes[batch_size] = _Lane(self._cuda, self._engine, profile, batch_size)
         return self._lanes[batch_size]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return next(self.stream([images]))
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits of each batch, in order, while the next is on its way; no batch may be larger than the first."""
@@ -437,10 +484,5 @@ class TensorRTNetwork(Network):
 
     def latencies_ms(self, images: np.ndarray) -> np.ndarray:
         """Times of the engine alone, on the device, copies excluded."""
-        lane = self._lane(len(images))
-        for slot in lane.slots:
-            lane.start(slot, images)
-        times = lane.times_ms()[:0]
-        while len(times) < MIN_RUNS or times.sum() < 1000 * MIN_SECONDS:
-            times = np.concatenate([times, lane.times_ms()])
-        return times
+        self(images)  # leaves them in the lane's first buffers
+        return repeated_ms(self._lane(len(images)).burst_ms)

@@ -1,20 +1,67 @@
-"""A torch module as a back end."""
+"""A torch module as a back end, and the raw images' way into it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from utils.measure import BURST, Network, repeated_ms
 
 
-class TorchNetwork:
-    """A module in evaluation mode as a function: images (N, 3, H, W) float32 -> logits (N, classes) float32."""
+class FromImages(nn.Module):
+    """`model` behind the normalisation of raw images: (N, H, W, 3) uint8 -> what `model` makes of (N, 3, H, W).
 
-    name = "pytorch"
+    Args:
+        mean, std: of each channel, in units of the full range.
+    """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self._model, self._device = model.to(device).eval(), device
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("offset", -mean / std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.to(self.scale.dtype).permute(0, 3, 1, 2)  # TensorRT takes bytes only if a cast is the first to read them
+        return self.model(x * self.scale + self.offset)
+
+
+class TorchNetwork(Network):
+    """A module in evaluation mode that takes raw images: (N, H, W, 3) uint8 -> logits (N, classes) float32.
+
+    Args:
+        name: of the back end, "torch.compile" to compile it.
+    """
+
+    def __init__(self, model: FromImages, device: torch.device, name: str = "pytorch"):
+        self.name, self._device = name, device
+        model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        self._model = model.eval()
+        if name == "torch.compile":
+            self._model = torch.compile(self._model, mode="max-autotune", dynamic=False)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def latencies_ms(self, images: np.ndarray) -> np.ndarray:
+        """On a GPU the device times of runs that follow each other at once, copies excluded."""
+        if self._device.type != "cuda":
+            return super().latencies_ms(images)
+        batch = torch.from_numpy(images).to(self._device)
+
+        def burst() -> list[float]:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(BURST + 1)]
+            for event in events[:-1]:
+                event.record()
+                self._model(batch)
+            events[-1].record()
+            events[-1].synchronize()
+            return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+
+        return repeated_ms(burst)

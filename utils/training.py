@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import distributed
+
+WARM_UP = 0.05  # of all steps
 EAGER_STEPS = 3  # before a CUDA graph is recorded: they tune cuDNN, compile, and allocate the optimizer's state
 
 
@@ -36,11 +38,13 @@ class Step:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
 
     def set_rate(self, rate: float) -> None:
+        """Set the learning rate of each group, times the group's "scale" if it has one."""
         for group in self.optimizer.param_groups:
+            scaled = rate * group.get("scale", 1.0)
             if self.on_gpu:
-                group["lr"].fill_(rate)
+                group["lr"].fill_(scaled)
             else:
-                group["lr"] = rate
+                group["lr"] = scaled
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images (B, 3, H, W) float32 and labels (B,) int64; B stays the same from the first call on."""
@@ -67,8 +71,8 @@ class Step:
             logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         loss.backward()
-        if dist.is_initialized():
-            average([p.grad for p in self.parameters])
+        if distributed.active():
+            distributed.average([p.grad for p in self.parameters])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.loss_sum += loss.detach() * len(labels)
@@ -77,61 +81,40 @@ class Step:
     def totals(self) -> tuple[float, float]:
         """Mean loss and accuracy in percent since the last call, over all ranks; waits for the device."""
         sums = torch.stack([self.loss_sum, self.hits]) / self.count
-        if dist.is_initialized():
-            average([sums])
+        if distributed.active():
+            distributed.average([sums])
         self.loss_sum.zero_(), self.hits.zero_()
         self.count = 0
         loss, accuracy = sums.tolist()
         return loss, 100 * accuracy
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
-    """Rank, number of ranks and device of this process: (0, 1, ...) unless `torchrun` started it."""
-    gpu = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if gpu else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+def make_schedule(lr: float, num_epochs: int, lrdt: int | None) -> Callable[[float], float]:
+    """Learning rate as a function of the epochs done so far, a fraction included.
+
+    With `lrdt`, a tenth every `lrdt` epochs; otherwise up for a twentieth of the run and then down to 0, both in a line.
+    """
+
+    def decayed(epochs: float) -> float:
+        return lr * 0.1 ** (int(epochs) // lrdt)
+
+    def triangular(epochs: float) -> float:
+        progress = epochs / num_epochs
+        return lr * min(0.01 + 0.99 * progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
+
+    return decayed if lrdt else triangular
 
 
 @torch.no_grad()
-def average(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks, all in one message."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.reshape(tensor.shape))
+def accuracy_pct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Accuracy in evaluation mode, in percent, over batches of images (B, 3, H, W) and labels (B,)."""
+    model.eval()
+    hits, counts = zip(*(((model(images).argmax(1) == labels).sum(), len(labels)) for images, labels in batches), strict=True)
+    return 100 * float(sum(hits)) / sum(counts)
 
 
-class RankedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batches of all ranks, so that N ranks train what one process would at the same global batch.
-
-    torch's SyncBatchNorm needs a GPU; this one runs on gloo too.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        x32 = x.float()
-        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = torch.distributed.nn.functional.all_reduce(moments) / dist.get_world_size()
-        variance = square - mean.square()
-        with torch.no_grad():
-            count = x.numel() / len(mean) * dist.get_world_size()
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        shape = (1, -1, 1, 1)
-        factor = self.weight * torch.rsqrt(variance + self.eps)
-        return (x32 * factor.reshape(shape) + (self.bias - mean * factor).reshape(shape)).to(x.dtype)
-
-
-def share_batch_norm(model: nn.Module) -> None:
-    """Let every BatchNorm of `model` see the batches of all ranks, in place; names and parameters stay."""
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm use its running statistics and no longer update them; its scale and shift still train."""
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = RankedBatchNorm2d
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()

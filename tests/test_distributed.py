@@ -1,0 +1,243 @@
+"""Two ranks, on the CPU through gloo, train what one process trains on the same batches."""
+
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
+
+import train
+from dataset.batches import Batches
+from utils import checkpoint as ckpt
+from utils import distributed
+from utils.errors import UserError
+from utils.optimizers import make_optimizer
+from utils.training import Step
+
+FLAGS = ["--batch_size", "16", "--lr", "1e-5"]  # a rate so low that later steps do not amplify the rounding of earlier ones
+OUTPUTS = ("output_dir", "exp_name")
+
+
+def part(tensor, rank):
+    half = len(tensor) // 2
+    return tensor[rank * half : (rank + 1) * half]
+
+
+# what each of two ranks runs
+
+
+def two_ranks(rank, ports, folder, data):
+    """All of it in one process, because each takes seconds to start."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ["MASTER_PORT"] = str(ports[0])
+    with distributed.joined() as ranks:
+        assert (ranks.rank, ranks.count, ranks.device.type) == (rank, 2, "cpu")
+        assert distributed.from_first(f"rank {rank}") == "rank 0"
+        batch_norm_equals_torchs(rank)
+        steps_equal_the_textbook_loop(rank)
+    assert not distributed.active()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    with pytest.raises(UserError) as error:
+        train.main(["--m", "vanilla_cnn", "--data_dir", str(data), "--batch_size", "15", "--od", str(folder)])
+    assert str(error.value) == "--batch_size 15 is not a multiple of the 2 ranks"
+
+
+def batch_norm_equals_torchs(rank):
+    torch.manual_seed(0)
+    for offset, spread, tolerance in ((0.0, 1.0, 1e-5), (30.0, 0.1, 1e-3), (300.0, 0.01, 5e-2)):
+        whole = nn.BatchNorm2d(4).double()
+        with torch.no_grad():
+            whole.weight.uniform_(0.5, 2)
+            whole.bias.normal_()
+        ranked = copy.deepcopy(whole).float()
+        ranked.__class__ = distributed.RankedBatchNorm2d
+        for _ in range(3):  # the halves of a batch differ
+            x = offset + spread * torch.randn(8, 4, 5, 6) * torch.arange(1.0, 9)[:, None, None, None]
+            upstream = torch.randn_like(x)
+            x64, x32 = x.double().requires_grad_(), part(x, rank).clone().requires_grad_()
+            expected, result = whole(x64), ranked(x32)
+            expected.backward(upstream.double())
+            result.backward(part(upstream, rank))
+            close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+            torch.testing.assert_close(result, part(expected, rank), **close)
+            torch.testing.assert_close(x32.grad * spread, part(x64.grad, rank) * spread, **close)
+            for one, other in ((ranked.weight, whole.weight), (ranked.bias, whole.bias)):
+                total = one.grad.clone()
+                dist.all_reduce(total)
+                torch.testing.assert_close(total, other.grad, rtol=tolerance, atol=100 * tolerance, check_dtype=False)
+                one.grad = other.grad = None
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                torch.testing.assert_close(getattr(ranked, name), getattr(whole, name), rtol=1e-5, atol=1e-6, check_dtype=False)
+        seen = ranked.state_dict()
+        statistics = {name: seen[name].clone() for name in ("running_mean", "running_var", "num_batches_tracked")}
+        torch.testing.assert_close(ranked.eval()(x), whole.eval()(x.double()), **close)  # plain BatchNorm then
+        assert all(torch.equal(seen[name], value) for name, value in statistics.items())
+    assert ranked.train()(part(x, rank).bfloat16()).dtype == torch.bfloat16
+
+
+def small_net():
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def steps_equal_the_textbook_loop(rank):
+    torch.manual_seed(0)
+    single = small_net()
+    reference = make_optimizer(single, "sgd")
+    torch.manual_seed(rank)
+    model = small_net()  # rank 1's own weights give way to rank 0's
+    distributed.share_model(model)
+    assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [distributed.RankedBatchNorm2d] * 2
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), single.parameters(), strict=True))
+    step = Step(model, make_optimizer(model, "sgd"), 0.1, compiled=False)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    served = [
+        Batches(images, np.arange(40) % 4, [0.5] * 3, [0.25] * 3, 12, torch.device("cpu"), augment=True, natural=True, share=s)
+        for s in ((rank, 2), (0, 1))
+    ]
+    for rate in (0.05, 0.02):
+        torch.manual_seed(7)
+        mine = list(served[0])
+        torch.manual_seed(7)
+        losses, hits = [], 0
+        for (own_images, own_labels), (images, labels) in zip(mine, served[1], strict=True):
+            step.set_rate(rate)
+            step(own_images, own_labels)
+            for group in reference.param_groups:
+                group["lr"] = rate
+            logits = single(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            loss.backward()
+            reference.step()
+            reference.zero_grad()
+            losses.append(loss.item())
+            hits += (logits.argmax(1) == labels).sum().item()
+        loss, accuracy = step.totals()
+        assert loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+        assert accuracy == pytest.approx(100 * hits / 36)
+        for (key, one), other in zip(model.state_dict().items(), single.state_dict().values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            copies = [torch.empty_like(one) for _ in range(2)]
+            dist.all_gather(copies, one)
+            assert torch.equal(*copies)  # to the last bit, or ranks would drift apart
+
+
+# tests
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for server in sockets:
+        server.bind(("localhost", 0))
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def data(digits, tmp_path_factory):
+    """Folder with 74 train and 20 test digits as a CIFAR-10 archive: 64 train images after the split."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    arrays = {"x_train": digits.train_images[:74], "y_train": digits.train_labels[:74]}
+    np.savez(folder / "cifar10.npz", **arrays, x_test=digits.test_images[:20], y_test=digits.test_labels[:20])
+    return folder
+
+
+def start_torchrun(*argv):
+    """Two ranks with one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """(ranks, mode) -> folder of a run; QAT starts from the one process's float checkpoint."""
+    parent = tmp_path_factory.mktemp("runs")
+    float_flags = ["--model", "vanilla_cnn", "--data_dir", data, *FLAGS, "--num_epochs", "1"]
+    start = parent / "float_1" / "ckpt_best"
+    qat_flags = ["--quantize", "--partial_ckpt", "--load_ckpt", start, "--data_dir", data, *FLAGS, "--num_epochs", "3"]
+    processes = []
+    try:
+        for mode, flags in (("float", float_flags), ("qat", qat_flags)):  # at the same time: they spend it on starting
+            processes.append(start_torchrun(*flags, "--od", parent, "--en", f"{mode}_2"))
+            train.main([*map(str, flags), "--od", str(parent), "--en", f"{mode}_1"])
+        for process in processes:
+            stdout, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+            assert stdout.count("experiment folder") == stdout.count("ckpt_best is epoch") == 1
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+    return {(ranks, mode): parent / f"{mode}_{ranks}" for ranks in (1, 2) for mode in ("float", "qat")}
+
+
+def assert_close(mine, theirs, tolerance):
+    """Relative to the length of each tensor."""
+    assert mine.keys() == theirs.keys()
+    for key, one in mine.items():
+        difference = (one.double() - theirs[key].double()).norm()
+        assert difference <= tolerance * theirs[key].double().norm(), key
+
+
+def gradients(checkpoint):
+    """The momentum, which says far more of the gradients than weights that a low rate hardly moves."""
+    return {str(key): value["momentum_buffer"] for key, value in checkpoint["optimizer"]["state"].items()}
+
+
+def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_they_cannot_share(tmp_path, data):
+    torch.multiprocessing.spawn(two_ranks, (free_ports(2), tmp_path, data), nprocs=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_first_rank_writes(runs):
+    parent = runs[1, "float"].parent
+    assert {path.name for path in parent.iterdir()} == {"float_1", "float_2", "qat_1", "qat_2"}
+    for mode in ("float", "qat"):
+        assert {path.name for path in runs[2, mode].iterdir()} == {path.name for path in runs[1, mode].iterdir()}
+
+
+def test_two_ranks_train_what_one_process_does(runs):
+    one, two = (ckpt.load(runs[ranks, "float"] / "ckpt_1") for ranks in (1, 2))
+    assert len(gradients(one)) == 20
+    assert_close(gradients(two), gradients(one), 1e-3)
+    assert_close(two["state"], one["state"], 1e-5)
+    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
+    for key in ("train_accuracy_pct", "held_out_accuracy_pct"):
+        assert two["history"][0][key] == one["history"][0][key]
+    for key in ("model", "data", "seed", "epoch", "best_accuracy_pct"):
+        assert two[key] == one[key]
+    assert {k: v for k, v in two["flags"].items() if k not in OUTPUTS} == {
+        k: v for k, v in one["flags"].items() if k not in OUTPUTS
+    }
+
+
+def test_two_ranks_fine_tune_a_quantized_network_as_one_process_does(runs):
+    """As closely as one process repeats itself with its last bits changed: values beside a tie are rounded the other way."""
+    for epoch in range(4):
+        one, two = (ckpt.load(runs[ranks, "qat"] / f"ckpt_{epoch}") for ranks in (1, 2))
+        ranges = {key for key in one["state"] if key.endswith("_amax")}
+        assert_close({key: two["state"][key] for key in ranges}, {key: one["state"][key] for key in ranges}, 1e-6)
+        rest = {key for key in one["state"] if key.endswith(("weight", "running_mean", "running_var"))}
+        assert_close({key: two["state"][key] for key in rest}, {key: one["state"][key] for key in rest}, 1e-2)
+        if epoch:
+            assert_close(gradients(two), gradients(one), 0.8)
+            assert two["history"][-1]["loss"] == pytest.approx(one["history"][-1]["loss"], rel=1e-3)
+    states = [ckpt.load(runs[2, "qat"] / f"ckpt_{epoch}")["state"] for epoch in (1, 2, 3)]
+    means = [torch.cat([value for key, value in state.items() if key.endswith("running_mean")]) for state in states]
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[2])  # frozen in the last third
