@@ -63,10 +63,10 @@ def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "results")))
-def test_records_are_of_known_kinds_and_name_their_commit(path):
+def test_records_are_of_known_kinds_and_of_committed_code(path):
     record = json.loads(path.read_text())
     assert record["kind"] in ("inference", "calibrators")
-    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])  # None: ran outside a checkout
     assert record["rows"]
     for row in record["rows"] if record["kind"] == "inference" else ():
         assert set(row) == set(records.make_row("", ""))

@@ -11,8 +11,8 @@ from utils.errors import UserError
 T = TypeVar("T")
 
 
-CALIBRATORS = ("max", "percentile", "mse", "entropy")
-"""How activation ranges are found; the first is the default."""
+CALIBRATORS = ("percentile", "max", "mse", "entropy")
+"""How activation ranges are found; the first is the default (`benchmarks/calibrators.py` compares them)."""
 
 
 def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
