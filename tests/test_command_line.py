@@ -467,7 +467,7 @@ def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(qat_checkpoi
     manifest, reference = infer.read_export(tmp_path / "onnx")
     assert sorted(manifest["int8_nodes"]) == ["FP32", "INT8-QAT"]
     assert manifest["int8_nodes"]["FP32"] == []
-    assert len(manifest["int8_nodes"]["INT8-QAT"]) == 30
+    assert len(manifest["int8_nodes"]["INT8-QAT"]) == 29  # all but the pool, which sees one pixel
     assert len(reference) == 360
 
 

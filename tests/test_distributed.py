@@ -235,7 +235,9 @@ def test_two_ranks_fine_tune_a_quantized_network_as_one_process_does(runs):
         rest = {key for key in one["state"] if key.endswith(("weight", "running_mean", "running_var"))}
         assert_close({key: two["state"][key] for key in rest}, {key: one["state"][key] for key in rest}, 1e-2)
         if epoch:
-            assert_close(gradients(two), gradients(one), 0.8)
+            a, b = (torch.cat([value.flatten() for value in gradients(run).values()]) for run in (two, one))
+            assert torch.cosine_similarity(a, b, dim=0) > 0.5  # exactness is the float test's: roundings beside ties spread
+            assert 0.7 < a.norm() / b.norm() < 1.4
             assert two["history"][-1]["loss"] == pytest.approx(one["history"][-1]["loss"], rel=1e-3)
     states = [ckpt.load(runs[2, "qat"] / f"ckpt_{epoch}")["state"] for epoch in (1, 2, 3)]
     means = [torch.cat([value for key, value in state.items() if key.endswith("running_mean")]) for state in states]

@@ -60,16 +60,21 @@ def export_onnx(model: nn.Module, path: Path, image_size: tuple[int, int], mean:
 
 
 def int8_nodes(path: Path) -> list[str]:
-    """Names of the nodes of a graph that read a quantized activation, and so are meant to run in INT8."""
-    graph = onnx.load(path).graph
+    """Names of the nodes of a graph that read a quantized activation, and so are meant to run in INT8.
+
+    A pool over a single pixel is left out: it does nothing, and an engine has no layer for it.
+    """
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     constants = {tensor.name for tensor in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.value_info}
     quantized = {
         node.output[0]
         for node in graph.node
         if node.op_type == "DequantizeLinear" and made_by[node.input[0]].input[0] not in constants
     }
-    return [node.name for node in graph.node if node.op_type != "QuantizeLinear" and quantized & set(node.input)]
+    readers = [node for node in graph.node if node.op_type != "QuantizeLinear" and quantized & set(node.input)]
+    return [node.name for node in readers if node.op_type != "GlobalAveragePool" or shapes[node.input[0]][2:] != [1, 1]]
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
