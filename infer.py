@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from dataset.batches import Batches
 
-EXPORTED = ("FP32", "INT8-PTC", "INT8-QAT")
-"""Precisions that an export has a graph of; each also comes in FP16 where it is not INT8."""
 FAKE = {"INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"

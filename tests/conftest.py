@@ -14,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import dataset
 from utils import errors, measure
 
 ROOT = Path(__file__).parent.parent
+NETWORKS = [("vanilla_cnn", "cifar"), *((f"resnet{depth}", stem) for depth in (18, 34, 50) for stem in ("imagenet", "cifar"))]
+"""Every model with every stem that it has."""
 
 BLOCK = """
 import runpy, sys
@@ -31,6 +35,17 @@ sys.path.insert(0, ".")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def randomise_batch_norm(model):
+    """Statistics and affine parameters as if trained, a fifth of the gammas negative."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            sign = torch.where(torch.rand_like(module.running_var) < 0.2, -1, 1)
+            module.weight.data.uniform_(0.5, 1.5).mul_(sign)
+            module.bias.data.normal_(0, 0.1)
 
 
 @pytest.fixture(scope="session")

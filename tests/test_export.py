@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import NETWORKS, randomise_batch_norm
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -23,21 +24,9 @@ from utils.onnx_runtime import OnnxRuntimeNetwork
 from utils.swap import quantizable_modules, quantize_modules
 from utils.torch_network import FromImages, TorchNetwork
 
-NETWORKS = [("vanilla_cnn", "cifar"), *((f"resnet{depth}", stem) for depth in (18, 34, 50) for stem in ("imagenet", "cifar"))]
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 COMPUTING = ("Conv", "Gemm", "Add", "GlobalAveragePool")  # the node of each quantizable layer
 STATS = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])  # mean and standard deviation of the images
-
-
-def randomise_batch_norm(model):
-    """Statistics and affine parameters as if trained, a fifth of the gammas negative."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            sign = torch.where(torch.rand_like(module.running_var) < 0.2, -1, 1)
-            module.weight.data.uniform_(0.5, 1.5).mul_(sign)
-            module.bias.data.normal_(0, 0.1)
 
 
 class Graph:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NETWORKS, randomise_batch_norm
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from torch import nn
@@ -19,7 +20,6 @@ from utils.swap import quantizable_modules, quantize_modules
 SCALES = [1.0, 2.0**-7, 0.1, 0.0371, 3e-5, 127.0]
 EXACT_SCALES = [1.0, 2.0**-7, 2.0**5]  # powers of two: dividing by them and multiplying by their inverse are both exact
 CODE_MIN = {"activation": -128, "weight": -127}
-NETWORKS = [("vanilla_cnn", "cifar"), *((f"resnet{depth}", stem) for depth in (18, 34, 50) for stem in ("imagenet", "cifar"))]
 
 
 def reference_codes(x, scale, code_min):
@@ -625,17 +625,6 @@ def test_the_model_passed_in_stays_as_it_is(training, quantized):
 
 
 # whole networks
-
-
-def randomise_batch_norm(model):
-    """Statistics and affine parameters as if trained, a fifth of the gammas negative."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            sign = torch.where(torch.rand_like(module.running_var) < 0.2, -1, 1)
-            module.weight.data.uniform_(0.5, 1.5).mul_(sign)
-            module.bias.data.normal_(0, 0.1)
 
 
 @pytest.fixture(scope="module", params=NETWORKS, ids="-".join)
