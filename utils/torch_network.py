@@ -42,7 +42,9 @@ class TorchNetwork(Network):
         model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
         self._model = model.eval()
         if name == "torch.compile":
-            self._model = torch.compile(self._model, mode="max-autotune", dynamic=False)
+            # "max-autotune" without Triton's convolutions, which take minutes to compile
+            options = {"max_autotune": True, "triton.cudagraphs": True, "max_autotune_conv_backends": "ATEN"}
+            self._model = torch.compile(self._model, options=options, dynamic=False)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
