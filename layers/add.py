@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Add(nn.Module):
-    """`x + identity`, two tensors of one shape."""
+    """`x + other`, two tensors of one shape. Its quantized form rounds `other`, and is fused into the convolution behind `x`."""
 
-    def forward(self, x: Tensor, identity: Tensor) -> Tensor:
-        return x + identity
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other

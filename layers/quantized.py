@@ -54,9 +54,9 @@ class QuantLinear(nn.Linear):
 
 
 class QuantAdd(Add):
-    """`x + INT8(identity)`.
+    """`x + INT8(other)`.
 
-    Only the identity is quantized: `x` comes straight from a convolution, into whose INT8 kernel TensorRT fuses this
+    Only the second operand is quantized: `x` comes straight from a convolution, into whose INT8 kernel TensorRT fuses this
     addition; rounding `x` first would cost a pass over memory and accuracy.
     """
 
@@ -66,8 +66,8 @@ class QuantAdd(Add):
         quant.input_quantizer = Quantizer()
         return quant
 
-    def forward(self, x: Tensor, identity: Tensor) -> Tensor:
-        return super().forward(x, self.input_quantizer(identity))
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return super().forward(x, self.input_quantizer(other))
 
 
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):

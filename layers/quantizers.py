@@ -29,7 +29,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int) -
         x: any shape.
         scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0 of `x`.
     """
-    if x.is_cuda or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (x.is_cuda and scale.ndim):  # torch's own for channels waits for the GPU
         return StraightThrough.apply(x, scale.reshape(-1, *[1] * (x.ndim - 1)), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)

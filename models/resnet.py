@@ -27,9 +27,10 @@ class BasicBlock(nn.Module):
         self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.add(self.bn2(self.conv2(x)), identity))
+        x = self.bn2(self.conv2(x))
+        return self.relu(_joined(self.add, x, identity, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -50,10 +51,11 @@ class Bottleneck(nn.Module):
         self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.add(self.bn3(self.conv3(x)), identity))
+        x = self.bn3(self.conv3(x))
+        return self.relu(_joined(self.add, x, identity, self.downsample))
 
 
 class ResNet(nn.Module):
@@ -92,6 +94,15 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # (N, C, 1, 1) -> (N, C)
+
+
+def _joined(add: Add, x: Tensor, identity: Tensor, downsample: nn.Module | None) -> Tensor:
+    """The residual sum, both tensors of one shape; the convolution behind `add`'s first operand computes it.
+
+    That is the shortcut's where there is one: TensorRT's kernels that add are slower than those that do not, and a 1x1
+    convolution has the least to lose.
+    """
+    return add(x, identity) if downsample is None else add(downsample(identity), x)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:

@@ -172,7 +172,7 @@ def test_graph_is_valid_opset_17_with_named_ends_and_a_free_batch(exported):
 
 def test_graph_has_no_node_too_many_and_none_dangling(exported):
     graph = exported.graph
-    assert [node.op_type for node in graph.nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
+    assert [node.op_type for node in graph.nodes[:4]] == ["Cast", "Mul", "Add", "Transpose"]
     assert graph.count("BatchNormalization", "Identity", "Cast", "Mul") == 2
     known = {"images", *graph.constants}
     for node in graph.nodes:
@@ -241,20 +241,22 @@ def test_weights_in_the_file_are_the_trained_codes(exported):
             assert np.array_equal((np.rint(codes) * sign[:16].reshape(shape))[clear], np.rint(steps)[clear]), name
 
 
-def test_of_an_addition_only_the_identity_is_quantized(exported):
+def test_of_an_addition_only_the_second_operand_is_quantized(exported):
+    """The shortcut's convolution adds what comes out of the block, or else the block's last adds the identity."""
     graph = exported.graph
     additions = {name: node for name, node in graph.layers.items() if node.op_type == "Add"}
     assert len(additions) == sum(DEPTHS.get(exported.name, ()))
     for name, node in additions.items():
         block = name.removesuffix(".add")
-        branch, identity = node.input
-        assert graph.maker[branch] is graph.layers[f"{block}.conv{3 if exported.name == 'resnet50' else 2}"], name
-        source, _, _ = graph.quantized(identity)
+        adding, other = node.input
+        last = graph.layers[f"{block}.conv{3 if exported.name == 'resnet50' else 2}"]
         shortcut = graph.layers.get(f"{block}.downsample.0")
+        assert graph.maker[adding] is (shortcut or last), name
+        source, _, _ = graph.quantized(other)
         if shortcut is not None:
-            assert source == shortcut.output[0]
+            assert source == last.output[0]
         else:  # one pair of nodes serves the first convolution and the addition
-            assert identity == graph.layers[f"{block}.conv1"].input[0]
+            assert other == graph.layers[f"{block}.conv1"].input[0]
 
 
 def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):

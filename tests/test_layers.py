@@ -411,7 +411,7 @@ def test_gradients_reach_the_weight_through_the_rounding():
     torch.testing.assert_close(conv.weight.grad, expected.expand(3, 2, 3, 3))
 
 
-def test_quantized_addition_rounds_only_the_identity():
+def test_quantized_addition_rounds_only_the_second_operand():
     x, identity = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     quant = calibrated(QuantAdd.from_float(Add()), x, identity)
     rounded = fake_quantized(identity, 0.8 * identity.abs().max() / 127, -128)
