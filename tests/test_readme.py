@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
 import infer
 import train
+from benchmarks import train_speed
 from utils import records
 
 README = (ROOT / "README.md").read_text()
@@ -65,8 +67,12 @@ def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "results")))
 def test_records_are_of_known_kinds_and_of_committed_code(path):
     record = json.loads(path.read_text())
-    assert record["kind"] in ("inference", "calibrators")
+    assert record["kind"] in ("inference", "calibrators", "train_speed")
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])  # None: ran outside a checkout
     assert record["rows"]
-    for row in record["rows"] if record["kind"] == "inference" else ():
-        assert set(row) == set(records.make_row("", ""))
+    keys = {
+        "inference": set(records.make_row("", "")),
+        "train_speed": {field.name for field in fields(train_speed.Row)},
+    }
+    for row in record["rows"] if record["kind"] in keys else ():
+        assert set(row) == keys[record["kind"]]
