@@ -10,7 +10,7 @@ with momentum; a DataLoader with 4 persistent workers and pinned memory over PIL
 `loss.item()` after each batch. QAT: the layers of pytorch-quantization in their place, as its `quant_modules` puts them,
 calibrated by the maximum. They leave the residual additions in float, so they quantize less than ours.
 
-ours: what train.py does by default. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
+ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
 images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
 QAT. It drops an epoch's last, incomplete batch, so compare images/s. QAT is timed with BatchNorm updating, as in the first
 two thirds of a run; there it calibrates by percentile. On a CPU: FP32 eager, batch 128, SGD.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Add(nn.Module):
-    """`x + other`, two tensors of one shape. Its quantized form rounds `other`, and is fused into the convolution behind `x`."""
+    """`x + other`, two tensors of one shape. Quantized, it rounds `other` and is fused into the convolution behind `x`."""
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x + other

@@ -17,6 +17,7 @@ import infer
 import models
 import train
 from utils import checkpoint as ckpt
+from utils import flags
 from utils.errors import UserError
 
 PRECISIONS = {"FP32", "FP16", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"}
@@ -109,6 +110,23 @@ def test_pretrained_float_training_with_engines_afterwards(imagenet_cache, few_d
     assert [batch for backend, precision, batch in rows if precision == "INT8-PTC"] == ["1", "128"]
     files = {path.name for path in (tmp_path / "out" / "pytorch_exp" / "ckpt_best_onnx").iterdir()}
     assert files == {"fp32.onnx", "fp16.onnx", "int8_ptc.onnx", "int8_ptc_fp16.onnx", "export.json", "predictions.npz"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--test_trt --FP16 --INT8PTC --ptc_mode implicit --backend tensorrt --data_dir there",
+        "--test_trt --INT8QAT --quant_layers * --skip_layers conv1 fc --calibrator mse --calib_images 64",
+        "--test_trt",
+    ],
+)
+def test_engines_afterwards_obey_the_flags_of_training(argv):
+    """Whatever infer.py knows, too, it gets: but --m and the like, which the checkpoint knows."""
+    given = train.build_parser().parse_args(argv.split())
+    taken = infer.build_parser().parse_args(flags.handed_on(given))
+    shared = vars(given).keys() & vars(taken).keys() - {"batch_size"}
+    assert {"ptc_mode", "calibrator", "INT8QAT", "skip_layers"} <= shared
+    assert {key: vars(given)[key] for key in shared} == {key: vars(taken)[key] for key in shared}
 
 
 def test_quantized_fine_tuning_from_a_float_checkpoint(float_checkpoint, few_digits, tmp_path, capsys):

@@ -46,6 +46,16 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
     )
 
 
+def handed_on(args: argparse.Namespace) -> list[str]:
+    """The flags that train.py hands to infer.py, as words of a command line."""
+    words = [f"--{name}" for name in ("FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
+    for name in ("data_dir", "backend", "ptc_mode", "quant_layers", "skip_layers", "calibrator", "calib_images"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 def agreed(flag: str, given: T | None, known: T | None, default: T | None = None) -> T:
     """What the command line gives, else what the checkpoint knows, else the default.
 
