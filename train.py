@@ -36,10 +36,10 @@ from utils import distributed, flags
 from utils.errors import UserError, run
 from utils.files import link, new_folder
 from utils.optimizers import make_optimizer
-from utils.training import Step, accuracy_pct, freeze_batch_norm, make_schedule
+from utils.training import Step, evaluate, freeze_batch_norm, make_schedule
 
 LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch size 128; proportional to the batch size
-FINE_TUNE = 0.01  # of it when training starts from a checkpoint
+FINE_TUNE = 0.05  # of it when training starts from a checkpoint
 BATCH_SIZE = {"cpu": 128, "cuda": 512}
 LABEL_SMOOTHING = 0.1
 BN_FROZEN = 1 / 3  # of the QAT epochs, the last ones, run with frozen BatchNorm statistics
@@ -116,7 +116,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     config: dict[str, Any]
     epoch: int = 0
-    best_accuracy_pct: float = -1.0
+    best_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
 
     def last(self) -> str:
@@ -129,16 +129,19 @@ class Run:
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in self.model.parameters()):
             raise UserError(f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; {self.last()}")
 
-    def save(self, accuracy_pct: float) -> None:
-        """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier epoch was better on the held-out images."""
-        best = accuracy_pct >= self.best_accuracy_pct
-        self.best_accuracy_pct = max(accuracy_pct, self.best_accuracy_pct)
+    def save(self, held_out_loss: float) -> None:
+        """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier epoch's loss on the held-out images was lower.
+
+        Their loss is less noisy than their accuracy.
+        """
+        best = held_out_loss <= self.best_loss
+        self.best_loss = min(held_out_loss, self.best_loss)
         content = {
             **self.config,
             "state": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
-            "best_accuracy_pct": self.best_accuracy_pct,
+            "best_loss": self.best_loss,
             "history": self.history,
         }
         path = self.folder / f"ckpt_{self.epoch}"
@@ -150,9 +153,9 @@ class Run:
         """Do what a killed process left undone: remove its partial files, and let `ckpt_best` be the last if that is best."""
         for partial in self.folder.glob(".*.partial"):
             partial.unlink()
-        last_pct = self.history[-1]["held_out_accuracy_pct"] if self.history else self.best_accuracy_pct
+        last_loss = self.history[-1]["held_out_loss"] if self.history else self.best_loss
         path = self.folder / f"ckpt_{self.epoch}"
-        if last_pct == self.best_accuracy_pct and path.exists():
+        if last_loss == self.best_loss and path.exists():
             link(path, self.folder / "ckpt_best")
 
 
@@ -199,13 +202,14 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
             seconds = time.perf_counter() - started
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
             run.require_finite(loss, args.lr)
-            held_out_pct = accuracy_pct(run.model, held_out)
+            held_out_loss, held_out_pct = evaluate(run.model, held_out)
             run.epoch = epoch + 1
-            run.history.append({"loss": loss, "train_accuracy_pct": train_pct, "held_out_accuracy_pct": held_out_pct})
+            past = {"loss": loss, "train_accuracy_pct": train_pct}
+            run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
             if writer:
-                run.save(held_out_pct)
-                said = f"epoch {epoch + 1}: loss {loss:.4f}, train {train_pct:.2f} %, held-out {held_out_pct:.2f} %"
-                bar.write(f"{said}, {seconds:.2f} s", file=sys.stdout)
+                run.save(held_out_loss)
+                said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
+                bar.write(f"{said}, {held_out_pct:.2f} %, {seconds:.2f} s", file=sys.stdout)
 
 
 def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:
@@ -287,17 +291,17 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
     run = Run(folder, model, make_optimizer(model, args.optimizer), config)
     if args.resume:
         run.optimizer.load_state_dict(start["optimizer"])
-        run.epoch, run.best_accuracy_pct, run.history = start["epoch"], start["best_accuracy_pct"], start["history"]
+        run.epoch, run.best_loss, run.history = start["epoch"], start["best_loss"], start["history"]
         if ranks.rank == 0:
             run.tidy()
     elif args.quantize and ranks.rank == 0:
-        run.save(accuracy_pct(model, batches(*held_out)))  # ckpt_0: calibrated, not yet fine-tuned
+        run.save(math.inf)  # ckpt_0: calibrated, not yet fine-tuned; any epoch is better
     share = (ranks.rank, ranks.count)
     fit(run, batches(*chosen, augment=True, natural=data.natural, share=share), batches(*held_out), args)
     if ranks.rank == 0:
         best = ckpt.load(folder / "ckpt_best")
         model.load_state_dict(best["state"])
-        test_pct = accuracy_pct(model, batches(data.test_images, data.test_labels))
+        _, test_pct = evaluate(model, batches(data.test_images, data.test_labels))
         print(f"{folder}/ckpt_best is epoch {best['epoch']}: test accuracy {test_pct:.2f} %")
 
 

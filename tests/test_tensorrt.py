@@ -391,8 +391,8 @@ def test_flags_allow_8_6_what_the_precision_asks_for(precision, flags, remainder
     held = {"OBEY_PRECISION_CONSTRAINTS"} if "INT8" in flags else set()
     assert config._flags == held | (flags - {"FP16"} if remainder == "fp32" and "INT8" in flags else flags)
     constrained = [layer.type.name for layer in network._layers if "precision" in vars(layer)]
-    assert constrained == (["ELEMENTWISE", "ELEMENTWISE", "SHUFFLE"] if held else [])  # none after the first quantizer
-    for layer in network._layers[1 : 1 + len(constrained)]:
+    assert constrained == (["ELEMENTWISE", "ELEMENTWISE"] if held else [])  # none after the first quantizer
+    for layer in network._layers[2 : 2 + len(constrained)]:
         assert layer.precision is trt.DataType.FLOAT
         assert layer._output_types == {0: trt.DataType.FLOAT}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHT_DECAY = 5e-4  # of kernels and matrices; BatchNorm parameters and biases do not decay
@@ -60,22 +61,26 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(kernels: list[Tensor], iterations: int = 5) -> list[Tensor]:
-    """Each kernel (O, I, H, W), as a matrix (O, I H W), with its singular values moved to about 1; equal shapes together.
+    """Each kernel (O, I, H, W), as a matrix (O, I H W), with its singular values moved to about 1.
 
-    The quintic iteration and its coefficients are those of Jordan et al. (2024); bf16 is enough for it.
+    The quintic iteration and its coefficients are those of Jordan et al. (2024); bf16 is enough for it. Matrices with
+    equally many rows go through it together, the shorter ones filled up with zeros, which it keeps.
     """
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, kernel in enumerate(kernels):
-        by_shape.setdefault(kernel.shape, []).append(index)
+    matrices = [kernel.reshape(len(kernel), -1).bfloat16() for kernel in kernels]
+    matrices = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]  # none is taller than wide
+    by_rows: dict[int, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_rows.setdefault(len(matrix), []).append(index)
     result = list(kernels)
-    for shape, indices in by_shape.items():
-        x = torch.stack([kernels[i].reshape(len(kernels[i]), -1) for i in indices]).bfloat16()  # (n, O, I H W)
-        wide = x.shape[1] <= x.shape[2]
-        x = x if wide else x.mT
+    for indices in by_rows.values():
+        width = max(matrices[i].shape[1] for i in indices)
+        x = torch.stack([F.pad(matrices[i], (0, width - matrices[i].shape[1])) for i in indices])  # (n, rows, width)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(iterations):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-        for i, matrix in zip(indices, x if wide else x.mT, strict=True):
-            result[i] = matrix.to(kernels[i].dtype).reshape(shape)
+        for i, matrix in zip(indices, x, strict=True):
+            matrix = matrix[:, : matrices[i].shape[1]]
+            tall = kernels[i][0].numel() < len(kernels[i])
+            result[i] = (matrix.mT if tall else matrix).to(kernels[i].dtype).reshape(kernels[i].shape)
     return result

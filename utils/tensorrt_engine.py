@@ -241,11 +241,11 @@ def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOption
 
 
 def normalise_in_fp32(trt: ModuleType, network: Any) -> None:
-    """Keep the way from the images to the first quantizer out of FP16, whose rounding changes one INT8 code in thirty."""
+    """Keep what scales the pixels for the first quantizer out of FP16, whose rounding changes one INT8 code in thirty."""
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.QUANTIZE:
             break
-        if layer.type in (trt.LayerType.ELEMENTWISE, trt.LayerType.SHUFFLE):
+        if layer.type == trt.LayerType.ELEMENTWISE:
             layer.precision = trt.DataType.FLOAT
             layer.set_output_type(0, trt.DataType.FLOAT)
 

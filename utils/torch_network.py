@@ -21,13 +21,13 @@ class FromImages(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
-        mean, std = torch.tensor(mean), torch.tensor(std)
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("offset", -mean / std)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.to(self.scale.dtype)  # TensorRT takes bytes only if a cast is the first to read them
-        return self.model((x * self.scale + self.offset).permute(0, 3, 1, 2))  # NHWC -> NCHW
+        x = images.to(self.scale.dtype).permute(0, 3, 1, 2)  # TensorRT takes bytes only if a cast is the first to read them
+        return self.model(x * self.scale + self.offset)
 
 
 class TorchNetwork(Network):

@@ -106,11 +106,11 @@ def make_schedule(lr: float, num_epochs: int, lrdt: int | None) -> Callable[[flo
 
 
 @torch.no_grad()
-def accuracy_pct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Accuracy in evaluation mode, in percent, over batches of images (B, 3, H, W) and labels (B,)."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in percent, in evaluation mode, over batches of images (B, 3, H, W) and labels (B,)."""
     model.eval()
-    hits, counts = zip(*(((model(images).argmax(1) == labels).sum(), len(labels)) for images, labels in batches), strict=True)
-    return 100 * float(sum(hits)) / sum(counts)
+    logits, labels = map(torch.cat, zip(*((model(images), labels) for images, labels in batches), strict=True))
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
