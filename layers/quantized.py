@@ -74,8 +74,8 @@ class QuantAdd(Add):
 class QuantMul(Mul):
     """`scale * INT8(x)`.
 
-    The feature map is what costs memory traffic, and in a squeeze-and-excitation block the pool reads the same INT8 tensor.
-    The factors are one number for each channel: rounding them would save nothing and cost accuracy.
+    The feature map is what costs memory traffic, and in squeeze and excitation the pool reads the same INT8 tensor. The
+    factors are one number for each channel: rounding them would save nothing.
     """
 
     @classmethod

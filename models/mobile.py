@@ -3,8 +3,8 @@
 Both are torchvision's classes, so names and shapes of the parameters are torchvision's too. What differs: each addition,
 multiplication and pool is a module, which can be selected for quantization.
 
-The stem "cifar" leaves out the first two of the five halvings: 32x32 images reach the classifier as 4x4 pixels, as they do in
-a ResNet with that stem, instead of as one. Strides have no weights, so ImageNet's fit either stem.
+The stem "cifar" leaves out the first two of the five halvings, as is usual for CIFAR: the last feature map of a 32x32 image has
+4x4 pixels, as in a ResNet with that stem, instead of one. Strides have no weights, so ImageNet's weights fit either stem.
 
 This file takes seconds to import, because torchvision does.
 """
@@ -20,7 +20,7 @@ from torchvision.ops import SqueezeExcitation
 
 from layers import Add, Mul
 
-STOCHASTIC_DEPTH = 0.0  # torchvision's 0.2 is for ImageNet's hundreds of epochs: in 40, B0 at 32x32 does not yet overfit
+DROPOUT, STOCHASTIC_DEPTH = 0.2, 0.0  # of B0; torchvision drops blocks too, for ImageNet's hundreds of epochs: ours are few
 
 
 class InvertedResidual(mobilenetv2.InvertedResidual):
@@ -84,7 +84,8 @@ class EfficientNetB0(efficientnet.EfficientNet):
             (6, 3, 1, 192, 320, 1),
         )
         configs = [efficientnet.MBConvConfig(*stage, block=MBConv) for stage in stages]
-        super().__init__(configs, dropout=0.2, stochastic_depth_prob=STOCHASTIC_DEPTH, num_classes=num_classes)
+        super().__init__(configs, dropout=DROPOUT, stochastic_depth_prob=STOCHASTIC_DEPTH, num_classes=num_classes)
+        self.classifier[1].reset_parameters()  # torchvision's range, 1 / sqrt(num_classes), is too wide for ten
         fit_strides(self, stem)
 
 
