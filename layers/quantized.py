@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.add import Add
+from layers.mul import Mul
 from layers.quantizers import Quantizer
 
 
@@ -70,6 +71,23 @@ class QuantAdd(Add):
         return super().forward(x, self.input_quantizer(other))
 
 
+class QuantMul(Mul):
+    """`scale * INT8(x)`.
+
+    The feature map is what costs memory traffic, and in squeeze and excitation the pool reads the same INT8 tensor. The
+    factors are one number for each channel: rounding them would save nothing.
+    """
+
+    @classmethod
+    def from_float(cls, _: Mul) -> QuantMul:
+        quant = cls()
+        quant.input_quantizer = Quantizer()
+        return quant
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return super().forward(scale, self.input_quantizer(x))
+
+
 class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """Average pool of an INT8 input: the last feature map leaves its convolution as INT8."""
 
@@ -87,6 +105,7 @@ QUANTIZED_FORM = {
     nn.Conv2d: QuantConv2d,
     nn.Linear: QuantLinear,
     Add: QuantAdd,
+    Mul: QuantMul,
     nn.AdaptiveAvgPool2d: QuantAdaptiveAvgPool2d,
 }
 """Which quantized layer replaces which float layer."""

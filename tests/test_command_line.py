@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import digits_cut_to
+from conftest import STEMMED, digits_cut_to
 
 import dataset
 import infer
@@ -64,26 +64,27 @@ def export_copy(exported, tmp_path):
 
 
 @pytest.fixture
-def imagenet_cache(tmp_path, monkeypatch):
-    """TORCH_HOME without network access; returns where torchvision looks for ResNet-18's weights."""
-    from torchvision.models import ResNet18_Weights
+def imagenet_cache(tmp_path, monkeypatch, request):
+    """TORCH_HOME without network access; returns where torchvision looks for ResNet-18's weights, or those of `param`."""
+    from torchvision.models import get_model_weights
 
     def urlopen(*_, **__):
         raise urllib.error.URLError("no route to host")
 
+    weights = get_model_weights(getattr(request, "param", "resnet18")).DEFAULT
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(torch.hub, "urlopen", urlopen)
-    path = tmp_path / "torch_home" / "hub" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    path = tmp_path / "torch_home" / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
     path.parent.mkdir(parents=True)
     return path
 
 
-def imagenet_state():
-    from torchvision.models import resnet18
+def imagenet_state(name="resnet18"):
+    from torchvision.models import get_model
 
     torch.manual_seed(0)
-    return resnet18(num_classes=1000).state_dict()
+    return get_model(name, num_classes=1000).state_dict()
 
 
 def printed_rows(text):
@@ -249,14 +250,22 @@ def test_all_exported_precisions_are_evaluated_if_none_is_named(exported, capsys
 # pretrained weights
 
 
-def test_pretrained_weights_fill_everything_but_the_classifier(imagenet_cache):
-    source = imagenet_state()
+@pytest.mark.parametrize(
+    ("imagenet_cache", "name", "stem", "classifier"),
+    [
+        ("resnet18", "resnet18", "imagenet", ["fc.weight", "fc.bias"]),
+        *((name, name, "cifar", ["classifier.1.weight", "classifier.1.bias"]) for name in ("mobilenet_v2", "efficientnet_b0")),
+    ],
+    indirect=["imagenet_cache"],
+)
+def test_pretrained_weights_fill_everything_but_the_classifier(imagenet_cache, name, stem, classifier):
+    source = imagenet_state(name)
     torch.save(source, imagenet_cache)
-    model = models.build("resnet18", 10, "imagenet")
+    model = models.build(name, 10, stem)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    models.load_imagenet_weights(model, "resnet18")
+    models.load_imagenet_weights(model, name)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key] if key.startswith("fc.") else source[key]), key
+        assert torch.equal(value, before[key] if key in classifier else source[key]), key
 
 
 def test_pretrain_offline_names_the_file_and_where_to_put_it(imagenet_cache, tmp_path, error_line):
@@ -278,7 +287,7 @@ def test_pretrain_with_a_damaged_file_names_it(imagenet_cache, tmp_path, error_l
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--m", "vanilla_cnn"], "torchvision has no ImageNet weights for vanilla_cnn"),
+        (["--m", "vanilla_cnn"], f"torchvision has no ImageNet weights for vanilla_cnn, but for {', '.join(STEMMED)}"),
         (["--m", "resnet18", "--stem", "cifar"], "use --stem imagenet"),
     ],
 )
@@ -294,7 +303,7 @@ def test_pretrain_that_cannot_fit_says_why(imagenet_cache, tmp_path, error_line,
 
 def test_unknown_model_lists_the_models(tmp_path, run_script, failure_line):
     process = run_script("train.py", "--m", "resnet19", "--dataset", "digits", "--od", tmp_path)
-    assert failure_line(process) == "error: no model 'resnet19'; there are vanilla_cnn, resnet18, resnet34, resnet50"
+    assert failure_line(process) == "error: no model 'resnet19'; there are vanilla_cnn, " + ", ".join(STEMMED)
     assert list(tmp_path.iterdir()) == []
 
 

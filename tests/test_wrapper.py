@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import models
-from layers.add import Add
+from layers import Add, Mul
 from layers.quantized import QUANTIZED_FORM
 from layers.quantizers import Quantizer
 from models.resnet import BasicBlock
@@ -145,8 +145,13 @@ def test_everything_is_quantized_by_default():
 def test_no_convolution_matrix_product_or_addition_of_a_model_is_missed(name):
     layers = quantizable_modules(models.build(name, 10, "cifar")).values()
     kinds = [type(layer) for layer in layers]
-    additions, convolutions = {"vanilla_cnn": (0, 6), "resnet18": (8, 20), "resnet34": (16, 36), "resnet50": (16, 53)}[name]
-    assert [kinds.count(kind) for kind in (Add, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Linear)] == [additions, convolutions, 1, 1]
+    additions, convolutions = {
+        **{"vanilla_cnn": (0, 6), "resnet18": (8, 20), "resnet34": (16, 36), "resnet50": (16, 53)},
+        **{"mobilenet_v2": (10, 52), "efficientnet_b0": (9, 49 + 32)},
+    }[name]
+    squeezes = 16 if name == "efficientnet_b0" else 0  # a pool, two convolutions and a multiplication each
+    assert [kinds.count(kind) for kind in (Add, nn.Conv2d, Mul)] == [additions, convolutions, squeezes]
+    assert [kinds.count(kind) for kind in (nn.AdaptiveAvgPool2d, nn.Linear)] == [squeezes + 1, 1]
 
 
 def test_only_quantizable_layers_can_be_selected():

@@ -1,0 +1,12 @@
+"""The multiplication of a feature map as a module, so that it can be selected for quantization like any other layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Mul(nn.Module):
+    """`scale * x`: one factor for each channel (N, C, 1, 1), and a feature map (N, C, H, W)."""
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return scale * x

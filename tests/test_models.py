@@ -1,0 +1,63 @@
+"""The networks built on torchvision's classes are torchvision's networks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, STEMMED, randomise_batch_norm
+
+import models
+from utils.training import freeze_batch_norm
+
+
+@pytest.mark.parametrize("name", STEMMED)
+def test_names_and_shapes_of_all_weights_are_torchvisions(name):
+    from torchvision.models import get_model
+
+    expected = {key: value.shape for key, value in get_model(name, num_classes=10).state_dict().items()}
+    for stem in ("imagenet", "cifar"):
+        shapes = {key: value.shape for key, value in models.build(name, 10, stem).state_dict().items()}
+        differing = {key for key in expected if shapes.get(key) != expected[key]}
+        assert shapes.keys() == expected.keys()
+        assert differing == ({"conv1.weight"} if (name[:6], stem) == ("resnet", "cifar") else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STEMMED)
+def test_the_imagenet_stem_computes_what_torchvision_computes(name):
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model, reference = models.build(name, 10, "imagenet").eval(), get_model(name, num_classes=10).eval()
+    randomise_batch_norm(model)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 40, 32)
+    torch.testing.assert_close(model(images), reference(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 1), ("cifar", 4)])
+@pytest.mark.parametrize("name", STEMMED)
+def test_the_stem_decides_how_many_pixels_the_last_feature_map_has(name, stem, size):
+    model = models.build(name, 10, stem).eval()
+    seen = []
+    model.avgpool.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2:]))
+    model(torch.zeros(1, 3, 32, 32))
+    assert seen == [(size, size)]
+
+
+def test_what_training_drops_at_random_is_kept_in_evaluation():
+    torch.manual_seed(0)
+    model, images = models.build("efficientnet_b0", 10, "imagenet"), torch.randn(4, 3, 32, 32)
+    randomise_batch_norm(model)
+    freeze_batch_norm(model)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_a_resnet_does_not_wait_for_torchvision():
+    """Importing it takes longer than torch itself."""
+    code = "import sys, models; models.build('resnet18', 10, 'cifar'); assert 'torchvision' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
