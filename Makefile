@@ -1,9 +1,13 @@
 # `make demo` and `make test` set up everything they need: a virtual environment in .venv with requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+MODEL ?= vanilla_cnn resnet18 resnet34 resnet50 mobilenet_v2 efficientnet_b0
+SEEDS ?= 5
+RESULTS ?= out/results
+DATA ?= data
 DEMO := out/demo
 
-.PHONY: demo test lint tables install clean
+.PHONY: demo test lint reproduce tables install clean
 
 demo: install  ## float training, calibration, QAT, export and one table, on a CPU in three minutes
 	rm -rf $(DEMO)
@@ -20,8 +24,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-tables: install  ## write the README's tables again from results/
-	$(BIN)/python -m utils.records
+reproduce: install  ## the study behind the README's results; with MODEL=resnet18 SEEDS=1 a few minutes on one GPU
+	$(BIN)/python benchmarks/reproduce.py --m $(MODEL) --seeds $(SEEDS) --results $(RESULTS) --data_dir $(DATA)
+
+tables: install  ## write the README's tables and plots again from results/
+	$(BIN)/python -m utils.summary
 
 install: .venv/installed
 

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--remainder", choices=("fp16", "fp32"), default="fp16", help="what TensorRT computes the unquantized layers in")
     add("--workspace_gb", type=float, default=4.0, help="TensorRT's limit of scratch memory (default: %(default)s)")
     add("--opt_level", type=int, choices=range(6), default=3, help="of TensorRT's builder (default: %(default)s)")
+    add("--timing_cache", type=Path, metavar="DIR", help="kernel timings to share between exports (default: each its own)")
     add("--audit", action="store_true", help="list the engines' layers; fail if one meant for INT8 runs in another type")
     add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help="time torch.compile in FP16 at these batch sizes")
     add("--export_only", action="store_true", help="evaluate the export elsewhere, with --onnx; here only PyTorch")
@@ -214,17 +215,18 @@ def evaluate_torch(
         )
         batch_size = max(batch_sizes, default=measure.EVALUATION_BATCH)
         predictions[key] = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
-        shared = accuracies(predictions[key], predictions["FP32"], data.test_labels)
+        shared = accuracies(predictions[key], data.test_labels, predictions["FP32"], predictions["FP32"])
         timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
         rows += [records.make_row(name, key, **shared, **columns) for columns in timed]
     return rows, predictions
 
 
-def accuracies(predicted: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, its difference from the FP32 reference's and the agreement with the reference, all in percent."""
-    accuracy_pct, reference_pct = (measure.percent_equal(classes, labels) for classes in (predicted, reference))
-    agreement_pct = measure.percent_equal(predicted, reference)
-    return {"accuracy_pct": accuracy_pct, "delta_pct": accuracy_pct - reference_pct, "agreement_pct": agreement_pct}
+def accuracies(predicted: np.ndarray, labels: np.ndarray, fp32: np.ndarray, twin: np.ndarray) -> dict[str, float]:
+    """Accuracy, its difference from that of FP32's predictions and the agreement with the twin's, all in percent."""
+    accuracy_pct, fp32_pct, agreement_pct = (
+        measure.percent_equal(*pair) for pair in ((predicted, labels), (fp32, labels), (predicted, twin))
+    )
+    return {"accuracy_pct": accuracy_pct, "delta_pct": accuracy_pct - fp32_pct, "agreement_pct": agreement_pct}
 
 
 def latency_columns(network: measure.Network, images: np.ndarray, batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -260,33 +262,42 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
                 workspace_gb=args.workspace_gb,
                 level=args.opt_level,
             )
-            return lambda precision: TensorRTNetwork(folder, options(precision), calibration)
+            return lambda precision: TensorRTNetwork(folder, options(precision), calibration, args.timing_cache)
     from utils.onnx_runtime import OnnxRuntimeNetwork
 
     return lambda precision: OnnxRuntimeNetwork(folder / graph_file(precision))
 
 
-def read_export(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Manifest of an export, and the FP32 network's predictions of the test images.
+def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Manifest of an export, and what PyTorch's networks predict of the test images, FP32 always among them.
 
     Raises:
         UserError: something is missing or damaged.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        return {key: content[key] for key in MANIFEST_KEYS}, np.load(folder / PREDICTIONS)["FP32"]
+        with np.load(folder / PREDICTIONS) as arrays:
+            return {key: content[key] for key in MANIFEST_KEYS}, {"FP32": arrays["FP32"], **arrays}
     except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{folder} is no complete export ({what}); make one with infer.py --load_ckpt") from None
 
 
 def evaluate_network(
-    network: measure.Network, precision: str, data: dataset.ImageData, reference: np.ndarray, batch_sizes: Sequence[int]
+    network: measure.Network,
+    precision: str,
+    data: dataset.ImageData,
+    in_torch: dict[str, np.ndarray],
+    batch_sizes: Sequence[int],
 ) -> list[records.Row]:
-    """A row for each batch size with the network's own time; on a GPU also one with the time from host to host."""
+    """A row for each batch size with the network's own time; on a GPU also one with the time from host to host.
+
+    The agreement is with what PyTorch predicts in the same precision, of which implicit calibration has none: with FP32.
+    """
     batch_size = max(batch_sizes) if network.layers else measure.EVALUATION_BATCH
     predicted = measure.predict(network, data.test_images, batch_size, f"{network.name} {precision}")
-    shared = accuracies(predicted, reference, data.test_labels)
+    twin = in_torch.get(FAKE.get(precision, precision), in_torch["FP32"])
+    shared = accuracies(predicted, data.test_labels, in_torch["FP32"], twin)
     shared["file_mb"] = network.path.stat().st_size / 1e6
     if network.layers:
         shared["layers"], shared["int8_layers"] = len(network.layers), sum(x.precision == "INT8" for x in network.layers)
@@ -302,12 +313,12 @@ def evaluate_exported(
     folder: Path, data: dataset.ImageData | None, wanted: Sequence[str], args: argparse.Namespace
 ) -> tuple[records.Record, list[str]]:
     """Evaluate exported files on a back end: the record, which starts with the PyTorch rows of the export, and complaints."""
-    manifest, reference = read_export(folder)
+    manifest, in_torch = read_export(folder)
     flags.agreed("--m", args.model, manifest["model"])
     info = manifest["data"]
     data = data or load_data(args, info)
-    if reference.shape != data.test_labels.shape:
-        counts = f"{reference.size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
+    if in_torch["FP32"].shape != data.test_labels.shape:
+        counts = f"{in_torch['FP32'].size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
         raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     backend = choose_backend(folder, args, data.train_images[chosen[: manifest["calib_images"]]])
@@ -318,7 +329,7 @@ def evaluate_exported(
             print(f"{precision}: not in this export, no row")
             continue
         network = backend(precision)
-        rows += evaluate_network(network, precision, data, reference, args.batch_size)
+        rows += evaluate_network(network, precision, data, in_torch, args.batch_size)
         if args.audit and network.layers:
             print(f"{precision} engine\n" + "\n".join(map(str, network.layers)))
             complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]
@@ -334,7 +345,7 @@ def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argpars
         "stem": manifest["stem"],
         "dataset": manifest["data"]["dataset"],
         "seed": manifest["seed"],
-        "flags": {key: str(value) for key, value in vars(args).items() if value},
+        "flags": {key: str(value) for key, value in vars(args).items() if value and not isinstance(value, Path)},
         "commit": records.commit(),
         "environment": environment,
         "rows": torch_rows + rows,

@@ -1,18 +1,23 @@
-"""Benchmarks: the record that the training one writes, what it compares with, and what it leaves behind."""
+"""Benchmarks: what they write, what they compare, what they leave behind; and the tables made of many records."""
 
 import json
 import multiprocessing
 import threading
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from pytorch_quantization.nn import QuantConv2d, TensorQuantizer
 from torch import nn
 
-from benchmarks import train_speed
+import infer
+import train
+from benchmarks import reproduce, train_speed
+from utils import records, summary
 from utils.errors import UserError
 
 
@@ -89,3 +94,135 @@ def test_the_quantized_reference_has_the_librarys_layers_and_ranges():
 def test_train_speed_wants_at_least_one(flag):
     with pytest.raises(UserError, match="at least 1"):
         train_speed.main(["--dataset", "digits", flag, "0"])
+
+
+# reproduce
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Of a study so small that it takes seconds."""
+    words = ["--m", "vanilla_cnn", "--dataset", "digits", "--num_epochs", "2", "--tune_epochs", "1", "--no_engines"]
+    return [*words, "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+
+
+@pytest.mark.usefixtures("small_digits", "quick_latencies")
+def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tmp_path, monkeypatch, capsys):
+    reproduce.main([*arguments, "--seeds", "2"])
+    paths = sorted((tmp_path / "results").glob("*.json"))
+    assert [path.name for path in paths] == ["vanilla_cnn_cifar_seed0.json", "vanilla_cnn_cifar_seed1.json"]
+    for seed, path in enumerate(paths):
+        record = json.loads(path.read_text())
+        assert (record["kind"], record["model"], record["seed"]) == ("inference", "vanilla_cnn", seed)
+        precisions = list(dict.fromkeys(row["precision"] for row in record["rows"]))
+        assert precisions == ["FP32", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "FP32-TUNED"]
+        tuned, fp32 = record["rows"][-1], record["rows"][0]
+        assert tuned["delta_pct"] == pytest.approx(tuned["accuracy_pct"] - fp32["accuracy_pct"])
+        assert set(record["seconds"]) == {"float", "fine-tuning", "qat", "evaluation of the fine-tuned", "evaluation"}
+        assert not any(str(tmp_path) in value for value in record["flags"].values())
+    assert list((tmp_path / "work").iterdir()) == []
+    assert "| vanilla_cnn, cifar stem | 2 |" in capsys.readouterr().out
+    monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    reproduce.main([*arguments, "--seeds", "2"])
+
+
+@pytest.mark.usefixtures("small_digits", "quick_latencies")
+@pytest.mark.parametrize("stage", ["float", "tuned", "qat"])
+def test_an_interrupted_study_goes_on_where_it_was(arguments, tmp_path, monkeypatch, stage):
+    """Interrupted in the last epoch of a stage, it trains that epoch and the later stages, and nothing again."""
+    folder, epochs = tmp_path / "work" / "vanilla_cnn_cifar_seed0", {"float": 2, "tuned": 1, "qat": 1}
+    trained, real = [], train.train_epoch
+
+    def train_epoch(*args):
+        name = max((path for path in folder.iterdir() if path.name in epochs), key=lambda path: path.stat().st_ctime_ns).name
+        trained.append(name)
+        if not resumed and name == stage and trained.count(name) == epochs[name]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    resumed = False
+    with pytest.raises(UserError, match="interrupted"):
+        reproduce.main([*arguments, "--seeds", "1"])
+    trained.clear()
+    resumed = True
+    reproduce.main([*arguments, "--seeds", "1"])
+    order = ["float", "tuned", "qat"]
+    assert len(trained) == 1 + sum(epochs[name] for name in order[order.index(stage) + 1 :])
+    assert (tmp_path / "results" / "vanilla_cnn_cifar_seed0.json").exists()
+
+
+ENGINE_PYTHON = """#!/bin/sh
+[ "$1" = -c ] && echo {implicit} && exit
+echo "$@" > {log}
+while [ "$1" != --record ]; do shift; done
+echo '{{"kind": "inference"}}' > "$2"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize(("implicit", "mode"), [("True", "implicit"), ("False", "explicit")])
+def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, implicit, mode):
+    python, log, record = tmp_path / "python", tmp_path / "log", tmp_path / "record.json"
+    args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", opt_level=4)
+    for code in (0, 1):
+        python.write_text(ENGINE_PYTHON.format(implicit=implicit, log=log, code=code))
+        python.chmod(0o755)
+        if code:
+            with pytest.raises(UserError, match="engines of .* failed"):
+                reproduce.build_engines(args, tmp_path / "onnx", record)
+            continue
+        reproduce.build_engines(args, tmp_path / "onnx", record)
+        given = infer.build_parser().parse_args(log.read_text().split()[1:])
+        assert (given.onnx, given.record, given.ptc_mode, given.opt_level) == (tmp_path / "onnx", record, mode, 4)
+        assert (given.batch_size, given.timing_cache) == ([1, 1024], tmp_path / "work" / "timings")
+        assert json.loads(record.read_text()) == {"kind": "inference"}
+
+
+# summaries
+
+
+def record_of(seed, fp32, qat, engines=()):
+    """A record of a network with these accuracies; `engines` are (precision, batch size, ms)."""
+    rows = [records.make_row("pytorch", "FP32", fp32, 0.0, 100.0, batch, 1.0) for batch in (1, 64)]
+    rows.append(records.make_row("pytorch", "FAKE-QUANT-QAT", qat, qat - fp32, 99.0))
+    for precision, batch_size, ms in engines:
+        shared = {"accuracy_pct": qat, "delta_pct": qat - fp32, "agreement_pct": 99.5, "file_mb": 3.0, "layers": 9}
+        rows.append(records.make_row("tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms))
+        rows.append(records.make_row("tensorrt end-to-end", precision, **shared, batch_size=64))
+    return {"kind": "inference", "model": "net", "stem": "cifar", "seed": seed, "rows": rows, "seconds": {"a": 60, "b": 30}}
+
+
+@pytest.fixture
+def results(tmp_path):
+    engines = [("FP16", 1, 0.5), ("FP16", 64, 4.0), ("INT8-QAT", 1, 0.4), ("INT8-QAT", 64, 2.0)]
+    for record in (record_of(0, 90.0, 89.0, engines), record_of(1, 92.0, 92.0)):
+        records.write(tmp_path / f"seed{record['seed']}.json", record)
+    records.write(tmp_path / "other.json", {"kind": "calibrators"})
+    return tmp_path
+
+
+def cells(table):
+    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(titles, line, strict=True)) for line in lines]
+
+
+def test_accuracies_are_means_over_seeds_with_their_spread(results):
+    (line,) = cells(summary.accuracy_table(summary.load(results)))
+    assert (line["network"], line["seeds"], line["minutes a seed"]) == ("net, cifar stem", "2", "1.5")
+    assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == ("91.00 ± 1.41", "90.50 ± 2.12", "-0.50 ± 0.71")
+    assert (line["INT8-QAT engine"], line["INT8-PTC"]) == ("89.00", "-")
+
+
+def test_speeds_are_of_the_records_with_engines(results):
+    single, batch = cells(summary.speed_table(summary.load(results)))
+    assert (single["batch"], single["FP16 ms"], single["INT8-QAT ms"], single["speed-up"]) == ("1", "0.500", "0.400", "1.25")
+    assert (batch["batch"], batch["INT8-QAT images/s"], batch["speed-up"]) == ("64", "32,000", "2.00")
+    assert (batch["INT8 layers"], batch["agreement with PyTorch %"]) == ("7 of 9", "99.50")
+
+
+def test_the_plot_holds_its_points(results):
+    summary.plot(results)
+    with Image.open(results / summary.PLOT) as image:
+        assert json.loads(image.text["Description"]) == {"net, cifar stem": [2.0, -0.5]}
+        assert image.width > 500

@@ -48,15 +48,15 @@ PARAMETERS = {
 class Export:
     """An export, its data set, and engines of it in a folder of their own."""
 
-    def __init__(self, folder: Path, data_dir: Path):
-        self.manifest, _ = infer.read_export(folder)
+    def __init__(self, folder: Path, data_dir: Path, timings: Path | None = None):
+        self._timings = timings
+        self.manifest, in_torch = infer.read_export(folder)
         info = self.manifest["data"]
         data = dataset.load(info["dataset"], data_dir, info["img_size"])
         chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
         self.calibration = data.train_images[chosen[: self.manifest["calib_images"]]]
         self.images, self.labels = data.test_images, data.test_labels
-        with np.load(folder / infer.PREDICTIONS) as arrays:
-            self.references = {name: arrays[infer.FAKE.get(name, "FP32")] for name in self.precisions}
+        self.references = {name: in_torch[infer.FAKE.get(name, "FP32")] for name in self.precisions}
         if (folder / REFERENCE).is_file():
             with np.load(folder / REFERENCE) as arrays:
                 self.references |= dict(arrays)
@@ -76,7 +76,7 @@ class Export:
         if precision not in (*self.precisions, IMPLICIT):
             raise SkipTest(f"{precision} is not in this export")
         options = engines.EngineOptions(precision, SIZES, level=LEVEL)
-        return engines.TensorRTNetwork(Path(self._temporary.name), options, self.calibration)
+        return engines.TensorRTNetwork(Path(self._temporary.name), options, self.calibration, self._timings)
 
     def network(self, precision: str) -> engines.TensorRTNetwork:
         """The engine, loaded once."""
@@ -231,12 +231,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, metavar="EXPORT_DIR")
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
+    parser.add_argument("--timing_cache", type=Path, metavar="DIR", help="kernel timings of earlier builds, to build faster")
     parser.add_argument("--reference", action="store_true", help="write ONNX Runtime's predictions into EXPORT_DIR")
     args = parser.parse_args()
     if args.reference:
         write_reference(args.export, args.data)
         return 0
-    return run_all(Export(args.export, args.data))
+    return run_all(Export(args.export, args.data, args.timing_cache))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import infer
 import train
 from benchmarks import train_speed
-from utils import records
+from utils import records, summary
 
 README = (ROOT / "README.md").read_text()
 RECORDS = sorted((ROOT / "results").rglob("*.json"))
@@ -31,13 +32,19 @@ def parse(words):
 
 
 def test_tables_are_those_of_the_records():
-    assert records.refresh_tables(README) == README, "run `make tables`"
+    assert summary.refresh_tables(README) == README, "run `make tables`"
     assert "<!-- table: " in README
+
+
+def test_plots_are_those_of_the_records():
+    for folder in re.findall(rf"\(([^)\s]+)/{summary.PLOT}\)", README):
+        with Image.open(ROOT / folder / summary.PLOT) as image:
+            assert json.loads(image.text["Description"]) == summary.points(summary.load(ROOT / folder)), "run `make tables`"
 
 
 def test_a_changed_number_is_noticed():
     table = re.search(r"<!-- table: .*?<!-- end -->", README, re.DOTALL)[0]
-    assert records.refresh_tables(table.replace("100.00", "99.99", 1)) == table != table.replace("100.00", "99.99", 1)
+    assert summary.refresh_tables(table.replace("100.00", "99.99", 1)) == table != table.replace("100.00", "99.99", 1)
 
 
 @pytest.mark.parametrize("words", commands("\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))), ids=" ".join)

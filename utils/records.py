@@ -136,16 +136,6 @@ def markdown_table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *map(_cells, rows)])
 
 
-def refresh_tables(text: str) -> str:
-    """Replace what stands between `<!-- table: FILE -->` and `<!-- end -->` by the table of that record."""
-
-    def table(match: re.Match[str]) -> str:
-        record = json.loads((ROOT / match[1]).read_text())
-        return f"<!-- table: {match[1]} -->\n{markdown_table(record['rows'])}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
-
-
 def plot(path: Path, record: Record) -> None:
     """Accuracy against throughput, one point for each row that has both, as PNG."""
     import matplotlib
@@ -178,8 +168,3 @@ def plot(path: Path, record: Record) -> None:
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(refresh_tables(readme.read_text()))

@@ -278,11 +278,18 @@ def build_plan(
 
 
 def cached_plan(
-    trt: ModuleType, cuda: ModuleType, path: Path, options: EngineOptions, folder: Path, calibration: np.ndarray
+    trt: ModuleType,
+    cuda: ModuleType,
+    path: Path,
+    options: EngineOptions,
+    folder: Path,
+    calibration: np.ndarray,
+    timings: Path | None = None,
 ) -> tuple[bytes, Path]:
     """The engine of the graph at `path` from `folder`, built if it is not there; and the file that holds it.
 
     Args:
+        timings: folder of the kernel timings that builds leave for later ones of like networks, `folder` by default.
         calibration: images (N, H, W, 3) uint8, which only the precision INT8-PTC-IMPLICIT uses.
 
     Raises:
@@ -303,7 +310,7 @@ def cached_plan(
     if plan is None:
         table = Store(folder, "calibration.cache", source, platform)
         calibrator = _make_calibrator(trt, cuda, calibration, table) if implicit else None
-        timing = Store(folder, "timing.cache", platform)
+        timing = Store(timings or folder, "timing.cache", platform)
         plan = build_plan(trt, graph, options, timing, f"{options.precision} engine", calibrator)
         store.write(plan)
     return plan, store.path
@@ -445,11 +452,11 @@ class TensorRTNetwork(Network):
 
     name = "tensorrt"
 
-    def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray):
+    def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray, timings: Path | None = None):
         trt, self._cuda = require_gpu()
         self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
-        plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration)
+        plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration, timings)
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")

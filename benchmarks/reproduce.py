@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Everything behind the README's results: every model, several seeds, float, fine-tuned, calibrated, QAT, and engines.
+
+    python benchmarks/reproduce.py --data_dir data --results out/results                        all of it: hours on one GPU
+    python benchmarks/reproduce.py --m resnet18 --stem cifar --seeds 1 --results out/results    one row, in minutes
+
+For each model, stem and seed: train in float (40 epochs), fine-tune that in float and in QAT (10 epochs each, at the same
+rate), evaluate all of it and the calibrated network on the test set, export. ResNet-18's seeds and every other model's first
+seed also become TensorRT engines. Each leaves one record in --results, and what is there is not done again. An interrupted
+run goes on where it was as long as --work is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import infer
+import models
+import train
+from utils import measure, records, summary
+from utils.errors import UserError, run
+
+BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
+ENGINES_OF_ALL_SEEDS = "resnet18"
+BATCH_SIZES = ("1", "1024")
+FINE_TUNED = "FP32-TUNED"
+
+
+def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
+    """Train until `ckpt_<num_epochs>` is there, going on from what an interrupted run left; returns the best checkpoint.
+
+    All other checkpoints are deleted: those of one study would fill a disk.
+    """
+    if not (folder / f"ckpt_{num_epochs}").exists():
+        resumable = any(folder.glob("ckpt_*"))
+        if folder.exists() and not resumable:
+            shutil.rmtree(folder)
+        start = ["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]
+        train.main([*start, "--od", str(folder.parent), "--en", folder.name])
+    for path in folder.glob("ckpt_*"):
+        if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
+            path.unlink()
+    return folder / "ckpt_best"
+
+
+def add_fine_tuned(onnx: Path, tuned: Path) -> None:
+    """Put the fine-tuned float network, exported to `tuned`, into the export `onnx` as one more PyTorch row."""
+    predictions, reference = (infer.read_export(folder)[1] for folder in (tuned, onnx))
+    manifest, (row, *_) = json.loads((onnx / infer.MANIFEST).read_text()), infer.read_export(tuned)[0]["rows"]
+    rows = [old for old in manifest["rows"] if old["precision"] != FINE_TUNED]
+    pct = row["accuracy_pct"]
+    agreement_pct = measure.percent_equal(predictions["FP32"], reference["FP32"])
+    rows.append(records.make_row("pytorch", FINE_TUNED, pct, pct - rows[0]["accuracy_pct"], agreement_pct))
+    records.write(onnx / infer.MANIFEST, {**manifest, "rows": rows})
+
+
+def build_engines(args: argparse.Namespace, onnx: Path, record: Path) -> None:
+    """Evaluate the export on TensorRT, in a process of the Python that has it, which need not have torch."""
+    root, python = Path(infer.__file__).parent, args.engine_python
+    probe = "from utils import tensorrt_engine as t; print(hasattr(t.load_tensorrt(), 'IInt8EntropyCalibrator2'))"
+    done = subprocess.run([python, "-c", probe], cwd=root, capture_output=True, text=True)
+    mode = "implicit" if done.stdout.strip() == "True" else "explicit"
+    command = [python, root / "infer.py", "--onnx", onnx.resolve(), "--data_dir", args.data_dir.resolve()]
+    command += ["--backend", "tensorrt", "--FP16", "--INT8PTC", "--INT8QAT", "--ptc_mode", mode, "--batch_size", *BATCH_SIZES]
+    command += ["--timing_cache", args.work.resolve() / "timings", "--opt_level", str(args.opt_level)]
+    if subprocess.run([*map(str, command), "--record", str(record.resolve())]).returncode:
+        raise UserError(f"engines of {onnx} failed, see above; mend it and run again, or add --no_engines")
+
+
+def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: bool) -> None:
+    """One record, unless it is there."""
+    record = args.results / f"{model}_{stem}_seed{seed}.json"
+    if record.exists():
+        print(f"{record} is there")
+        return
+    work, seconds = args.work / record.stem, {}
+    onnx, tuned_onnx, draft = work / "onnx", work / "tuned_onnx", work / "record.json"
+
+    def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        print(f"== {record.stem}: {what}", flush=True)
+        started = time.perf_counter()
+        result = call(*arguments)
+        seconds[what] = round(time.perf_counter() - started, 1)
+        return result
+
+    def evaluate(*words: str | Path) -> None:
+        fixed = ("--export_only", "--data_dir", args.data_dir, "--batch_size", *BATCH_SIZES, "--record", draft)
+        infer.main([str(word) for word in (*words, *fixed)])
+
+    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
+    new = ["--m", model, "--stem", stem, *shared]
+    best = timed("float", finished, work / "float", args.num_epochs, new)
+    going_on = ["--load_ckpt", str(best), *shared]
+    tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
+    qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
+    timed("evaluation of the fine-tuned", evaluate, "--load_ckpt", tuned, "--FP16", "--onnx_dir", tuned_onnx)
+    timed("evaluation", evaluate, "--load_ckpt", qat, "--onnx_dir", onnx)
+    add_fine_tuned(onnx, tuned_onnx)
+    if engines:
+        timed("engines", build_engines, args, onnx, draft)
+    else:
+        evaluate("--onnx", onnx)
+    records.write(record, {**json.loads(draft.read_text()), "seconds": seconds})
+    shutil.rmtree(work)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--m", "--model", dest="models", nargs="+", choices=tuple(models.MODELS), default=tuple(models.MODELS))
+    add("--stem", nargs="+", choices=("cifar", "imagenet"), default=("cifar", "imagenet"), help="ResNets have both")
+    add("--seeds", type=int, default=5, help="default: %(default)s")
+    add("--num_epochs", type=int, default=40, help="of float training (default: %(default)s)")
+    add("--tune_epochs", type=int, default=10, help="of QAT and of float fine-tuning (default: %(default)s)")
+    add("--dataset", default="cifar10", choices=("cifar10", "digits"))
+    add("--data_dir", type=Path, default=Path("data"))
+    add("--results", type=Path, required=True, help="folder of the records")
+    add("--work", type=Path, default=Path("/tmp/reproduce"), help="folder of checkpoints and engines (default: %(default)s)")
+    add("--no_engines", action="store_true", help="PyTorch only")
+    add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")
+    add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    for seed in range(args.seeds):
+        for model in args.models:
+            for stem in [stem for stem in args.stem if stem == "cifar" or model in BOTH_STEMS]:
+                engines = not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS)
+                study(args, model, stem, seed, engines)
+    print(f"{time.perf_counter() - started:.0f} s")
+    groups = summary.load(args.results)
+    print(f"{summary.accuracy_table(groups)}\n\n{summary.speed_table(groups)}")
+    summary.plot(args.results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Several records as one: mean and spread over seeds, speed-ups, a plot; and the README's tables. Imports no torch.
+
+python -m utils.summary     write the README's tables and plots again from the records
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from utils import records
+from utils.files import atomic_path
+from utils.records import ROOT, Record, Row
+
+ACCURACIES = {  # title -> back end and precision
+    "FP32": ("pytorch", "FP32"),
+    "FP32 fine-tuned": ("pytorch", "FP32-TUNED"),
+    "INT8-QAT": ("pytorch", "FAKE-QUANT-QAT"),
+    "INT8-PTC": ("pytorch", "FAKE-QUANT-PTC"),
+    "FP16 engine": ("tensorrt", "FP16"),
+    "INT8-QAT engine": ("tensorrt", "INT8-QAT"),
+    "INT8-PTC engine": ("tensorrt", "INT8-PTC"),
+    "implicit INT8-PTC engine": ("tensorrt", "INT8-PTC-IMPLICIT"),
+}
+FAST, SLOW = "INT8-QAT", "FP16"
+PLOT = "summary.png"
+
+Groups = dict[str, list[Record]]
+
+
+def load(folder: Path) -> Groups:
+    """The inference records in a folder, by network."""
+    groups: Groups = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if record["kind"] == "inference":
+            groups.setdefault(f"{record['model']}, {record['stem']} stem", []).append(record)
+    return groups
+
+
+def rows_of(group: Sequence[Record], backend: str, precision: str, batch_size: int | None = None) -> list[Row]:
+    """At most one row of each record: the first of that back end, precision and, if given, batch size."""
+    found = []
+    for record in group:
+        rows = [row for row in record["rows"] if (row["backend"], row["precision"]) == (backend, precision)]
+        found += [row for row in rows if batch_size in (None, row["batch_size"])][:1]
+    return found
+
+
+def mean_and_spread(values: Sequence[float], spec: str = ".2f") -> str:
+    """Mean ± sample standard deviation, the latter where there are two values or more."""
+    if not values:
+        return "-"
+    mean = format(statistics.fmean(values), spec)
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def accuracy_table(groups: Groups) -> str:
+    """Test accuracy in percent of each network, over its seeds, and what QAT and calibration alone change."""
+    titles = ["network", "seeds", *ACCURACIES, "QAT − FP32", "PTC − FP32", "minutes a seed"]
+    lines = []
+    for name, group in groups.items():
+        columns = [[row["accuracy_pct"] for row in rows_of(group, *key)] for key in ACCURACIES.values()]
+        deltas = [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
+        minutes = [sum(record["seconds"].values()) / 60 for record in group if "seconds" in record]
+        cells = [name, str(len(group)), *map(mean_and_spread, columns)]
+        cells += [mean_and_spread(values, "+.2f") for values in deltas]
+        lines.append([*cells, f"{statistics.fmean(minutes):.1f}" if minutes else "-"])
+    return markdown(titles, lines)
+
+
+def speed_table(groups: Groups) -> str:
+    """What TensorRT makes of each network: medians over the records that have engines."""
+    titles = ["network", "batch", f"{SLOW} ms", f"{FAST} ms", "speed-up", f"{SLOW} images/s", f"{FAST} images/s"]
+    titles += [f"{SLOW} MB", f"{FAST} MB", "INT8 layers", "agreement with PyTorch %"]
+    lines = []
+    for name, group in groups.items():
+        sizes = {row["batch_size"] for record in group for row in record["rows"] if row["backend"] == "tensorrt"}
+        for size in sorted(sizes):
+            slow, fast = (rows_of(group, "tensorrt", precision, size) for precision in (SLOW, FAST))
+            if not slow or not fast:
+                continue
+            times = [statistics.median(row["latency_ms"]["p50"] for row in rows) for rows in (slow, fast)]
+            cells = [name, str(size), *(f"{time:.3f}" for time in times), f"{times[0] / times[1]:.2f}"]
+            cells += [f"{1000 * size / time:,.0f}" for time in times]
+            cells += [f"{statistics.median(row['file_mb'] for row in rows):.1f}" for rows in (slow, fast)]
+            cells += [f"{fast[0]['int8_layers']} of {fast[0]['layers']}"]
+            lines.append([*cells, mean_and_spread([row["agreement_pct"] for row in fast])])
+    return markdown(titles, lines)
+
+
+def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column aligned to the left."""
+    ruler = [":--", *["--:"] * (len(titles) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ruler, *lines))
+
+
+def points(groups: Groups) -> dict[str, list[float]]:
+    """Network -> speed-up of INT8-QAT over FP16 at the largest batch size, and its accuracy less FP32's, in points."""
+    found = {}
+    for name, group in groups.items():
+        sizes = [row["batch_size"] for row in rows_of(group, "tensorrt end-to-end", FAST)]
+        slow, fast = (rows_of(group, "tensorrt", precision, max(sizes, default=None)) for precision in (SLOW, FAST))
+        if slow and fast:
+            slow_ms, fast_ms = (statistics.median(row["latency_ms"]["p50"] for row in rows) for rows in (slow, fast))
+            deltas = [row["delta_pct"] for row in rows_of(group, "pytorch", "FAKE-QUANT-QAT")]
+            found[name] = [round(slow_ms / fast_ms, 3), round(statistics.fmean(deltas), 3)]
+    return found
+
+
+def plot(folder: Path) -> None:
+    """Accuracy lost against speed gained, a point for each network, as PNG; its metadata hold the points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = points(load(folder))
+    if not found:
+        return  # no engines, no speeds
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, (speed_up, delta)) in enumerate(found.items()):
+        axes.scatter(speed_up, delta, s=70, marker="osD^v<>Ph*"[index % 10], color=f"C{index % 10}", label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel=f"speed-up of {FAST} over {SLOW}, largest batch", ylabel=f"accuracy of {FAST} less FP32's (points)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_path(folder / PLOT) as partial:
+        figure.savefig(partial, format="png", dpi=110, metadata={"Description": json.dumps(found)})
+    pyplot.close(figure)
+
+
+def record_table(path: Path) -> str:
+    """All rows of one record."""
+    return records.markdown_table(json.loads(path.read_text())["rows"])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "table": record_table,
+    "accuracy": lambda folder: accuracy_table(load(folder)),
+    "speed": lambda folder: speed_table(load(folder)),
+}
+
+
+def refresh_tables(text: str) -> str:
+    """Replace what stands between `<!-- KIND: PATH -->` and `<!-- end -->` by the table of that kind, see `TABLES`."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]}: {match[2]} -->\n{TABLES[match[1]](ROOT / match[2])}\n<!-- end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(refresh_tables(readme.read_text()))
+    for image in re.findall(rf"\(([^)\s]+)/{PLOT}\)", readme.read_text()):
+        plot(ROOT / image)
