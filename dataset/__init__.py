@@ -93,10 +93,3 @@ def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
     means = [float((count * levels).sum() / count.sum()) for count in counts]
     variances = [float((c * (levels - m) ** 2).sum() / c.sum()) for c, m in zip(counts, means, strict=True)]
     return means, [max(variance, 1e-6) ** 0.5 for variance in variances]
-
-
-def normalise(images: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 -> (N, 3, H, W) float32, (x / 255 - mean) / std."""
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
-    offset = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
-    return np.ascontiguousarray((images * scale - offset).transpose(0, 3, 1, 2))

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import STEMMED, digits_cut_to
+from conftest import STEMMED, digits_cut_to, normalised
 
-import dataset
 import infer
 import models
 import train
@@ -190,7 +189,7 @@ def test_numbers_of_a_record_agree_with_each_other(exported):
 
 def test_recorded_accuracies_are_those_of_the_checkpoints_networks(exported, qat_checkpoint, digits):
     content = ckpt.load(qat_checkpoint)
-    images = torch.from_numpy(dataset.normalise(digits.test_images, content["data"]["mean"], content["data"]["std"]))
+    images = normalised(digits.test_images, content["data"]["mean"], content["data"]["std"])
     rows = {(row["backend"], row["precision"]): row for row in json.loads((exported / "record.json").read_text())["rows"]}
     predictions = {}
     for precision, build, state in (

@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, normalised
 from PIL import Image
 
 import dataset
@@ -476,15 +476,6 @@ def test_constant_channel_has_no_zero_deviation():
     assert min(dataset.channel_stats(np.zeros((2, 4, 4, 3), np.uint8))[1]) > 0
 
 
-def test_normalise_is_the_textbook_formula():
-    images, mean, std = made_images(3, size=8), [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
-    result = dataset.normalise(images, mean, std)
-    assert result.dtype == np.float32
-    assert result.flags.c_contiguous
-    np.testing.assert_allclose(result, expected, atol=2e-6)
-
-
 # batches
 
 
@@ -496,7 +487,7 @@ def test_plain_batches_are_the_normalised_images_in_order(digits):
     assert len(batches) == 3
     assert torch.equal(labels, torch.from_numpy(digits.test_labels))
     assert images.dtype == torch.float32
-    np.testing.assert_allclose(images, dataset.normalise(digits.test_images, mean, std), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(images, normalised(digits.test_images, mean, std), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (4, [4]), (7, [4, 3]), (10, [4, 4, 2]), (99, [4, 4, 2])])

@@ -9,14 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import NETWORKS, randomise_batch_norm
+from conftest import NETWORKS, Small, normalised, randomise_batch_norm
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-import dataset
 import infer
 import models
-from models.resnet import BasicBlock
 from utils import checkpoint as ckpt
 from utils.calibrate import calibrate
 from utils.export import export_onnx, merge_shared_quantizers
@@ -120,10 +118,6 @@ def random_images(count, size):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def normalised(images):
-    return torch.from_numpy(dataset.normalise(images, *STATS))
-
-
 def in_torch(model, stats=STATS):
     return TorchNetwork(FromImages(copy.deepcopy(model), *stats), torch.device("cpu"))
 
@@ -138,23 +132,9 @@ def exported(request, tmp_path_factory):
     size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8  # what the last stage sees as one pixel
     images = random_images(4, size)
     quantize_modules(model)
-    calibrate(model, [normalised(images)], "max")
+    calibrate(model, [normalised(images, *STATS)], "max")
     path = tmp_path_factory.mktemp("export") / "model.onnx"
     return SimpleNamespace(name=name, model=model, path=path, graph=export(model, path, size), images=images)
-
-
-class Small(nn.Module):
-    """A convolution and two residual blocks, one with a shortcut convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
-        self.layer1 = BasicBlock(6, 6, 1, None)
-        self.layer2 = BasicBlock(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4)))
-        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.fc(self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))))
 
 
 def small(**layers):
@@ -331,7 +311,7 @@ def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem
 
 @pytest.mark.parametrize(
     "skip_layers",
-    [["conv1"], ["fc"], ["*.add"], ["avgpool"], ["layer1.*"], ["layer2.conv1", "layer2.downsample.0"], ["layer*", "avgpool"]],
+    [["conv"], ["fc"], ["*.add"], ["avgpool"], ["layer1.*"], ["layer2.conv1", "layer2.downsample.0"], ["layer*", "avgpool"]],
     ids=str,
 )
 def test_skipped_layers_are_float(tmp_path, skip_layers):
@@ -535,7 +515,7 @@ def test_weights_of_the_fp16_graph_have_the_same_codes(exported):
 
 def test_a_scale_too_small_for_fp16_stays_above_zero(tmp_path):
     model = small()
-    model.conv1.weight_quantizer.amax[2] = 1e-9
+    model.conv.weight_quantizer.amax[2] = 1e-9
     export(model, tmp_path / "model.onnx")
     half = Graph(tmp_path / "model_fp16.onnx")
     scales = [half.constants[node.input[1]] for node in half.nodes if node.op_type == "QuantizeLinear"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, normalised
 from torch import nn
 
 import dataset
@@ -582,7 +582,7 @@ def test_history_holds_what_each_epochs_network_does_on_the_held_out_images(runs
         model = (infer.build_quantized if mode == "qat" else infer.build_float)(content).eval()
         model.load_state_dict(content["state"])
         info = content["data"]
-        images = torch.from_numpy(dataset.normalise(digits.train_images[held_out, ::2, ::2], info["mean"], info["std"]))
+        images = normalised(digits.train_images[held_out, ::2, ::2], info["mean"], info["std"])
         with torch.no_grad():
             logits = model(images).double().numpy()
         labels, past = digits.train_labels[held_out], content["history"][-1]

@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import Small
 from torch import nn
 
 import models
 from layers import Add, Mul
 from layers.quantized import QUANTIZED_FORM
 from layers.quantizers import Quantizer
-from models.resnet import BasicBlock
 from utils.calibrate import PERCENTILE, calibrate, require_calibrated
 from utils.errors import UserError
 from utils.flags import CALIBRATORS
@@ -38,20 +38,6 @@ RESNET18 = [
 def resnet18():
     torch.manual_seed(0)
     return models.build("resnet18", 10, "imagenet")
-
-
-class Small(nn.Module):
-    """One of each: an input of 3 channels, a residual block with and one without a shortcut convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
-        self.layer1 = BasicBlock(6, 6, 1, None)
-        self.layer2 = BasicBlock(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4)))
-        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.fc(self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn(self.conv(x))))))))
 
 
 def small(seed=0):
