@@ -357,8 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted, data = wanted_precisions(args), None
     if (args.onnx is None) == (args.load_ckpt is None):
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
-    if min((*args.batch_size, *args.torch_compile)) < 1:
-        raise UserError("--batch_size: at least 1")
+    if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
+        raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
     folder = args.onnx
     if folder is None:
         folder, data = export_checkpoint(args, wanted)

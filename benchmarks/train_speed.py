@@ -189,7 +189,7 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
     on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
     argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
     argv += ["--batch_size", str(args.batch_size)] if args.batch_size else []
-    argv += ["--optimizer", "sgd"] if mode == "qat" else []
+    argv += ["--optimizer", "sgd" if mode == "qat" else args.optimizer] if mode == "qat" or args.optimizer else []
     flags, _ = train.parse_flags(argv)
     if mode == "qat":  # what parse_flags makes of --quantize with a float checkpoint, of which there is no file here
         flags.quantize, flags.partial_ckpt, flags.lr = True, True, flags.lr * train.FINE_TUNE
@@ -310,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--modes", nargs="+", choices=MODES, default=MODES, help="qat starts from float's weights if both run")
     add("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
     add("--batch_size", type=int, help="of ours (default: train.py's, 512 on a GPU)")
+    add("--optimizer", choices=tuple(train.LEARNING_RATE), help="of ours in float (default: train.py's, muon on a GPU)")
     add("--reference_batch_size", type=int, default=128, help="default: %(default)s")
     add("--epochs", type=int, default=3, help="timed ones (default: %(default)s)")
     add("--warm_up", type=int, default=1, help="epochs before them (default: %(default)s)")

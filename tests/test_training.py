@@ -26,6 +26,7 @@ from utils import checkpoint as ckpt
 from utils import training
 from utils.errors import UserError
 from utils.swap import quantize_modules
+from utils.torch_network import FromImages, TorchNetwork
 
 FLAGS = ["--dataset", "digits", "--batch_size", "16"]
 EPOCHS, STEPS = 3, 3  # 50 images in full batches of 16
@@ -285,6 +286,23 @@ def test_a_compiled_quantized_network_is_the_eager_one(monkeypatch, dtype):
     for (name, one), other in zip(eager.named_parameters(), same.parameters(), strict=True):
         assert one.grad.count_nonzero() > 0, name
         assert torch.equal(one.grad, other.grad), name
+
+
+def test_evaluation_allows_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    class Spy(nn.Flatten):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    images, labels = torch.zeros(2, 3, 1, 1), torch.zeros(2, dtype=torch.int64)
+    assert training.evaluate(Spy(), [(images, labels)]) == (pytest.approx(math.log(3)), 100)
+    network = TorchNetwork(FromImages(Spy(), [0.5] * 3, [0.5] * 3), torch.device("cpu"))
+    assert network(np.zeros((2, 1, 1, 3), np.uint8)).shape == (2, 3)
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
 
 
 # resuming

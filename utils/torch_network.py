@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from utils.measure import BURST, Network, repeated_ms
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Meanwhile, float32 convolutions on a GPU multiply in float32.
+
+    By default they round their operands to TF32's 11 bits, which moves values across the ties of the next quantizer: a fake
+    quantized network would no longer predict what its INT8 engine does.
+    """
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class FromImages(nn.Module):
@@ -48,11 +63,12 @@ class TorchNetwork(Network):
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
+        with full_precision():
+            return self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
 
     @torch.inference_mode()
     def latencies_ms(self, images: np.ndarray) -> np.ndarray:
-        """On a GPU the device times of runs that follow each other at once, copies excluded."""
+        """On a GPU the device times of runs that follow each other at once, copies excluded, TF32 allowed."""
         if self._device.type != "cuda":
             return super().latencies_ms(images)
         batch = torch.from_numpy(images).to(self._device)

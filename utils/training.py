@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.torch_network import full_precision
 
 WARM_UP = 0.05  # of all steps
 EAGER_STEPS = 3  # before a CUDA graph is recorded: they tune cuDNN, compile, and allocate the optimizer's state
@@ -109,7 +110,8 @@ def make_schedule(lr: float, num_epochs: int, lrdt: int | None) -> Callable[[flo
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in percent, in evaluation mode, over batches of images (B, 3, H, W) and labels (B,)."""
     model.eval()
-    logits, labels = map(torch.cat, zip(*((model(images), labels) for images, labels in batches), strict=True))
+    with full_precision():
+        logits, labels = map(torch.cat, zip(*((model(images), labels) for images, labels in batches), strict=True))
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
