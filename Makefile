@@ -25,7 +25,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 reproduce: install  ## the study behind the README's results; with MODEL=resnet18 SEEDS=1 a few minutes on one GPU
-	$(BIN)/python benchmarks/reproduce.py --m $(MODEL) --seeds $(SEEDS) --results $(RESULTS) --data_dir $(DATA)
+	$(BIN)/python benchmarks/reproduce.py --m $(MODEL) --seeds $(SEEDS) --results $(RESULTS) --data_dir $(DATA) $(ARGS)
 
 tables: install  ## write the README's tables and plots again from results/
 	$(BIN)/python -m utils.summary

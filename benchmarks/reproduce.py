@@ -29,6 +29,7 @@ import models
 import train
 from utils import measure, records, summary
 from utils.errors import UserError, run
+from utils.records import ROOT
 
 BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
 ENGINES_OF_ALL_SEEDS = "resnet18"
@@ -64,16 +65,28 @@ def add_fine_tuned(onnx: Path, tuned: Path) -> None:
     records.write(onnx / infer.MANIFEST, {**manifest, "rows": rows})
 
 
+def calibration_mode(python: str) -> str:
+    """What TensorRT of that Python offers as --ptc_mode: "implicit" too, where it still has calibrators.
+
+    Raises:
+        UserError: it cannot run there.
+    """
+    probe = "from utils import errors, tensorrt_engine as t\n"
+    probe += "errors.run(lambda: print(hasattr(t.require_gpu()[0], 'IInt8EntropyCalibrator2')))"
+    done = subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise UserError(f"no engines with {python}: {said}; or leave them out with --no_engines")
+    return "implicit" if done.stdout.strip() == "True" else "explicit"
+
+
 def build_engines(args: argparse.Namespace, onnx: Path, record: Path) -> None:
     """Evaluate the export on TensorRT, in a process of the Python that has it, which need not have torch."""
-    root, python = Path(infer.__file__).parent, args.engine_python
-    probe = "from utils import tensorrt_engine as t; print(hasattr(t.load_tensorrt(), 'IInt8EntropyCalibrator2'))"
-    done = subprocess.run([python, "-c", probe], cwd=root, capture_output=True, text=True)
-    mode = "implicit" if done.stdout.strip() == "True" else "explicit"
-    command = [python, root / "infer.py", "--onnx", onnx.resolve(), "--data_dir", args.data_dir.resolve()]
-    command += ["--backend", "tensorrt", "--FP16", "--INT8PTC", "--INT8QAT", "--ptc_mode", mode, "--batch_size", *BATCH_SIZES]
-    command += ["--timing_cache", args.work.resolve() / "timings", "--opt_level", str(args.opt_level)]
-    if subprocess.run([*map(str, command), "--record", str(record.resolve())]).returncode:
+    command = [args.engine_python, "infer.py", "--onnx", onnx.resolve(), "--data_dir", args.data_dir.resolve()]
+    command += ["--backend", "tensorrt", "--FP16", "--INT8PTC", "--INT8QAT", "--ptc_mode", args.ptc_mode]
+    command += ["--batch_size", *BATCH_SIZES, "--opt_level", args.opt_level]
+    command += ["--timing_cache", args.work.resolve() / "timings", "--record", record.resolve()]
+    if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         raise UserError(f"engines of {onnx} failed, see above; mend it and run again, or add --no_engines")
 
 
@@ -130,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")
     add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
     args = parser.parse_args(argv)
+    args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
     for seed in range(args.seeds):
         for model in args.models:

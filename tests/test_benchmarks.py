@@ -153,7 +153,6 @@ def test_an_interrupted_study_goes_on_where_it_was(arguments, tmp_path, monkeypa
 
 
 ENGINE_PYTHON = """#!/bin/sh
-[ "$1" = -c ] && echo {implicit} && exit
 echo "$@" > {log}
 while [ "$1" != --record ]; do shift; done
 echo '{{"kind": "inference"}}' > "$2"
@@ -161,22 +160,38 @@ exit {code}
 """
 
 
-@pytest.mark.parametrize(("implicit", "mode"), [("True", "implicit"), ("False", "explicit")])
-def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, implicit, mode):
+@pytest.mark.parametrize("code", [0, 3])
+def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, code):
     python, log, record = tmp_path / "python", tmp_path / "log", tmp_path / "record.json"
-    args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", opt_level=4)
-    for code in (0, 1):
-        python.write_text(ENGINE_PYTHON.format(implicit=implicit, log=log, code=code))
-        python.chmod(0o755)
-        if code:
-            with pytest.raises(UserError, match="engines of .* failed"):
-                reproduce.build_engines(args, tmp_path / "onnx", record)
-            continue
-        reproduce.build_engines(args, tmp_path / "onnx", record)
-        given = infer.build_parser().parse_args(log.read_text().split()[1:])
-        assert (given.onnx, given.record, given.ptc_mode, given.opt_level) == (tmp_path / "onnx", record, mode, 4)
-        assert (given.batch_size, given.timing_cache) == ([1, 1024], tmp_path / "work" / "timings")
-        assert json.loads(record.read_text()) == {"kind": "inference"}
+    python.write_text(ENGINE_PYTHON.format(log=log, code=code))
+    python.chmod(0o755)
+    args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", opt_level=4, ptc_mode="implicit")
+    if code:
+        with pytest.raises(UserError, match="engines of .* failed"):
+            reproduce.build_engines(args, tmp_path / "onnx", record)
+        return
+    reproduce.build_engines(args, tmp_path / "onnx", record)
+    script, *words = log.read_text().split()
+    given = infer.build_parser().parse_args(words)
+    assert (script, given.onnx, given.record) == ("infer.py", tmp_path / "onnx", record)
+    assert (given.ptc_mode, given.opt_level, given.batch_size) == ("implicit", 4, [1, 1024])
+    assert given.timing_cache == tmp_path / "work" / "timings"
+    assert json.loads(record.read_text()) == {"kind": "inference"}
+
+
+def test_a_study_with_engines_says_first_that_there_can_be_none(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'a warning\nerror: no GPU here' >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(UserError, match=f"no engines with {tmp_path}/python: no GPU here; or leave them out with --no_engines"):
+        reproduce.main([*(word for word in arguments if word != "--no_engines"), "--engine_python", str(tmp_path / "python")])
+
+
+@pytest.mark.parametrize(("printed", "mode"), [("True", "implicit"), ("False", "explicit")])
+def test_the_calibration_that_tensorrt_offers_is_asked_for(tmp_path, printed, mode):
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho {printed}\n")
+    (tmp_path / "python").chmod(0o755)
+    assert reproduce.calibration_mode(str(tmp_path / "python")) == mode
 
 
 # summaries

@@ -139,9 +139,25 @@ def record_table(path: Path) -> str:
     return records.markdown_table(json.loads(path.read_text())["rows"])
 
 
+def training_table(path: Path) -> str:
+    """A record of training speed; ours against the reference by time per image."""
+    rows = json.loads(path.read_text())["rows"]
+    titles = ["recipe", "mode", "stem", "batch", "s an epoch", "images/s", "times the reference", "TFLOP/s", "chip's peak"]
+    lines = []
+    for row in rows:
+        same = [other for other in rows if all(other[key] == row[key] for key in ("mode", "stem"))]
+        reference = next((other["images_s"] for other in same if other["recipe"] == "reference"), None)
+        peak = f"{row['peak_tflops'] or '-'} ({row['arithmetic']})"
+        cells = [row["recipe"], row["mode"], row["stem"], str(row["batch_size"]), f"{row['epoch_s']:.2f}"]
+        cells += [f"{row['images_s']:,.0f}", f"{row['images_s'] / reference:.1f}" if reference else "-"]
+        lines.append([*cells, f"{row['tflops']:.1f}", peak, f"{row['compile_s']:.0f}"])
+    return markdown([*titles, "compile s"], lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "table": record_table,
     "accuracy": lambda folder: accuracy_table(load(folder)),
+    "training": training_table,
     "speed": lambda folder: speed_table(load(folder)),
 }
 
