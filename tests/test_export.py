@@ -474,20 +474,15 @@ def test_folders_are_made_and_an_old_file_is_replaced(tmp_path):
 
 
 def test_fp16_graph_computes_in_fp16_and_quantizes_as_before(exported):
-    """Opset 19 takes FP16 scales; what goes in and comes out keeps its type. The images reach their INT8 codes in FP32."""
+    """Opset 19 takes FP16 scales; what goes in and comes out keeps its type."""
     path = exported.path.with_name("model_fp16.onnx")
     onnx.checker.check_model(onnx.load(path), full_check=True)
     half = Graph(path)
     assert [opset.version for opset in half.proto.opset_import] == [19]
     kinds = [node.op_type for node in half.nodes]
     assert kinds == [*(node.op_type for node in exported.graph.nodes), "Cast"]
-    first = next(node for node in half.nodes if node.op_type == "QuantizeLinear")
-    assert half.maker[first.input[0]].op_type == "Add"
-    exact = {name for name, tensor in half.constants.items() if tensor.dtype == np.float32}
-    assert exact == {"scale", "offset", first.input[1]}
-    assert half.constants.keys() - exported.graph.constants.keys() == {first.input[1]}
-    (original,) = (node for node in exported.graph.nodes if node.name == first.name)
-    assert half.constants[first.input[1]] == exported.graph.constants[original.input[1]]
+    assert not any(tensor.dtype == np.float32 for tensor in half.constants.values())
+    assert half.constants.keys() == exported.graph.constants.keys()
     for name, tensor in exported.graph.constants.items():
         if tensor.dtype == np.float32:
             np.testing.assert_allclose(half.constants[name], tensor, rtol=2**-10, atol=6e-8, err_msg=name)
@@ -507,17 +502,6 @@ def test_fp16_graph_of_a_trained_network_agrees_with_fp32(float_checkpoint, digi
     assert np.abs(full - half).max() > 0
 
 
-def test_images_are_normalised_in_fp32_and_then_cast_where_the_first_layer_is_float(tmp_path):
-    for name, skipped in (("model", ["conv"]), ("fp32", ["*"])):
-        model = small(skip_layers=skipped) if name == "model" else Small().eval()
-        path = tmp_path / f"{name}.onnx"
-        whole = export(model, path)
-        half = Graph(path.with_name("model_fp16.onnx" if name == "model" else "fp16.onnx"))
-        assert [node.op_type for node in half.nodes[:6]] == ["Cast", "Transpose", "Mul", "Add", "Cast", "Conv"]
-        assert len(half.nodes) == len(whole.nodes) + 2
-        assert {key for key, tensor in half.constants.items() if tensor.dtype == np.float32} == {"scale", "offset"}
-
-
 def test_weights_of_the_fp16_graph_have_the_same_codes(exported):
     half = Graph(exported.path.with_name("model_fp16.onnx"))
     for node in half.nodes:
@@ -535,8 +519,7 @@ def test_a_scale_too_small_for_fp16_stays_above_zero(tmp_path):
     export(model, tmp_path / "model.onnx")
     half = Graph(tmp_path / "model_fp16.onnx")
     scales = [half.constants[node.input[1]] for node in half.nodes if node.op_type == "QuantizeLinear"]
-    assert all((scale > 0).all() for scale in scales)
-    assert [scale.dtype for scale in scales] == [np.float32] + [np.float16] * (len(scales) - 1)  # the images' is exact
+    assert all((scale > 0).all() and scale.dtype == np.float16 for scale in scales)
 
 
 # merging, on graphs made by hand

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from layers.fold import to_inference
@@ -78,57 +78,25 @@ def int8_nodes(path: Path) -> list[str]:
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
-    """A copy that computes in FP16 whatever it does not compute in INT8; what goes in and comes out keeps its type.
-
-    The images are normalised in FP32: FP16's rounding there changes one INT8 code of the input in thirty, and with them as
-    many predictions as the quantization itself (CIFAR-10 at 32x32, ResNet-18 with the ImageNet stem).
-    """
+    """A copy that computes in FP16 whatever it does not compute in INT8; what goes in and comes out keeps its type."""
     model = copy.deepcopy(model)
     model.ir_version, model.opset_import[0].version = FP16_IR, FP16_OPSET
-    exact = normalisation(model)
-    _leave_fp32(model, exact[-1].output[0])
-    kept = {name for node in exact for name in node.input}
-    kept |= {
-        node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in exact[-1].output
-    }
     constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
     scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
     for tensor in (*model.graph.initializer, *constants):
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in kept:
+        if tensor.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(tensor).astype(np.float16)
             if tensor.name in scales:  # a channel that does nothing has a scale of almost 0
                 values = np.maximum(values, np.float16(SMALLEST_FP16))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Cast" else ():
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
         node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
     model.graph.node.append(helper.make_node("Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT))
     del model.graph.value_info[:]
     return model
-
-
-def normalisation(model: ModelProto) -> list[NodeProto]:
-    """The nodes that make of raw images what the first layer reads: they cast, transpose, scale and shift."""
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type not in ("Cast", "Transpose", "Mul", "Add"):
-            break
-        nodes.append(node)
-    return nodes
-
-
-def _leave_fp32(model: ModelProto, name: str) -> None:
-    """Let the FP32 tensor `name` go into FP16 layers through a cast, and into quantizers with FP32 scales, in place."""
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    readers = [(index, node) for index, node in enumerate(model.graph.node) if name in node.input]
-    for _, node in readers:
-        if node.op_type == "QuantizeLinear":
-            model.graph.initializer.add().CopyFrom(initializers[node.input[1]])
-            model.graph.initializer[-1].name = node.input[1] = f"{node.input[1]}_fp32"
-        else:
-            node.input[:] = [f"{name}_fp16" if other == name else other for other in node.input]
-    if any(node.op_type != "QuantizeLinear" for _, node in readers):
-        cast = helper.make_node("Cast", [name], [f"{name}_fp16"], name="cast_images", to=TensorProto.FLOAT16)
-        model.graph.node.insert(readers[0][0], cast)
 
 
 def merge_shared_quantizers(model: ModelProto) -> None:
