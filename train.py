@@ -217,14 +217,13 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
 
     A checkpoint's split and normalisation go on, so that its held-out images stay held out.
     """
-    mean, std = dataset.channel_stats(data.train_images)
     info = start.get("data") or {
         "dataset": data.name,
         "img_size": data.train_images.shape[1],
         "classes": list(data.classes),
         "split_seed": args.seed,
-        "mean": mean,
-        "std": std,
+        "mean": [dataset.MEAN] * 3,
+        "std": [dataset.STD] * 3,
     }
     if list(data.classes) != info["classes"]:
         raise UserError("the data set's classes differ from those of the checkpoint")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def build_engines(args: argparse.Namespace, onnx: Path, record: Path) -> None:
     command = [args.engine_python, "infer.py", "--onnx", onnx.resolve(), "--data_dir", args.data_dir.resolve()]
     command += ["--backend", "tensorrt", "--FP16", "--INT8PTC", "--INT8QAT", "--ptc_mode", args.ptc_mode]
     command += ["--batch_size", *BATCH_SIZES, "--opt_level", args.opt_level]
-    command += ["--timing_cache", args.work.resolve() / "timings", "--record", record.resolve()]
+    command += ["--timing_cache", args.work.resolve() / "timings", "--record", record.resolve(), *args.infer_flags]
     if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         raise UserError(f"engines of {onnx} failed, see above; mend it and run again, or add --no_engines")
 
@@ -107,7 +108,16 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         return result
 
     def evaluate(*words: str | Path) -> None:
-        fixed = ("--export_only", "--data_dir", args.data_dir, "--batch_size", *BATCH_SIZES, "--record", draft)
+        fixed = (
+            "--export_only",
+            "--data_dir",
+            args.data_dir,
+            "--batch_size",
+            *BATCH_SIZES,
+            "--record",
+            draft,
+            *args.infer_flags,
+        )
         infer.main([str(word) for word in (*words, *fixed)])
 
     shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
@@ -124,7 +134,8 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     else:
         evaluate("--onnx", onnx)
     records.write(record, {**json.loads(draft.read_text()), "seconds": seconds})
-    shutil.rmtree(work)
+    if not args.keep:
+        shutil.rmtree(work)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data_dir", type=Path, default=Path("data"))
     add("--results", type=Path, required=True, help="folder of the records")
     add("--work", type=Path, default=Path("/tmp/reproduce"), help="folder of checkpoints and engines (default: %(default)s)")
+    add("--keep", action="store_true", help="keep each study's checkpoints and exports in --work")
+    add("--infer_flags", type=shlex.split, default=[], metavar="FLAGS", help="more for infer.py, such as '--torch_compile 128'")
     add("--no_engines", action="store_true", help="PyTorch only")
     add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")
     add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")

@@ -152,7 +152,7 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
     device, on_gpu = args.device, args.device.type == "cuda"
     chosen, _ = dataset.split_train(data.train_labels, 0)
     crop = transforms.RandomCrop(data.train_images.shape[1], padding=4)
-    normalise = transforms.Normalize(*dataset.channel_stats(data.train_images))
+    normalise = transforms.Normalize([dataset.MEAN] * 3, [dataset.STD] * 3)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
     images = Images(data.train_images[chosen], data.train_labels[chosen], transform)
     loader = DataLoader(

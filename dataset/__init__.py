@@ -13,6 +13,13 @@ from utils.errors import UserError
 
 VALIDATION_FRACTION = 0.02  # CIFAR-10: 1,000 of the 50,000 train images choose the checkpoint
 
+MEAN, STD = 128 / 255, 64 / 255
+"""Of every channel, in units of the full range: what a network sees of a pixel, (pixel - 128) / 64, FP16 holds exactly.
+
+With a data set's own statistics FP16 would change one INT8 code of the first layer in thirty, and an engine that normalises in
+FP16 as many predictions as the quantization itself does.
+"""
+
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
     "cifar10": lambda data_dir, img_size: cifar10.load(data_dir),
@@ -84,12 +91,3 @@ def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         members = order[labels[order] == label]
         held_out[members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]] = True
     return order[~held_out[order]], order[held_out[order]]
-
-
-def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, in units of the full range (0..1)."""
-    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
-    levels = np.arange(256) / 255
-    means = [float((count * levels).sum() / count.sum()) for count in counts]
-    variances = [float((c * (levels - m) ** 2).sum() / c.sum()) for c, m in zip(counts, means, strict=True)]
-    return means, [max(variance, 1e-6) ** 0.5 for variance in variances]

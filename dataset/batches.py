@@ -39,8 +39,8 @@ class Batches:
     ):
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)  # NHWC -> NCHW
         self.labels = torch.from_numpy(labels).to(device)
-        self.scale = (1 / (255 * torch.tensor(std, device=device))).reshape(1, 3, 1, 1)
-        self.offset = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).reshape(1, 3, 1, 1)
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).reshape(1, 3, 1, 1)
+        self.offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).reshape(1, 3, 1, 1)
         self.batch_size = min(batch_size, len(images) // share[1] * share[1])
         self.augment, self.natural, self.share = augment, natural, share
 

@@ -18,7 +18,6 @@ import numpy as np
 RECORDINGS = Path(__file__).parent / "tensorrt_api"
 GENERATIONS = ("8.6", "10", "10.16", "11", "rtx")
 IMAGE, CLASSES = (4, 4, 3), 3
-LAYERS = ("CAST", "SHUFFLE", "ELEMENTWISE", "ELEMENTWISE", "QUANTIZE", "DEQUANTIZE", "CONVOLUTION", "ELEMENTWISE")
 
 
 class Recorded:
@@ -97,18 +96,6 @@ class INetworkDefinition:
     def num_inputs(self):
         return len(self._inputs)
 
-    def get_layer(self, index):
-        return self._layers[index]
-
-    @property
-    def num_layers(self):
-        return len(self._layers)
-
-
-class ILayer:
-    def set_output_type(self, index, kind):
-        self._output_types = {index: kind}
-
 
 class OnnxParser:
     def __init__(self, network, log):
@@ -118,13 +105,7 @@ class OnnxParser:
         images = self._trt.ITensor()
         images.name, images.shape = "images", (-1, *IMAGE)
         self._network._graph, self._network._inputs = graph, [images] if graph else []
-        self._network._layers = [self._layer(kind) for kind in LAYERS]
         return not self._failed
-
-    def _layer(self, kind):
-        layer = self._trt.ILayer()
-        layer.type = getattr(self._trt.LayerType, kind)
-        return layer
 
     @property
     def num_errors(self):
@@ -268,7 +249,7 @@ class IExecutionContext:
 
 
 BEHAVIOURS = (
-    *(Builder, INetworkDefinition, ILayer, OnnxParser, ParserError, IBuilderConfig, IOptimizationProfile, ITimingCache),
+    *(Builder, INetworkDefinition, OnnxParser, ParserError, IBuilderConfig, IOptimizationProfile, ITimingCache),
     *(Runtime, ICudaEngine, EngineInspector, IExecutionContext),
 )
 

@@ -165,7 +165,8 @@ def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, code):
     python, log, record = tmp_path / "python", tmp_path / "log", tmp_path / "record.json"
     python.write_text(ENGINE_PYTHON.format(log=log, code=code))
     python.chmod(0o755)
-    args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", opt_level=4, ptc_mode="implicit")
+    flags = {"opt_level": 4, "ptc_mode": "implicit", "infer_flags": ["--audit", "--batch_size", "8"]}
+    args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", **flags)
     if code:
         with pytest.raises(UserError, match="engines of .* failed"):
             reproduce.build_engines(args, tmp_path / "onnx", record)
@@ -174,7 +175,8 @@ def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, code):
     script, *words = log.read_text().split()
     given = infer.build_parser().parse_args(words)
     assert (script, given.onnx, given.record) == ("infer.py", tmp_path / "onnx", record)
-    assert (given.ptc_mode, given.opt_level, given.batch_size) == ("implicit", 4, [1, 1024])
+    assert (given.ptc_mode, given.opt_level, given.batch_size) == ("implicit", 4, [8])
+    assert given.audit
     assert given.timing_cache == tmp_path / "work" / "timings"
     assert json.loads(record.read_text()) == {"kind": "inference"}
 

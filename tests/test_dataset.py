@@ -18,6 +18,7 @@ import dataset
 from dataset import cifar10
 from dataset.batches import SHIFT, Batches
 from utils.errors import UserError
+from utils.torch_network import FromImages
 
 CPU = torch.device("cpu")
 
@@ -465,22 +466,20 @@ def test_split_is_shuffled(digits):
 # normalisation
 
 
-def test_channel_stats_are_mean_and_standard_deviation(digits):
-    for images in (made_images(7) // np.uint8([1, 2, 3]), digits.train_images):
-        mean, std = dataset.channel_stats(images)
-        assert mean == pytest.approx((images / 255).mean((0, 1, 2)), abs=1e-9)
-        assert std == pytest.approx((images / 255).std((0, 1, 2)), abs=1e-9)
-
-
-def test_constant_channel_has_no_zero_deviation():
-    assert min(dataset.channel_stats(np.zeros((2, 4, 4, 3), np.uint8))[1]) > 0
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_what_a_network_sees_of_a_pixel_is_exact_in_fp16_too(kind):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    network = FromImages(torch.nn.Identity(), [dataset.MEAN] * 3, [dataset.STD] * 3).to(kind)
+    seen = network(torch.from_numpy(levels)).permute(0, 2, 3, 1)
+    assert seen.dtype == kind
+    assert np.array_equal(seen.double().numpy(), (levels.astype(float) - 128) / 64)
 
 
 # batches
 
 
 def test_plain_batches_are_the_normalised_images_in_order(digits):
-    mean, std = dataset.channel_stats(digits.test_images)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     batches = Batches(digits.test_images, digits.test_labels, mean, std, 128, CPU)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert [len(labels) for _, labels in batches] == [128, 128, 104]

@@ -395,15 +395,8 @@ def test_the_graphs_types_are_the_engines_where_the_version_can(trt, precision, 
     [("FP32", set()), ("FP16", {"FP16"}), ("INT8-PTC", {"INT8", "FP16"}), ("INT8-QAT", {"INT8", "FP16"})],
 )
 def test_flags_allow_8_6_what_the_precision_asks_for(precision, flags, remainder, timing):
-    trt = fake_tensorrt("8.6")
-    network, config = built(trt, EngineOptions(precision, (1,), remainder=remainder), timing)
-    held = {"OBEY_PRECISION_CONSTRAINTS"} if "INT8" in flags else set()
-    assert config._flags == held | (flags - {"FP16"} if remainder == "fp32" and "INT8" in flags else flags)
-    constrained = [layer.type.name for layer in network._layers if "precision" in vars(layer)]
-    assert constrained == (["ELEMENTWISE", "ELEMENTWISE"] if held else [])  # none after the first quantizer
-    for layer in network._layers[2 : 2 + len(constrained)]:
-        assert layer.precision is trt.DataType.FLOAT
-        assert layer._output_types == {0: trt.DataType.FLOAT}
+    _, config = built(fake_tensorrt("8.6"), EngineOptions(precision, (1,), remainder=remainder), timing)
+    assert config._flags == (flags - {"FP16"} if remainder == "fp32" and "INT8" in flags else flags)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

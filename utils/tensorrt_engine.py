@@ -223,9 +223,6 @@ def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOption
             config.set_flag(trt.BuilderFlag.INT8)
         if options.precision == "FP16" or (options.precision in INT8 and options.remainder == "fp16"):
             config.set_flag(trt.BuilderFlag.FP16)
-        if options.precision in INT8 and calibrator is None:
-            config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-            normalise_in_fp32(trt, network)
 
     def profile(least: int, most: int) -> Any:
         images, profile = network.get_input(0), builder.create_optimization_profile()
@@ -238,16 +235,6 @@ def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOption
         config.int8_calibrator = calibrator
         config.set_calibration_profile(profile(calibrator.get_batch_size(), calibrator.get_batch_size()))
     return config
-
-
-def normalise_in_fp32(trt: ModuleType, network: Any) -> None:
-    """Keep what scales the pixels for the first quantizer out of FP16, whose rounding changes one INT8 code in thirty."""
-    for layer in map(network.get_layer, range(network.num_layers)):
-        if layer.type == trt.LayerType.QUANTIZE:
-            break
-        if layer.type == trt.LayerType.ELEMENTWISE:
-            layer.precision = trt.DataType.FLOAT
-            layer.set_output_type(0, trt.DataType.FLOAT)
 
 
 def build_plan(

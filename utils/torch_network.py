@@ -36,9 +36,8 @@ class FromImages(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.model = model
-        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
-        self.register_buffer("scale", 1 / (255 * std))
-        self.register_buffer("offset", -mean / std)
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).reshape(3, 1, 1))
+        self.register_buffer("offset", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.to(self.scale.dtype).permute(0, 3, 1, 2)  # TensorRT takes bytes only if a cast is the first to read them
