@@ -108,17 +108,8 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         return result
 
     def evaluate(*words: str | Path) -> None:
-        fixed = (
-            "--export_only",
-            "--data_dir",
-            args.data_dir,
-            "--batch_size",
-            *BATCH_SIZES,
-            "--record",
-            draft,
-            *args.infer_flags,
-        )
-        infer.main([str(word) for word in (*words, *fixed)])
+        fixed = ("--export_only", "--data_dir", args.data_dir, "--batch_size", *BATCH_SIZES, "--record", draft)
+        infer.main([str(word) for word in (*fixed, *words)])
 
     shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
     new = ["--m", model, "--stem", stem, *shared]
@@ -127,7 +118,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
     qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
     timed("evaluation of the fine-tuned", evaluate, "--load_ckpt", tuned, "--FP16", "--onnx_dir", tuned_onnx)
-    timed("evaluation", evaluate, "--load_ckpt", qat, "--onnx_dir", onnx)
+    timed("evaluation", evaluate, "--load_ckpt", qat, "--onnx_dir", onnx, *args.infer_flags)
     add_fine_tuned(onnx, tuned_onnx)
     if engines:
         timed("engines", build_engines, args, onnx, draft)
