@@ -99,20 +99,20 @@ def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def points(groups: Groups) -> dict[str, list[float]]:
-    """Network -> speed-up of INT8-QAT over FP16 at the largest batch size, and its accuracy less FP32's, in points."""
+    """Network -> speed-up of INT8-QAT over FP16 at the largest batch size; accuracies of QAT and PTC less FP32's, in points."""
     found = {}
     for name, group in groups.items():
         sizes = [row["batch_size"] for row in rows_of(group, "tensorrt end-to-end", FAST)]
         slow, fast = (rows_of(group, "tensorrt", precision, max(sizes, default=None)) for precision in (SLOW, FAST))
         if slow and fast:
             slow_ms, fast_ms = (statistics.median(row["latency_ms"]["p50"] for row in rows) for rows in (slow, fast))
-            deltas = [row["delta_pct"] for row in rows_of(group, "pytorch", "FAKE-QUANT-QAT")]
-            found[name] = [round(slow_ms / fast_ms, 3), round(statistics.fmean(deltas), 3)]
+            deltas = [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
+            found[name] = [round(slow_ms / fast_ms, 3), *(round(statistics.fmean(values), 3) for values in deltas)]
     return found
 
 
 def plot(folder: Path) -> None:
-    """Accuracy lost against speed gained, a point for each network, as PNG; its metadata hold the points."""
+    """Accuracy lost against speed gained, for each network with QAT and with calibration alone, as PNG with `points` in it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,11 +122,14 @@ def plot(folder: Path) -> None:
     if not found:
         return  # no engines, no speeds
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for index, (name, (speed_up, delta)) in enumerate(found.items()):
-        axes.scatter(speed_up, delta, s=70, marker="osD^v<>Ph*"[index % 10], color=f"C{index % 10}", label=name)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel=f"speed-up of {FAST} over {SLOW}, largest batch", ylabel=f"accuracy of {FAST} less FP32's (points)")
+    for index, (name, (speed_up, qat, ptc)) in enumerate(found.items()):
+        style = {"marker": "osD^v<>Ph*"[index % 10], "edgecolors": f"C{index % 10}", "s": 70, "zorder": 2}
+        axes.plot([speed_up] * 2, [ptc, qat], color=f"C{index % 10}", linewidth=1, zorder=1)
+        axes.scatter(speed_up, ptc, facecolors="white", **style)
+        axes.scatter(speed_up, qat, facecolors=f"C{index % 10}", label=name, **style)
+    axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
+    axes.set(xlabel=f"speed-up of {FAST} over {SLOW}, largest batch", ylabel="accuracy less FP32's (points)")
+    axes.set_title("filled: QAT, hollow: calibration alone", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     with atomic_path(folder / PLOT) as partial:
