@@ -139,9 +139,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     from utils import checkpoint as ckpt
     from utils.export import export_onnx, int8_nodes
 
-    checkpoint = ckpt.load(args.load_ckpt)
-    if "model" not in checkpoint:
-        raise UserError(f"{args.load_ckpt} is a bare state dict: infer.py needs a checkpoint that train.py wrote")
+    checkpoint = ckpt.load_whole(args.load_ckpt)
     model, info = checkpoint["model"], checkpoint["data"]
     flags.agreed("--m", args.model, model["name"])
     flags.agreed("--stem", args.stem if args.stem != "auto" else None, model["stem"])
@@ -214,8 +212,9 @@ def evaluate_torch(
             FAKE.get(precision, precision),
         )
         batch_size = max(batch_sizes, default=measure.EVALUATION_BATCH)
-        predictions[key] = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
-        shared = accuracies(predictions[key], data.test_labels, predictions["FP32"], predictions["FP32"])
+        predicted = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
+        predictions.setdefault(key, predicted)  # torch.compile's FP16 comes after eager's
+        shared = accuracies(predicted, data.test_labels, predictions["FP32"], predictions["FP32"])
         timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
         rows += [records.make_row(name, key, **shared, **columns) for columns in timed]
     return rows, predictions
@@ -244,6 +243,9 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
     Raises:
         UserError: TensorRT is asked for by name and cannot run here.
     """
+    implicit = args.ptc_mode == "implicit"
+    if args.backend == "onnxruntime" and (implicit or args.audit):
+        raise UserError(f"{'--ptc_mode implicit' if implicit else '--audit'} is TensorRT's: drop it or --backend onnxruntime")
     if args.backend != "onnxruntime":
         from utils.tensorrt_engine import EngineOptions, TensorRTNetwork, require_gpu
 
@@ -251,8 +253,13 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
         try:
             require_gpu()
         except UserError as error:
-            if args.backend == "tensorrt" or args.ptc_mode == "implicit":
-                raise UserError(f"--backend tensorrt: {error}") from None
+            for flag, on in (
+                ("--backend tensorrt", args.backend == "tensorrt"),
+                ("--ptc_mode implicit", implicit),
+                ("--audit", args.audit),
+            ):
+                if on:
+                    raise UserError(f"{flag}: {error}") from None
             print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
         else:
             options = partial(
@@ -292,7 +299,7 @@ def evaluate_network(
 ) -> list[records.Row]:
     """A row for each batch size with the network's own time; on a GPU also one with the time from host to host.
 
-    The agreement is with what PyTorch predicts in the same precision, of which implicit calibration has none: with FP32.
+    The agreement is with what PyTorch predicts in the same precision or, where it was not run in that, in FP32.
     """
     batch_size = max(batch_sizes) if network.layers else measure.EVALUATION_BATCH
     predicted = measure.predict(network, data.test_images, batch_size, f"{network.name} {precision}")

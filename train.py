@@ -73,17 +73,23 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
     parser = build_parser()
     args = parser.parse_args(argv)
     start: dict[str, Any] = {}
+    if args.resume and args.load_ckpt:
+        raise UserError("--resume and --load_ckpt both name a checkpoint to start from: drop one")
     if args.resume:
         start = ckpt.load(ckpt.latest(args.resume))
         if "flags" not in start:
             raise UserError(f"--resume {args.resume}: not a checkpoint of train.py")
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
-        flags.agreed("--optimizer", args.optimizer, start["flags"]["optimizer"])  # its state is of no use to another
+        flags.agreed("--optimizer", args.optimizer, start["flags"].get("optimizer"))  # its state is of no use to another
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
     if args.quantize and not (start or args.pretrain):
         raise UserError("--quantize starts from a trained network: name it with --load_ckpt (or --pretrain)")
+    if args.test_trt and args.INT8QAT and not args.quantize:
+        raise UserError(
+            "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and build that engine then"
+        )
     if args.pretrain and args.load_ckpt and not args.resume:
         raise UserError("--pretrain and --load_ckpt both name weights to start from: drop one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +141,8 @@ class Run:
         Their loss is less noisy than their accuracy.
         """
         best = held_out_loss <= self.best_loss
-        self.best_loss = min(held_out_loss, self.best_loss)
+        if best:
+            self.best_loss = held_out_loss
         content = {
             **self.config,
             "state": self.model.state_dict(),
@@ -201,8 +208,8 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
             loss, train_pct = train_epoch(step, train, rates, bar)
             seconds = time.perf_counter() - started
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
-            run.require_finite(loss, args.lr)
             held_out_loss, held_out_pct = evaluate(run.model, held_out)
+            run.require_finite(loss + held_out_loss, args.lr)
             run.epoch = epoch + 1
             past = {"loss": loss, "train_accuracy_pct": train_pct}
             run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
@@ -217,13 +224,14 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
 
     A checkpoint's split and normalisation go on, so that its held-out images stay held out.
     """
+    mean, std = dataset.channel_stats(data.train_images)
     info = start.get("data") or {
         "dataset": data.name,
         "img_size": data.train_images.shape[1],
         "classes": list(data.classes),
         "split_seed": args.seed,
-        "mean": [dataset.MEAN] * 3,
-        "std": [dataset.STD] * 3,
+        "mean": mean,
+        "std": std,
     }
     if list(data.classes) != info["classes"]:
         raise UserError("the data set's classes differ from those of the checkpoint")

@@ -36,7 +36,7 @@ def logits(model: nn.Module, batches: Batches) -> Tensor:
 
 def compare(path: Path, data_dir: Path, counts: list[int], device: torch.device) -> list[dict[str, Any]]:
     """One row for each calibrator and number of images."""
-    checkpoint = ckpt.load(path)
+    checkpoint = ckpt.load_whole(path)
     info, name = checkpoint["data"], "{name} ({stem} stem)".format(**checkpoint["model"])
     data = dataset.load(info["dataset"], data_dir, info["img_size"])
     train, held_out = (

@@ -43,16 +43,19 @@ def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
 
     All other checkpoints are deleted: those of one study would fill a disk.
     """
-    if not (folder / f"ckpt_{num_epochs}").exists():
-        resumable = any(folder.glob("ckpt_*"))
-        if folder.exists() and not resumable:
-            shutil.rmtree(folder)
-        start = ["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]
-        train.main([*start, "--od", str(folder.parent), "--en", folder.name])
+    last = folder / f"ckpt_{num_epochs}"
+    resumable = any(path.name != "ckpt_best" for path in folder.glob("ckpt_*"))
+    if folder.exists() and not resumable:
+        shutil.rmtree(folder)
+    train.main([*(["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]), *output(folder)])
     for path in folder.glob("ckpt_*"):
-        if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
+        if path.name not in ("ckpt_best", last.name):
             path.unlink()
     return folder / "ckpt_best"
+
+
+def output(folder: Path) -> list[str]:
+    return ["--od", str(folder.parent), "--en", folder.name]
 
 
 def add_fine_tuned(onnx: Path, tuned: Path) -> None:
@@ -74,7 +77,10 @@ def calibration_mode(python: str) -> str:
     """
     probe = "from utils import errors, tensorrt_engine as t\n"
     probe += "errors.run(lambda: print(hasattr(t.require_gpu()[0], 'IInt8EntropyCalibrator2')))"
-    done = subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"--engine_python {python} cannot be run ({error.strerror})") from None
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
         raise UserError(f"no engines with {python}: {said}; or leave them out with --no_engines")
@@ -94,18 +100,25 @@ def build_engines(args: argparse.Namespace, onnx: Path, record: Path) -> None:
 def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: bool) -> None:
     """One record, unless it is there."""
     record = args.results / f"{model}_{stem}_seed{seed}.json"
+    epochs = {"float": args.num_epochs, "fine-tuning": args.tune_epochs}
     if record.exists():
+        there = json.loads(record.read_text())
+        if (there["dataset"], there.get("epochs")) != (args.dataset, epochs):
+            raise UserError(f"{record} is of another study ({there['dataset']}, {there.get('epochs')}): choose other --results")
         print(f"{record} is there")
         return
-    work, seconds = args.work / record.stem, {}
-    onnx, tuned_onnx, draft = work / "onnx", work / "tuned_onnx", work / "record.json"
+    work = args.work / f"{record.stem}_{args.dataset}_{args.num_epochs}_{args.tune_epochs}"
+    onnx, tuned_onnx, draft, clock = (work / name for name in ("onnx", "tuned_onnx", "record.json", "seconds.json"))
+    seconds = json.loads(clock.read_text()) if clock.exists() else {}  # an interrupted study's go on
 
     def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         print(f"== {record.stem}: {what}", flush=True)
         started = time.perf_counter()
-        result = call(*arguments)
-        seconds[what] = round(time.perf_counter() - started, 1)
-        return result
+        try:
+            return call(*arguments)
+        finally:
+            seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - started, 1)
+            records.write(clock, seconds)
 
     def evaluate(*words: str | Path) -> None:
         fixed = ("--export_only", "--data_dir", args.data_dir, "--batch_size", *BATCH_SIZES, "--record", draft)
@@ -124,7 +137,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         timed("engines", build_engines, args, onnx, draft)
     else:
         evaluate("--onnx", onnx)
-    records.write(record, {**json.loads(draft.read_text()), "seconds": seconds})
+    records.write(record, {**json.loads(draft.read_text()), "epochs": epochs, "seconds": seconds})
     if not args.keep:
         shutil.rmtree(work)
 
@@ -147,13 +160,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")
     add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
     args = parser.parse_args(argv)
+    chosen = [(m, stem) for m in args.models for stem in args.stem if stem == "cifar" or m in BOTH_STEMS]
+    if not chosen:
+        raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
     for seed in range(args.seeds):
-        for model in args.models:
-            for stem in [stem for stem in args.stem if stem == "cifar" or model in BOTH_STEMS]:
-                engines = not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS)
-                study(args, model, stem, seed, engines)
+        for model, stem in chosen:
+            study(args, model, stem, seed, not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS))
     print(f"{time.perf_counter() - started:.0f} s")
     groups = summary.load(args.results)
     print(f"{summary.accuracy_table(groups)}\n\n{summary.speed_table(groups)}")

@@ -152,7 +152,7 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
     device, on_gpu = args.device, args.device.type == "cuda"
     chosen, _ = dataset.split_train(data.train_labels, 0)
     crop = transforms.RandomCrop(data.train_images.shape[1], padding=4)
-    normalise = transforms.Normalize([dataset.MEAN] * 3, [dataset.STD] * 3)
+    normalise = transforms.Normalize(*dataset.channel_stats(data.train_images))
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
     images = Images(data.train_images[chosen], data.train_labels[chosen], transform)
     loader = DataLoader(
@@ -188,7 +188,7 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
     torch.backends.cudnn.benchmark = True
     on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
     argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
-    argv += ["--batch_size", str(args.batch_size)] if args.batch_size else []
+    argv += ["--batch_size", str(args.batch_size)] if args.batch_size is not None else []
     argv += ["--optimizer", "sgd" if mode == "qat" else args.optimizer] if mode == "qat" or args.optimizer else []
     flags, _ = train.parse_flags(argv)
     if mode == "qat":  # what parse_flags makes of --quantize with a float checkpoint, of which there is no file here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,6 @@ from dataset import cifar10, digits, folder
 from utils.errors import UserError
 
 VALIDATION_FRACTION = 0.02  # CIFAR-10: 1,000 of the 50,000 train images choose the checkpoint
-
-MEAN, STD = 128 / 255, 64 / 255
-"""Of every channel, in units of the full range: what a network sees of a pixel, (pixel - 128) / 64, FP16 holds exactly.
-
-With a data set's own statistics FP16 would change one INT8 code of the first layer in thirty, and an engine that normalises in
-FP16 as many predictions as the quantization itself does.
-"""
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
@@ -91,3 +85,15 @@ def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         members = order[labels[order] == label]
         held_out[members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]] = True
     return order[~held_out[order]], order[held_out[order]]
+
+
+def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel in units of the full range (0..1), for the normalisation.
+
+    The mean is a whole level, the deviation a power of two of levels, so that FP16 holds (pixel - mean) / deviation exactly.
+    With exact statistics FP16 would change one INT8 code of the first layer in thirty, and an engine that normalises in
+    FP16 as many predictions as the quantization itself does.
+    """
+    levels = images.reshape(-1, 3)
+    means = [round(float(mean)) / 255 for mean in levels.mean(0)]
+    return means, [2.0 ** round(math.log2(max(float(std), 1.0))) / 255 for std in levels.std(0)]

@@ -17,6 +17,7 @@ from torch import nn
 import infer
 import train
 from benchmarks import reproduce, train_speed
+from utils import checkpoint as ckpt
 from utils import records, summary
 from utils.errors import UserError
 
@@ -118,19 +119,38 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
         assert precisions == ["FP32", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "FP32-TUNED"]
         tuned, fp32 = record["rows"][-1], record["rows"][0]
         assert tuned["delta_pct"] == pytest.approx(tuned["accuracy_pct"] - fp32["accuracy_pct"])
+        assert (record["dataset"], record["epochs"]) == ("digits", {"float": 2, "fine-tuning": 1})
         assert set(record["seconds"]) == {"float", "fine-tuning", "qat", "evaluation of the fine-tuned", "evaluation"}
         assert not any(str(tmp_path) in value for value in record["flags"].values())
     assert list((tmp_path / "work").iterdir()) == []
     assert "| vanilla_cnn, cifar stem | 2 |" in capsys.readouterr().out
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
     reproduce.main([*arguments, "--seeds", "2"])
+    with pytest.raises(UserError, match="another study .*choose other --results"):
+        reproduce.main([*arguments, "--seeds", "2", "--num_epochs", "3"])
+
+
+@pytest.mark.usefixtures("small_digits")
+def test_a_stage_killed_before_it_linked_its_best_checkpoint_is_mended(tmp_path):
+    argv = ["--m", "vanilla_cnn", "--dataset", "digits"]
+    best = reproduce.finished(tmp_path / "float", 2, argv)
+    epoch = ckpt.load(best)["epoch"]
+    assert {path.name for path in best.parent.iterdir()} == {"ckpt_2", "ckpt_best"}
+    if epoch == 2:
+        best.unlink()
+    assert ckpt.load(reproduce.finished(tmp_path / "float", 2, argv))["epoch"] == epoch
+
+
+def test_a_study_of_nothing_is_an_error(arguments):
+    with pytest.raises(UserError, match="ImageNet stem"):
+        reproduce.main([*arguments, "--stem", "imagenet"])
 
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
 @pytest.mark.parametrize("stage", ["float", "tuned", "qat"])
 def test_an_interrupted_study_goes_on_where_it_was(arguments, tmp_path, monkeypatch, stage):
     """Interrupted in the last epoch of a stage, it trains that epoch and the later stages, and nothing again."""
-    folder, epochs = tmp_path / "work" / "vanilla_cnn_cifar_seed0", {"float": 2, "tuned": 1, "qat": 1}
+    folder, epochs = tmp_path / "work" / "vanilla_cnn_cifar_seed0_digits_2_1", {"float": 2, "tuned": 1, "qat": 1}
     trained, real = [], train.train_epoch
 
     def train_epoch(*args):

@@ -16,7 +16,7 @@ import infer
 import models
 import train
 from utils import checkpoint as ckpt
-from utils import flags
+from utils import flags, tensorrt_engine
 from utils.errors import UserError
 
 PRECISIONS = {"FP32", "FP16", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"}
@@ -478,9 +478,31 @@ def test_shared_flags_agree_or_contradict():
 
 
 def test_implicit_calibration_without_tensorrt_is_one_line(exported, error_line):
-    assert "--backend tensorrt: " in error_line(
+    assert "--ptc_mode implicit: " in error_line(
         infer.main, ["--onnx", exported / "onnx", "--INT8PTC", "--ptc_mode", "implicit"]
     )
+
+
+@pytest.mark.parametrize("flag", [["--audit"], ["--ptc_mode", "implicit"]])
+@pytest.mark.parametrize("backend", ["onnxruntime", "auto"])
+def test_what_only_tensorrt_can_do_is_refused_without_it(exported, flag, backend, error_line, monkeypatch):
+    def require_gpu():
+        raise UserError("there is no GPU here")
+
+    monkeypatch.setattr(tensorrt_engine, "require_gpu", require_gpu)
+    argv = ["--onnx", exported / "onnx", "--dataset", "digits", "--backend", backend, *flag]
+    assert " ".join(flag) in error_line(infer.main, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--test_trt", "--INT8QAT"], "--INT8QAT: this run trains in float"),
+        (["--resume", "x", "--load_ckpt", "y"], "--resume and --load_ckpt"),
+    ],
+)
+def test_training_flags_that_contradict_each_other_are_refused_at_once(argv, said, error_line):
+    assert said in error_line(train.main, [*argv, "--m", "resnet18"])
 
 
 def test_torch_compile_without_a_gpu_is_one_line(qat_checkpoint, tmp_path, error_line):

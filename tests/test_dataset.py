@@ -467,12 +467,18 @@ def test_split_is_shuffled(digits):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
-def test_what_a_network_sees_of_a_pixel_is_exact_in_fp16_too(kind):
+@pytest.mark.parametrize("divisors", [(1, 1, 1), (1, 2, 3), (9, 40, 255)])
+def test_what_a_network_sees_of_a_pixel_is_exact_in_fp16_too(kind, divisors):
+    images = made_images(7) // np.uint8(divisors)
+    mean, std = dataset.channel_stats(images)
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    network = FromImages(torch.nn.Identity(), [dataset.MEAN] * 3, [dataset.STD] * 3).to(kind)
+    network = FromImages(torch.nn.Identity(), mean, std).to(kind)
     seen = network(torch.from_numpy(levels)).permute(0, 2, 3, 1)
     assert seen.dtype == kind
-    assert np.array_equal(seen.double().numpy(), (levels.astype(float) - 128) / 64)
+    whole, power = np.rint(255 * np.array(mean)), np.rint(255 * np.array(std))
+    assert np.array_equal(seen.double().numpy(), (levels.astype(float) - whole) / power)
+    assert (np.abs(whole - images.mean((0, 1, 2))) <= 0.5).all()
+    assert (np.abs(np.log2(power) - np.log2(np.maximum(images.std((0, 1, 2)), 1))) <= 0.5).all()
 
 
 # batches

@@ -560,6 +560,15 @@ def test_ckpt_best_is_the_last_of_the_epochs_with_the_lowest_held_out_loss(tmp_p
     assert best == [(0, math.inf), (1, 0.7), (2, 0.4), (2, 0.4), (4, 0.4), (4, 0.4)]
 
 
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path):
+    model = nn.Linear(2, 2)
+    run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), {"seed": 0})
+    for epoch, loss in enumerate([2.0, math.nan, 3.0, 1.0, 1.5]):
+        run.epoch = epoch
+        run.save(loss)
+    assert (ckpt.load(tmp_path / "ckpt_best")["epoch"], run.best_loss) == (3, 1.0)
+
+
 def saved_run(folder):
     model = nn.Linear(2, 2)
     run = train.Run(folder, model, train.make_optimizer(model, "sgd"), {"seed": 0}, epoch=1)

@@ -49,6 +49,14 @@ def load(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
 
 
+def load_whole(path: Path) -> dict[str, Any]:
+    """As `load`, but raises UserError for a plain state dict, which does not say how to rebuild its network."""
+    content = load(path)
+    if "model" not in content:
+        raise UserError(f"{path} is a bare state dict: a checkpoint that train.py wrote is needed here")
+    return content
+
+
 def latest(path: Path) -> Path:
     """`path` itself if it is a file, otherwise the `ckpt_<epoch>` with the highest epoch in that folder."""
     if not path.is_dir():

@@ -83,12 +83,17 @@ def to_fp16(model: ModelProto) -> ModelProto:
     model.ir_version, model.opset_import[0].version = FP16_IR, FP16_OPSET
     constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
     scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    codes = _weight_codes(model)
     for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(tensor).astype(np.float16)
             if tensor.name in scales:  # a channel that does nothing has a scale of almost 0
                 values = np.maximum(values, np.float16(SMALLEST_FP16))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, (scale, values) in codes.items():  # weights stay on the grid of their rounded scale
+        steps = numpy_helper.to_array(tensors[scale]).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+        tensors[name].CopyFrom(numpy_helper.from_array((values * steps).astype(np.float16), name))
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Cast" else ():
             if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
@@ -97,6 +102,17 @@ def to_fp16(model: ModelProto) -> ModelProto:
     model.graph.node.append(helper.make_node("Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT))
     del model.graph.value_info[:]
     return model
+
+
+def _weight_codes(model: ModelProto) -> dict[str, tuple[str, np.ndarray]]:
+    """Name of each quantized weight -> name of its scale, and its INT8 codes as floats."""
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
+            weight, scale = (tensors[name] for name in node.input[:2])
+            found[node.input[0]] = node.input[1], np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    return found
 
 
 def merge_shared_quantizers(model: ModelProto) -> None:

@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             updates = torch._foreach_add(gradients, torch._foreach_mul(buffers, group["momentum"]))
             if group["orthogonal"]:
-                torch._foreach_mul_(parameters, [len(p) ** 0.5 / p.norm() for p in parameters])
+                torch._foreach_mul_(parameters, [len(p) ** 0.5 / p.norm().clamp_min(1e-7) for p in parameters])
                 updates = orthogonalised(updates)
             torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"]))
 

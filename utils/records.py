@@ -89,7 +89,7 @@ def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple
     here["torch"] = here["torch"] or exported["torch"]
     if any(here[key] != exported[key] for key in ("gpu", "cpu")):
         keep = ("backend", "precision", "accuracy_pct", "delta_pct", "agreement_pct")
-        rows = list({row["precision"]: make_row(**{key: row[key] for key in keep}) for row in rows}.values())
+        rows = list({(row["backend"], row["precision"]): make_row(**{key: row[key] for key in keep}) for row in rows}.values())
     return here, rows
 
 
