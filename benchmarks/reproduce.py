@@ -43,27 +43,22 @@ def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
 
     All other checkpoints are deleted: those of one study would fill a disk.
     """
-    last = folder / f"ckpt_{num_epochs}"
     resumable = any(path.name != "ckpt_best" for path in folder.glob("ckpt_*"))
     if folder.exists() and not resumable:
         shutil.rmtree(folder)
-    train.main([*(["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]), *output(folder)])
+    start = ["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]
+    train.main([*start, "--od", str(folder.parent), "--en", folder.name])
     for path in folder.glob("ckpt_*"):
-        if path.name not in ("ckpt_best", last.name):
+        if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
             path.unlink()
     return folder / "ckpt_best"
 
 
-def output(folder: Path) -> list[str]:
-    return ["--od", str(folder.parent), "--en", folder.name]
-
-
 def add_fine_tuned(onnx: Path, tuned: Path) -> None:
     """Put the fine-tuned float network, exported to `tuned`, into the export `onnx` as one more PyTorch row."""
-    predictions, reference = (infer.read_export(folder)[1] for folder in (tuned, onnx))
-    manifest, (row, *_) = json.loads((onnx / infer.MANIFEST).read_text()), infer.read_export(tuned)[0]["rows"]
+    (manifest, reference), (tuned_manifest, predictions) = (infer.read_export(folder) for folder in (onnx, tuned))
     rows = [old for old in manifest["rows"] if old["precision"] != FINE_TUNED]
-    pct = row["accuracy_pct"]
+    pct = tuned_manifest["rows"][0]["accuracy_pct"]
     agreement_pct = measure.percent_equal(predictions["FP32"], reference["FP32"])
     rows.append(records.make_row("pytorch", FINE_TUNED, pct, pct - rows[0]["accuracy_pct"], agreement_pct))
     records.write(onnx / infer.MANIFEST, {**manifest, "rows": rows})

@@ -50,6 +50,15 @@ def rows_of(group: Sequence[Record], backend: str, precision: str, batch_size: i
     return found
 
 
+def deltas_of(group: Sequence[Record]) -> list[list[float]]:
+    """What QAT and what calibration alone change in each record's accuracy, in points."""
+    return [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
+
+
+def median_ms(rows: Sequence[Row]) -> float:
+    return statistics.median(row["latency_ms"]["p50"] for row in rows)
+
+
 def mean_and_spread(values: Sequence[float], spec: str = ".2f") -> str:
     """Mean ± sample standard deviation, the latter where there are two values or more."""
     if not values:
@@ -64,10 +73,9 @@ def accuracy_table(groups: Groups) -> str:
     lines = []
     for name, group in groups.items():
         columns = [[row["accuracy_pct"] for row in rows_of(group, *key)] for key in ACCURACIES.values()]
-        deltas = [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
         minutes = [sum(record["seconds"].values()) / 60 for record in group if "seconds" in record]
         cells = [name, str(len(group)), *map(mean_and_spread, columns)]
-        cells += [mean_and_spread(values, "+.2f") for values in deltas]
+        cells += [mean_and_spread(values, "+.2f") for values in deltas_of(group)]
         lines.append([*cells, f"{statistics.fmean(minutes):.1f}" if minutes else "-"])
     return markdown(titles, lines)
 
@@ -83,7 +91,7 @@ def speed_table(groups: Groups) -> str:
             slow, fast = (rows_of(group, "tensorrt", precision, size) for precision in (SLOW, FAST))
             if not slow or not fast:
                 continue
-            times = [statistics.median(row["latency_ms"]["p50"] for row in rows) for rows in (slow, fast)]
+            times = [median_ms(slow), median_ms(fast)]
             cells = [name, str(size), *(f"{time:.3f}" for time in times), f"{times[0] / times[1]:.2f}"]
             cells += [f"{1000 * size / time:,.0f}" for time in times]
             cells += [f"{statistics.median(row['file_mb'] for row in rows):.1f}" for rows in (slow, fast)]
@@ -105,9 +113,8 @@ def points(groups: Groups) -> dict[str, list[float]]:
         sizes = [row["batch_size"] for row in rows_of(group, "tensorrt end-to-end", FAST)]
         slow, fast = (rows_of(group, "tensorrt", precision, max(sizes, default=None)) for precision in (SLOW, FAST))
         if slow and fast:
-            slow_ms, fast_ms = (statistics.median(row["latency_ms"]["p50"] for row in rows) for rows in (slow, fast))
-            deltas = [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
-            found[name] = [round(slow_ms / fast_ms, 3), *(round(statistics.fmean(values), 3) for values in deltas)]
+            deltas = [round(statistics.fmean(values), 3) for values in deltas_of(group)]
+            found[name] = [round(median_ms(slow) / median_ms(fast), 3), *deltas]
     return found
 
 
