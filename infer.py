@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--onnx", type=Path, metavar="DIR", help="evaluate files exported earlier; needs no torch")
     add("--onnx_dir", type=Path, metavar="DIR", help="where to export to (default: <checkpoint>_onnx)")
-    add("--batch_size", type=int, nargs="+", default=BATCH_SIZES, help="of the latencies (default: 1 128)")
+    add("--batch_size", type=int, nargs="*", default=BATCH_SIZES, help="of the latencies (default: 1 128; none: accuracy only)")
     add("--remainder", choices=("fp16", "fp32"), default="fp16", help="what TensorRT computes the unquantized layers in")
     add("--workspace_gb", type=float, default=4.0, help="TensorRT's limit of scratch memory (default: %(default)s)")
     add("--opt_level", type=int, choices=range(6), default=3, help="of TensorRT's builder (default: %(default)s)")
@@ -262,6 +262,8 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
                     raise UserError(f"{flag}: {error}") from None
             print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
         else:
+            if not sizes:
+                raise UserError("--batch_size: TensorRT builds an engine for sizes, name one or more")
             options = partial(
                 EngineOptions,
                 batch_sizes=sizes,
@@ -308,7 +310,7 @@ def evaluate_network(
     shared["file_mb"] = network.path.stat().st_size / 1e6
     if network.layers:
         shared["layers"], shared["int8_layers"] = len(network.layers), sum(x.precision == "INT8" for x in network.layers)
-    timed = latency_columns(network, data.test_images, batch_sizes)
+    timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
     rows = [records.make_row(network.name, precision, **shared, **columns) for columns in timed]
     if network.layers:
         rows.append(records.make_row(f"{network.name} end-to-end", precision, **shared, batch_size=batch_size))

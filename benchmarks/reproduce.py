@@ -116,7 +116,8 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
             records.write(clock, seconds)
 
     def evaluate(*words: str | Path) -> None:
-        fixed = ("--export_only", "--data_dir", args.data_dir, "--batch_size", *BATCH_SIZES, "--record", draft)
+        sizes = BATCH_SIZES if engines else ()  # speeds are compared with those of engines
+        fixed = ("--export_only", "--data_dir", args.data_dir, "--record", draft, "--batch_size", *sizes)
         infer.main([str(word) for word in (*fixed, *words)])
 
     shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
@@ -142,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--m", "--model", dest="models", nargs="+", choices=tuple(models.MODELS), default=tuple(models.MODELS))
     add("--stem", nargs="+", choices=("cifar", "imagenet"), default=("cifar", "imagenet"), help="ResNets have both")
-    add("--seeds", type=int, default=5, help="default: %(default)s")
+    add("--seeds", type=int, default=5, help="how many (default: %(default)s)")
+    add("--first_seed", type=int, default=0, help="several processes can share a study (default: %(default)s)")
     add("--num_epochs", type=int, default=40, help="of float training (default: %(default)s)")
     add("--tune_epochs", type=int, default=10, help="of QAT and of float fine-tuning (default: %(default)s)")
     add("--dataset", default="cifar10", choices=("cifar10", "digits"))
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for model, stem in chosen:
             study(args, model, stem, seed, not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS))
     print(f"{time.perf_counter() - started:.0f} s")

@@ -117,6 +117,7 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
         assert (record["kind"], record["model"], record["seed"]) == ("inference", "vanilla_cnn", seed)
         precisions = list(dict.fromkeys(row["precision"] for row in record["rows"]))
         assert precisions == ["FP32", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "FP32-TUNED"]
+        assert all(row["batch_size"] is None for row in record["rows"])  # nothing to compare a speed with
         tuned, fp32 = record["rows"][-1], record["rows"][0]
         assert tuned["delta_pct"] == pytest.approx(tuned["accuracy_pct"] - fp32["accuracy_pct"])
         assert (record["dataset"], record["epochs"]) == ("digits", {"float": 2, "fine-tuning": 1})
@@ -126,6 +127,7 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     assert "| vanilla_cnn, cifar stem | 2 |" in capsys.readouterr().out
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
     reproduce.main([*arguments, "--seeds", "2"])
+    reproduce.main([*arguments, "--seeds", "1", "--first_seed", "1"])
     with pytest.raises(UserError, match="another study .*choose other --results"):
         reproduce.main([*arguments, "--seeds", "2", "--num_epochs", "3"])
 

@@ -239,6 +239,19 @@ def test_exported_files_are_evaluated_without_torch(exported, tmp_path, run_scri
     assert accuracies(there) == accuracies(here)
 
 
+def test_without_batch_sizes_only_accuracy_is_measured(exported, tmp_path):
+    argv = ["--onnx", str(exported / "onnx"), "--INT8QAT", "--backend", "onnxruntime", "--batch_size"]
+    infer.main([*argv, "--record", str(tmp_path / "record.json")])
+    timed, untimed = (
+        [row for row in json.loads(path.read_text())["rows"] if row["backend"] == "onnxruntime"]
+        for path in (exported / "record.json", tmp_path / "record.json")
+    )
+    assert [(row["precision"], row["throughput_img_s"]) for row in untimed] == [("FP32", None), ("INT8-QAT", None)]
+    assert {(row["precision"], row["accuracy_pct"]) for row in untimed} == {
+        (row["precision"], row["accuracy_pct"]) for row in timed
+    }
+
+
 def test_all_exported_precisions_are_evaluated_if_none_is_named(exported, capsys):
     infer.main(["--onnx", str(exported / "onnx"), "--batch_size", "1", "--backend", "onnxruntime"])
     output = capsys.readouterr().out
@@ -492,6 +505,11 @@ def test_what_only_tensorrt_can_do_is_refused_without_it(exported, flag, backend
     monkeypatch.setattr(tensorrt_engine, "require_gpu", require_gpu)
     argv = ["--onnx", exported / "onnx", "--dataset", "digits", "--backend", backend, *flag]
     assert " ".join(flag) in error_line(infer.main, argv)
+
+
+def test_engines_for_no_batch_size_are_refused(exported, error_line, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine, "require_gpu", lambda: None)
+    assert "--batch_size: " in error_line(infer.main, ["--onnx", exported / "onnx", "--dataset", "digits", "--batch_size"])
 
 
 @pytest.mark.parametrize(
