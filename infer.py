@@ -340,7 +340,7 @@ def evaluate_exported(
         network = backend(precision)
         rows += evaluate_network(network, precision, data, in_torch, args.batch_size)
         if args.audit and network.layers:
-            print(f"{precision} engine\n" + "\n".join(map(str, network.layers)))
+            print(f"{precision} engine, batch size {max(args.batch_size)}\n" + "\n".join(map(str, network.layers)))
             complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]
     return make_record(manifest, rows, args), complaints
 

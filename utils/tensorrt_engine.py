@@ -327,7 +327,7 @@ def parse_layers(inspection: str) -> list[Layer]:
         found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
         kind = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
         tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
-        names = f"{layer['Name']} {layer.get('Metadata', '')}"
+        names = re.sub(r"[\x00-\x1f]+", " ", f"{layer['Name']} {layer.get('Metadata', '')}")
         layers.append(Layer(names.strip(), layer.get("ParameterType") or layer.get("LayerType", "-"), kind.upper(), tactic))
     return layers
 
@@ -449,7 +449,7 @@ class TensorRTNetwork(Network):
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
         self._sizes, self._lanes = options.batch_sizes, {}
         profiles = [self._inspect(trt, profile) for profile in range(len(self._sizes))]
-        self.layers, self._all_layers = profiles[0], sum(profiles, [])
+        self.layers, self._all_layers = profiles[-1], sum(profiles, [])
 
     def _inspect(self, trt: ModuleType, profile: int) -> list[Layer]:
         inspector = self._engine.create_engine_inspector()
