@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    buffer = io.BytesIO()  # torch.save to a file reports a full disk as an unnamed internal error
-    torch.save({"format": FORMAT, **checkpoint}, buffer)
-    with atomic_path(path) as partial:
-        partial.write_bytes(buffer.getbuffer())
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+        except RuntimeError as error:  # torch's own, raised over that of a failed write
+            raise error.__context__ or error from None
 
 
 def load(path: Path) -> dict[str, Any]:
