@@ -12,13 +12,14 @@ calibrated by the maximum. They leave the residual additions in float, so they q
 
 ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
 images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
-QAT. It drops an epoch's last, incomplete batch, so compare images/s. QAT is timed with BatchNorm updating, as in the first
-two thirds of a run; there it calibrates by percentile. On a CPU: FP32 eager, batch 128, SGD.
+QAT, which calibrates by percentile. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are
+timed, and their medians weighted by their lengths: two thirds, and the last third with SAM, which takes two passes for each
+batch and for QAT freezes BatchNorm's statistics. On a CPU: FP32 eager, batch 128, SGD.
 
 Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but apart: what they took
 beyond the median is `compile_s`, which has torch.compile, cuDNN's tuning, the graph, CUDA's and the workers' start in it.
-TFLOP/s are the float network's convolutions and matrix products, forward and backward, 2 for each multiply-add; the
-optimizer's products and all fake quantization count as nothing.
+TFLOP/s are the float network's convolutions and matrix products, forward and backward, 2 for each multiply-add; SAM's second
+pass, the optimizer's products and all fake quantization count as nothing.
 """
 
 from __future__ import annotations
@@ -72,12 +73,16 @@ PEAK_TFLOPS = {
 State = dict[str, Tensor]
 
 
+Epoch = Callable[[int, tqdm], float]
+"""Trains the epoch of that number under a bar; returns its mean loss."""
+
+
 @dataclass
 class Training:
-    """A network ready to train; `epoch(index, bar)` trains one epoch and returns its mean loss."""
+    """A network ready to train, in one part or several: each its share of a run's epochs, and what begins it."""
 
     model: nn.Module
-    epoch: Callable[[int, tqdm], float]
+    parts: list[tuple[float, Callable[[], Epoch]]]
     images: int
     batch_size: int
     arithmetic: str
@@ -94,13 +99,13 @@ class Row:
     batch_size: int
     arithmetic: str
     images: int  # in an epoch
-    epoch_s: float  # median of `epochs_s`
+    epoch_s: float  # mean over the parts of a run of the medians of `epochs_s`
     images_s: float
     tflops: float
     peak_tflops: float | None
-    compile_s: float  # of all warm-up epochs together, beyond the median
-    warm_up_s: list[float]
-    epochs_s: list[float]
+    compile_s: float  # of all warm-up epochs together, beyond the medians
+    warm_up_s: list[list[float]]  # of each part of a run
+    epochs_s: list[list[float]]
     loss: float  # mean of the last epoch; ours has label smoothing in it
 
 
@@ -180,7 +185,7 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
         return loss_sum / len(images)
 
     arithmetic = "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "fp32"
-    return Training(model, epoch, len(images), args.reference_batch_size, arithmetic)
+    return Training(model, [(1.0, lambda: epoch)], len(images), args.reference_batch_size, arithmetic)
 
 
 def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace) -> Training:
@@ -198,17 +203,26 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     arrays = data.train_images[chosen], data.train_labels[chosen], info["mean"], info["std"], flags.batch_size, args.device
     with contextlib.redirect_stdout(io.StringIO()):  # the audit
-        model = train.make_model(flags, {"state": state} if state else {}, config, Batches(*arrays)).train()
+        model = train.make_model(flags, {"state": state} if state else {}, config, Batches(*arrays))
     batches = Batches(*arrays, augment=True, natural=data.natural)
     optimizer = train.make_optimizer(model, flags.optimizer)
-    step = train.Step(model, optimizer, train.LABEL_SMOOTHING, compiled=on_gpu and not args.no_compile)
     rate = train.make_schedule(flags.lr, epochs, None)
 
-    def epoch(index: int, bar: tqdm) -> float:
-        rates = [rate(index + number / len(batches)) for number in range(len(batches))]
-        return train.train_epoch(step, batches, rates, bar)[0]
+    def begin(last: bool) -> Epoch:
+        model.train()
+        if last and mode == "qat":
+            train.freeze_batch_norm(model)
+        sharpness = train.SHARPNESS if last else 0.0
+        step = train.Step(model, optimizer, train.LABEL_SMOOTHING, on_gpu and not args.no_compile, sharpness)
 
-    return Training(model, epoch, len(batches) * batches.batch_size, batches.batch_size, "bf16" if on_gpu else "fp32")
+        def epoch(index: int, bar: tqdm) -> float:
+            rates = [rate(index + number / len(batches)) for number in range(len(batches))]
+            return train.train_epoch(step, batches, rates, bar)[0]
+
+        return epoch
+
+    parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]
+    return Training(model, parts, len(batches) * batches.batch_size, batches.batch_size, "bf16" if on_gpu else "fp32")
 
 
 RECIPES = {"reference": reference, "ours": ours}
@@ -222,15 +236,15 @@ def flops_per_image(name: str, stem: str, num_classes: int, shape: tuple[int, ..
     return counter.get_total_flops() / 2
 
 
-def timed_epochs(training: Training, count: int, title: str, device: torch.device) -> tuple[list[float], float]:
+def timed_epochs(epoch: Epoch, images: int, count: int, title: str, device: torch.device) -> tuple[list[float], float]:
     """Seconds of each epoch, and the last one's mean loss."""
     seconds = []
     options = {"unit": "img", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "leave": False}
-    with tqdm(total=training.images * count, desc=title, disable=None, **options) as bar:
+    with tqdm(total=images * count, desc=title, disable=None, **options) as bar:
         for index in range(count):
             synchronize(device)
             started = time.perf_counter()
-            loss = training.epoch(index, bar)
+            loss = epoch(index, bar)
             synchronize(device)
             seconds.append(time.perf_counter() - started)
             bar.write(f"{title}, epoch {index + 1}/{count}: {seconds[-1]:.3f} s, loss {loss:.3f}")
@@ -249,10 +263,15 @@ def measure(
     """Time one recipe; also the trained weights, from which QAT starts."""
     torch.manual_seed(0)
     training = RECIPES[recipe](data, mode, stem, state, args)
-    count = args.warm_up + args.epochs
-    seconds, loss = timed_epochs(training, count, f"{recipe} {mode}, {args.model} ({stem} stem)", args.device)
-    warm_up_s, epochs_s = seconds[: args.warm_up], seconds[args.warm_up :]
-    epoch_s = statistics.median(epochs_s)
+    count, title = args.warm_up + args.epochs, f"{recipe} {mode}, {args.model} ({stem} stem)"
+    warm_up_s, epochs_s, epoch_s, compile_s = [], [], 0.0, 0.0
+    for share, begin in training.parts:
+        seconds, loss = timed_epochs(begin(), training.images, count, title, args.device)
+        warm_up_s.append(seconds[: args.warm_up])
+        epochs_s.append(seconds[args.warm_up :])
+        median_s = statistics.median(epochs_s[-1])
+        epoch_s += share * median_s
+        compile_s += sum(warm_up_s[-1]) - args.warm_up * median_s
     flops = flops_per_image(args.model, stem, len(data.classes), data.train_images.shape[1:])
     gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else ""
     row = Row(
@@ -267,7 +286,7 @@ def measure(
         images_s=training.images / epoch_s,
         tflops=flops * training.images / epoch_s / 1e12,
         peak_tflops=next((peak[training.arithmetic] for glob, peak in PEAK_TFLOPS.items() if fnmatchcase(gpu, glob)), None),
-        compile_s=sum(warm_up_s) - len(warm_up_s) * epoch_s,
+        compile_s=compile_s,
         warm_up_s=warm_up_s,
         epochs_s=epochs_s,
         loss=loss,

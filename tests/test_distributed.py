@@ -100,13 +100,14 @@ def steps_equal_the_textbook_loop(rank):
     distributed.share_model(model)
     assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [distributed.RankedBatchNorm2d] * 2
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), single.parameters(), strict=True))
-    step = Step(model, make_optimizer(model, "sgd"), 0.1, compiled=False)
+    optimizer = make_optimizer(model, "sgd")
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     served = [
         Batches(images, np.arange(40) % 4, [0.5] * 3, [0.25] * 3, 12, torch.device("cpu"), augment=True, natural=True, share=s)
         for s in ((rank, 2), (0, 1))
     ]
-    for rate in (0.05, 0.02):
+    for rate, sharpness in ((0.05, 0.0), (0.02, 0.0), (0.02, 0.01)):
+        step = Step(model, optimizer, 0.1, compiled=False, sharpness=sharpness)
         torch.manual_seed(7)
         mine = list(served[0])
         torch.manual_seed(7)
@@ -119,6 +120,14 @@ def steps_equal_the_textbook_loop(rank):
             logits = single(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
             loss.backward()
+            if sharpness:
+                before = [p.detach().clone() for p in single.parameters()]
+                for p in single.parameters():
+                    p.data += (p.ndim > 1) * sharpness * p.norm() * p.grad / p.grad.norm()
+                reference.zero_grad()
+                F.cross_entropy(single(images), labels, label_smoothing=0.1).backward()
+                for p, value in zip(single.parameters(), before, strict=True):
+                    p.data = value
             reference.step()
             reference.zero_grad()
             losses.append(loss.item())

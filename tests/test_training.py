@@ -215,6 +215,48 @@ def test_a_groups_scale_multiplies_its_rate():
         torch.testing.assert_close(model[index].weight, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was():
+    torch.manual_seed(0)
+    model = small_net()
+    reference = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
+    images, labels = torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,))
+
+    def gradient():
+        reference.zero_grad()
+        logits = reference(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss.backward()
+        return loss.item()
+
+    loss = gradient()
+    for name, p in reference.named_parameters():
+        if p.ndim > 1:
+            p.data += 0.05 * start[name].norm() * p.grad / p.grad.norm()
+            assert (p.data - start[name]).norm() == pytest.approx(0.05 * start[name].norm(), rel=1e-4)
+    assert gradient() > loss  # it is up the hill
+    step = training.Step(model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sharpness=0.05)
+    step.set_rate(0.2)
+    step(images, labels)
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), start[name] - 0.2 * p.grad, rtol=1e-4, atol=1e-6)
+    assert step.totals()[0] == pytest.approx(loss, rel=1e-6)  # the loss is that of the weights themselves
+
+
+@pytest.mark.parametrize("mode", ["float", "qat"])
+def test_the_last_third_of_a_run_is_sharp(runs, tmp_path, monkeypatch, mode):
+    steps = []
+
+    class Recorded(training.Step):
+        def __call__(self, *batch):
+            steps.append(self.sharpness)
+            super().__call__(*batch)
+
+    monkeypatch.setattr(train, "Step", Recorded)
+    train.main([*arguments(mode, runs["float"] / "ckpt_3"), "--od", str(tmp_path)])
+    assert steps == [0.0] * 2 * STEPS + [train.SHARPNESS] * STEPS
+
+
 SCALES = {"scalar": torch.tensor(0.013), "channels": torch.tensor([0.013, 0.5, 3e-5, quantizers.RANGE_FLOOR / 127])}
 
 
