@@ -120,7 +120,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         fixed = ("--export_only", "--data_dir", args.data_dir, "--record", draft, "--batch_size", *sizes)
         infer.main([str(word) for word in (*fixed, *words)])
 
-    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
+    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *args.train_flags]
     new = ["--m", model, "--stem", stem, *shared]
     best = timed("float", finished, work / "float", args.num_epochs, new)
     going_on = ["--load_ckpt", str(best), *shared]
@@ -133,7 +133,8 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         timed("engines", build_engines, args, onnx, draft)
     else:
         evaluate("--onnx", onnx)
-    records.write(record, {**json.loads(draft.read_text()), "epochs": epochs, "seconds": seconds})
+    trained = {"epochs": epochs, "train_flags": args.train_flags, "seconds": seconds}
+    records.write(record, {**json.loads(draft.read_text()), **trained})
     if not args.keep:
         shutil.rmtree(work)
 
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--results", type=Path, required=True, help="folder of the records")
     add("--work", type=Path, default=Path("/tmp/reproduce"), help="folder of checkpoints and engines (default: %(default)s)")
     add("--keep", action="store_true", help="keep each study's checkpoints and exports in --work")
+    add("--train_flags", type=shlex.split, default=[], metavar="FLAGS", help="more for train.py: --train_flags=--compile")
     add("--infer_flags", type=shlex.split, default=[], metavar="FLAGS", help="more for infer.py, such as '--torch_compile 128'")
     add("--no_engines", action="store_true", help="PyTorch only")
     add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")

@@ -113,7 +113,7 @@ def arguments(tmp_path):
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
 def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tmp_path, monkeypatch, capsys):
-    reproduce.main([*arguments, "--seeds", "2"])
+    reproduce.main([*arguments, "--seeds", "2", "--train_flags", "--batch_size 64"])
     paths = sorted((tmp_path / "results").glob("*.json"))
     assert [path.name for path in paths] == ["vanilla_cnn_cifar_seed0.json", "vanilla_cnn_cifar_seed1.json"]
     for seed, path in enumerate(paths):
@@ -125,6 +125,7 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
         tuned, fp32 = record["rows"][-1], record["rows"][0]
         assert tuned["delta_pct"] == pytest.approx(tuned["accuracy_pct"] - fp32["accuracy_pct"])
         assert (record["dataset"], record["epochs"]) == ("digits", {"float": 2, "fine-tuning": 1})
+        assert record["train_flags"] == ["--batch_size", "64"]
         assert set(record["seconds"]) == {"float", "fine-tuning", "qat", "evaluation of the fine-tuned", "evaluation"}
         assert not any(str(tmp_path) in value for value in record["flags"].values())
     assert list((tmp_path / "work").iterdir()) == []
