@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             study(args, model, stem, seed, not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS))
     print(f"{time.perf_counter() - started:.0f} s")
     groups = summary.load(args.results)
-    print(f"{summary.accuracy_table(groups)}\n\n{summary.speed_table(groups)}")
+    for table in (summary.accuracy_table, summary.engines_table, summary.speed_table):
+        print(f"\n{table(groups)}")
     summary.plot(args.results)
 
 

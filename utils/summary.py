@@ -8,23 +8,16 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils import records
 from utils.files import atomic_path
 from utils.records import ROOT, Record, Row
 
-ACCURACIES = {  # title -> back end and precision
-    "FP32": ("pytorch", "FP32"),
-    "FP32 fine-tuned": ("pytorch", "FP32-TUNED"),
-    "INT8-QAT": ("pytorch", "FAKE-QUANT-QAT"),
-    "INT8-PTC": ("pytorch", "FAKE-QUANT-PTC"),
-    "FP16 engine": ("tensorrt", "FP16"),
-    "INT8-QAT engine": ("tensorrt", "INT8-QAT"),
-    "INT8-PTC engine": ("tensorrt", "INT8-PTC"),
-    "implicit INT8-PTC engine": ("tensorrt", "INT8-PTC-IMPLICIT"),
-}
+IN_PYTORCH = {"FP32": "FP32", "FP32 fine-tuned": "FP32-TUNED", "INT8-QAT": "FAKE-QUANT-QAT", "INT8-PTC": "FAKE-QUANT-PTC"}
+IN_TENSORRT = {"FP16": "FP16", "INT8-QAT": "INT8-QAT", "INT8-PTC": "INT8-PTC", "implicit INT8-PTC": "INT8-PTC-IMPLICIT"}
+"""Title -> precision."""
 FAST, SLOW = "INT8-QAT", "FP16"
 PLOT = "summary.png"
 
@@ -67,23 +60,40 @@ def mean_and_spread(values: Sequence[float], spec: str = ".2f") -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
+def accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str]) -> list[str]:
+    """Mean and spread of the test accuracy in percent in each precision."""
+    return [mean_and_spread([row["accuracy_pct"] for row in rows_of(group, backend, key)]) for key in precisions]
+
+
 def accuracy_table(groups: Groups) -> str:
-    """Test accuracy in percent of each network, over its seeds, and what QAT and calibration alone change."""
-    titles = ["network", "seeds", *ACCURACIES, "QAT − FP32", "PTC − FP32", "minutes a seed"]
+    """Test accuracy in percent of each network in PyTorch, over its seeds, and what QAT and calibration alone change."""
     lines = []
     for name, group in groups.items():
-        columns = [[row["accuracy_pct"] for row in rows_of(group, *key)] for key in ACCURACIES.values()]
-        minutes = [sum(record["seconds"].values()) / 60 for record in group if "seconds" in record]
-        cells = [name, str(len(group)), *map(mean_and_spread, columns)]
-        cells += [mean_and_spread(values, "+.2f") for values in deltas_of(group)]
-        lines.append([*cells, f"{statistics.fmean(minutes):.1f}" if minutes else "-"])
-    return markdown(titles, lines)
+        cells = [name, str(len(group)), *accuracies(group, "pytorch", IN_PYTORCH.values())]
+        lines.append(cells + [mean_and_spread(values, "+.2f") for values in deltas_of(group)])
+    return markdown(["network", "seeds", *IN_PYTORCH, "QAT − FP32", "PTC − FP32"], lines)
+
+
+def engines_table(groups: Groups) -> str:
+    """Test accuracy in percent of engines, over the seeds that have them, beside PyTorch's FP32 of the same seeds.
+
+    Agreements are of predictions with those of the fake quantized network in PyTorch.
+    """
+    lines = []
+    for name, group in groups.items():
+        group = [record for record in group if rows_of([record], "tensorrt", FAST)]
+        if group:
+            cells = [name, str(len(group)), *accuracies(group, "pytorch", ["FP32"])]
+            cells += accuracies(group, "tensorrt", IN_TENSORRT.values())
+            agreements = [[row["agreement_pct"] for row in rows_of(group, "tensorrt", key)] for key in ("INT8-QAT", "INT8-PTC")]
+            lines.append(cells + list(map(mean_and_spread, agreements)))
+    return markdown(["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT, "QAT agreement", "PTC agreement"], lines)
 
 
 def speed_table(groups: Groups) -> str:
     """What TensorRT makes of each network: medians over the records that have engines."""
     titles = ["network", "batch", f"{SLOW} ms", f"{FAST} ms", "speed-up", f"{SLOW} images/s", f"{FAST} images/s"]
-    titles += [f"{SLOW} MB", f"{FAST} MB", "INT8 layers", "agreement with PyTorch %"]
+    titles += [f"{SLOW} MB", f"{FAST} MB", "INT8 layers"]
     lines = []
     for name, group in groups.items():
         sizes = {row["batch_size"] for record in group for row in record["rows"] if row["backend"] == "tensorrt"}
@@ -95,8 +105,7 @@ def speed_table(groups: Groups) -> str:
             cells = [name, str(size), *(f"{time:.3f}" for time in times), f"{times[0] / times[1]:.2f}"]
             cells += [f"{1000 * size / time:,.0f}" for time in times]
             cells += [f"{statistics.median(row['file_mb'] for row in rows):.1f}" for rows in (slow, fast)]
-            cells += [f"{fast[0]['int8_layers']} of {fast[0]['layers']}"]
-            lines.append([*cells, mean_and_spread([row["agreement_pct"] for row in fast])])
+            lines.append([*cells, f"{fast[0]['int8_layers']} of {fast[0]['layers']}"])
     return markdown(titles, lines)
 
 
@@ -167,6 +176,7 @@ def training_table(path: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "table": record_table,
     "accuracy": lambda folder: accuracy_table(load(folder)),
+    "engines": lambda folder: engines_table(load(folder)),
     "training": training_table,
     "speed": lambda folder: speed_table(load(folder)),
 }
