@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         record, complaints = evaluate_exported(folder, data, wanted, args)
     print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
-    print(records.text_table(record["rows"]))
+    print(records.text_table(records.cells_of(record["rows"]), names=2))
     if args.record:
         records.write(args.record, record)
     if args.plot:

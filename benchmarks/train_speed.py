@@ -304,13 +304,12 @@ def free() -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows, and how their speeds compare, as text."""
-    titles = ("recipe", "mode", "stem", "batch", "epoch s", "images/s", "TFLOP/s", "chip's dense peak", "compile s")
-    layout = "{:9}  {:5}  {:8}  {:>5}  {:>8}  {:>9}  {:>7}  {:>17}  {:>9}"
-    lines = [layout.format(*titles)]
+    cells = [["recipe", "mode", "stem", "batch", "epoch s", "images/s", "TFLOP/s", "chip's dense peak", "compile s"]]
     for row in rows:
         peak = f"{row.peak_tflops or '-'} ({row.arithmetic})"
         times = f"{row.epoch_s:.3f}", f"{row.images_s:,.0f}", f"{row.tflops:.2f}", peak, f"{row.compile_s:.1f}"
-        lines.append(layout.format(row.recipe, row.mode, row.stem, row.batch_size, *times))
+        cells.append([row.recipe, row.mode, row.stem, str(row.batch_size), *times])
+    lines = [records.text_table(cells, names=3)]
     for stem in dict.fromkeys(row.stem for row in rows):
         speed = {(row.recipe, row.mode): row.images_s for row in rows if row.stem == stem}
         pairs = [(f"{mode}, reference / ours", ("reference", mode), ("ours", mode)) for mode in MODES]

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -114,26 +115,26 @@ def write(path: Path, record: Record) -> None:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _cells(row: Row) -> list[str]:
-    flat = {**row, **row["latency_ms"]}
-    return ["-" if flat[key] is None else format(flat[key], spec) for key, (_, spec) in COLUMNS.items()]
+def cells_of(rows: list[Row]) -> list[list[str]]:
+    """Rows as cells of a table with the titles on top; the first two columns are names, the others numbers."""
+    flat = [{**row, **row["latency_ms"]} for row in rows]
+    lines = [["-" if row[key] is None else format(row[key], spec) for key, (_, spec) in COLUMNS.items()] for row in flat]
+    return [[title for title, _ in COLUMNS.values()], *lines]
 
 
-def text_table(rows: list[Row]) -> str:
-    """Rows as aligned text for a terminal."""
-    table = [[title for title, _ in COLUMNS.values()], *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    aligned = [
-        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
-        for cells in table
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+def text_table(lines: Sequence[Sequence[str]], names: int) -> str:
+    """Lines of cells as text for a terminal: the first `names` columns aligned to the left, the others to the right."""
+    columns = []
+    for index, column in enumerate(zip(*lines, strict=True)):
+        align, width = str.ljust if index < names else str.rjust, max(map(len, column))
+        columns.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
-    lines = [[title for title, _ in COLUMNS.values()], [":--" if i < 2 else "--:" for i in range(len(COLUMNS))]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *map(_cells, rows)])
+def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
+    """The same as a Markdown table, the first line its titles."""
+    ruler = [":--" if index < names else "--:" for index in range(len(lines[0]))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ruler, *lines[1:]))
 
 
 def plot(path: Path, record: Record) -> None:

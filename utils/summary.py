@@ -67,11 +67,11 @@ def accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str])
 
 def accuracy_table(groups: Groups) -> str:
     """Test accuracy in percent of each network in PyTorch, over its seeds, and what QAT and calibration alone change."""
-    lines = []
+    lines = [["network", "seeds", *IN_PYTORCH, "QAT − FP32", "PTC − FP32"]]
     for name, group in groups.items():
         cells = [name, str(len(group)), *accuracies(group, "pytorch", IN_PYTORCH.values())]
         lines.append(cells + [mean_and_spread(values, "+.2f") for values in deltas_of(group)])
-    return markdown(["network", "seeds", *IN_PYTORCH, "QAT − FP32", "PTC − FP32"], lines)
+    return records.markdown_table(lines)
 
 
 def engines_table(groups: Groups) -> str:
@@ -79,7 +79,7 @@ def engines_table(groups: Groups) -> str:
 
     Agreements are of predictions with those of the fake quantized network in PyTorch.
     """
-    lines = []
+    lines = [["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT, "QAT agreement", "PTC agreement"]]
     for name, group in groups.items():
         group = [record for record in group if rows_of([record], "tensorrt", FAST)]
         if group:
@@ -87,14 +87,14 @@ def engines_table(groups: Groups) -> str:
             cells += accuracies(group, "tensorrt", IN_TENSORRT.values())
             agreements = [[row["agreement_pct"] for row in rows_of(group, "tensorrt", key)] for key in ("INT8-QAT", "INT8-PTC")]
             lines.append(cells + list(map(mean_and_spread, agreements)))
-    return markdown(["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT, "QAT agreement", "PTC agreement"], lines)
+    return records.markdown_table(lines)
 
 
 def speed_table(groups: Groups) -> str:
     """What TensorRT makes of each network: medians over the records that have engines."""
     titles = ["network", "batch", f"{SLOW} ms", f"{FAST} ms", "speed-up", f"{SLOW} images/s", f"{FAST} images/s"]
     titles += [f"{SLOW} MB", f"{FAST} MB", "INT8 layers"]
-    lines = []
+    lines = [titles]
     for name, group in groups.items():
         sizes = {row["batch_size"] for record in group for row in record["rows"] if row["backend"] == "tensorrt"}
         for size in sorted(sizes):
@@ -106,13 +106,7 @@ def speed_table(groups: Groups) -> str:
             cells += [f"{1000 * size / time:,.0f}" for time in times]
             cells += [f"{statistics.median(row['file_mb'] for row in rows):.1f}" for rows in (slow, fast)]
             lines.append([*cells, f"{fast[0]['int8_layers']} of {fast[0]['layers']}"])
-    return markdown(titles, lines)
-
-
-def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column aligned to the left."""
-    ruler = [":--", *["--:"] * (len(titles) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ruler, *lines))
+    return records.markdown_table(lines)
 
 
 def points(groups: Groups) -> dict[str, list[float]]:
@@ -155,14 +149,14 @@ def plot(folder: Path) -> None:
 
 def record_table(path: Path) -> str:
     """All rows of one record."""
-    return records.markdown_table(json.loads(path.read_text())["rows"])
+    return records.markdown_table(records.cells_of(json.loads(path.read_text())["rows"]), names=2)
 
 
 def training_table(path: Path) -> str:
     """A record of training speed; ours against the reference by time per image."""
     rows = json.loads(path.read_text())["rows"]
     titles = ["recipe", "mode", "stem", "batch", "s an epoch", "images/s", "times the reference", "TFLOP/s", "chip's peak"]
-    lines = []
+    lines = [[*titles, "compile s"]]
     for row in rows:
         same = [other for other in rows if all(other[key] == row[key] for key in ("mode", "stem"))]
         reference = next((other["images_s"] for other in same if other["recipe"] == "reference"), None)
@@ -170,7 +164,7 @@ def training_table(path: Path) -> str:
         cells = [row["recipe"], row["mode"], row["stem"], str(row["batch_size"]), f"{row['epoch_s']:.2f}"]
         cells += [f"{row['images_s']:,.0f}", f"{row['images_s'] / reference:.1f}" if reference else "-"]
         lines.append([*cells, f"{row['tflops']:.1f}", peak, f"{row['compile_s']:.0f}"])
-    return markdown([*titles, "compile s"], lines)
+    return records.markdown_table(lines)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

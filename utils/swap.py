@@ -11,6 +11,7 @@ from torch import nn
 from layers.quantized import QUANTIZED_FORM
 from layers.quantizers import Quantizer
 from utils.errors import UserError
+from utils.records import text_table
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -72,10 +73,8 @@ def audit(model: nn.Module) -> str:
             continue
         ranges = [_range(getattr(module, f"{operand}_quantizer", None)) for operand in ("input", "weight")]
         rows.append((name, kind, str(module.input_quantizer.num_bits), *ranges))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(row[2] != "float" for row in rows[1:])
-    return "\n".join([*lines, f"{quantized} of {len(rows) - 1} quantizable layers are quantized"])
+    return f"{text_table(rows, names=len(rows[0]))}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"
 
 
 def _range(quantizer: Quantizer | None) -> str:
