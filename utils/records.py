@@ -8,13 +8,17 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -137,35 +141,39 @@ def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ruler, *lines[1:]))
 
 
-def plot(path: Path, record: Record) -> None:
-    """Accuracy against throughput, one point for each row that has both, as PNG."""
+@contextmanager
+def axes_of(path: Path, **options: Any) -> Iterator[Axes]:
+    """Axes to draw into; then they get a grid and a legend, and are written to `path` as PNG with these options of savefig."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in record["rows"] if row["throughput_img_s"] and row["accuracy_pct"] is not None]
-    if not rows:
-        raise UserError("--plot: no row has both an accuracy and a throughput")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    networks = dict.fromkeys((row["backend"], row["precision"]) for row in rows)
-    markers = dict(zip(sorted({row["batch_size"] for row in rows}), cycle("os^Dv<>Pp*hXd8H"), strict=False))
-    colours = dict(zip(networks, cycle(pyplot.cm.tab10.colors), strict=False))
-    for row in rows:
-        colour = colours[row["backend"], row["precision"]]
-        axes.scatter(row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=markers[row["batch_size"]], s=60)
-    for (backend, precision), colour in colours.items():
-        axes.scatter([], [], color=colour, label=f"{backend} {precision}")
-    for batch_size, marker in markers.items():
-        axes.scatter([], [], color="grey", marker=marker, label=f"batch {batch_size}")
-    axes.set(
-        xscale="log",
-        xlabel="images/s",
-        ylabel="test accuracy (%)",
-        title=f"{record['model']} on {record['dataset']}, {record['environment']['gpu'] or record['environment']['cpu']}",
-    )
+    yield axes
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        figure.savefig(partial, format="png", **options)
     pyplot.close(figure)
+
+
+def plot(path: Path, record: Record) -> None:
+    """Accuracy against throughput, one point for each row that has both, as PNG."""
+    rows = [row for row in record["rows"] if row["throughput_img_s"] and row["accuracy_pct"] is not None]
+    if not rows:
+        raise UserError("--plot: no row has both an accuracy and a throughput")
+    networks = dict.fromkeys((row["backend"], row["precision"]) for row in rows)
+    markers = dict(zip(sorted({row["batch_size"] for row in rows}), cycle("os^Dv<>Pp*hXd8H"), strict=False))
+    colours = {network: f"C{index}" for index, network in enumerate(networks)}  # matplotlib goes round its ten colours
+    with axes_of(path, dpi=120) as axes:
+        for row in rows:
+            colour, marker = colours[row["backend"], row["precision"]], markers[row["batch_size"]]
+            axes.scatter(row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=marker, s=60)
+        for (backend, precision), colour in colours.items():
+            axes.scatter([], [], color=colour, label=f"{backend} {precision}")
+        for batch_size, marker in markers.items():
+            axes.scatter([], [], color="grey", marker=marker, label=f"batch {batch_size}")
+        machine = record["environment"]["gpu"] or record["environment"]["cpu"]
+        axes.set(xscale="log", xlabel="images/s", ylabel="test accuracy (%)")
+        axes.set_title(f"{record['model']} on {record['dataset']}, {machine}")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils import records
-from utils.files import atomic_path
 from utils.records import ROOT, Record, Row
 
 IN_PYTORCH = {"FP32": "FP32", "FP32 fine-tuned": "FP32-TUNED", "INT8-QAT": "FAKE-QUANT-QAT", "INT8-PTC": "FAKE-QUANT-PTC"}
@@ -123,28 +122,18 @@ def points(groups: Groups) -> dict[str, list[float]]:
 
 def plot(folder: Path) -> None:
     """Accuracy lost against speed gained, for each network with QAT and with calibration alone, as PNG with `points` in it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = points(load(folder))
     if not found:
         return  # no engines, no speeds
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for index, (name, (speed_up, qat, ptc)) in enumerate(found.items()):
-        style = {"marker": "osD^v<>Ph*"[index % 10], "edgecolors": f"C{index % 10}", "s": 70, "zorder": 2}
-        axes.plot([speed_up] * 2, [ptc, qat], color=f"C{index % 10}", linewidth=1, zorder=1)
-        axes.scatter(speed_up, ptc, facecolors="white", **style)
-        axes.scatter(speed_up, qat, facecolors=f"C{index % 10}", label=name, **style)
-    axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
-    axes.set(xlabel=f"speed-up of {FAST} over {SLOW}, largest batch", ylabel="accuracy less FP32's (points)")
-    axes.set_title("filled: QAT, hollow: calibration alone", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with atomic_path(folder / PLOT) as partial:
-        figure.savefig(partial, format="png", dpi=110, metadata={"Description": json.dumps(found)})
-    pyplot.close(figure)
+    with records.axes_of(folder / PLOT, dpi=110, metadata={"Description": json.dumps(found)}) as axes:
+        for index, (name, (speed_up, qat, ptc)) in enumerate(found.items()):
+            style = {"marker": "osD^v<>Ph*"[index % 10], "edgecolors": f"C{index}", "s": 70, "zorder": 2}
+            axes.plot([speed_up] * 2, [ptc, qat], color=f"C{index}", linewidth=1, zorder=1)
+            axes.scatter(speed_up, ptc, facecolors="white", **style)
+            axes.scatter(speed_up, qat, facecolors=f"C{index}", label=name, **style)
+        axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
+        axes.set(xlabel=f"speed-up of {FAST} over {SLOW}, largest batch", ylabel="accuracy less FP32's (points)")
+        axes.set_title("filled: QAT, hollow: calibration alone", fontsize="medium")
 
 
 def record_table(path: Path) -> str:
