@@ -42,8 +42,8 @@ LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch s
 FINE_TUNE = 0.05  # of it when training starts from a checkpoint
 BATCH_SIZE = {"cpu": 128, "cuda": 512}
 LABEL_SMOOTHING = 0.1
-LAST_PART = 1 / 3  # of the epochs: with SAM (late is enough: Zhou et al., 2024, arXiv:2410.10373), QAT with frozen statistics
-SHARPNESS = 0.005  # of SAM
+LAST_PART = 1 / 3  # of the epochs: QAT with frozen BatchNorm statistics, runs without a checkpoint with SAM, for which late is
+SHARPNESS = 0.005  # enough (Zhou et al., 2024, arXiv:2410.10373); with frozen statistics this much throws a network off
 COMPILE_STEPS = 10_000  # from which torch.compile pays on one H100: it takes 15 to 50 s and saves 2 to 6 ms of a step
 MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch takes
 
@@ -203,7 +203,7 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
             if epoch >= last_part and args.quantize:
                 freeze_batch_norm(run.model)
             if step is None or epoch == last_part:
-                sharpness = SHARPNESS if epoch >= last_part else 0.0
+                sharpness = SHARPNESS if epoch >= last_part and not (args.quantize or args.load_ckpt) else 0.0
                 step = Step(run.model, run.optimizer, LABEL_SMOOTHING, compiled, sharpness)
             started = time.perf_counter()
             rates = [rate(epoch + index / len(train)) for index in range(len(train))]

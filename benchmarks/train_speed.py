@@ -13,8 +13,8 @@ calibrated by the maximum. They leave the residual additions in float, so they q
 ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
 images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
 QAT, which calibrates by percentile. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are
-timed, and their medians weighted by their lengths: two thirds, and the last third with SAM, which takes two passes for each
-batch and for QAT freezes BatchNorm's statistics. On a CPU: FP32 eager, batch 128, SGD.
+timed, and their medians weighted by their lengths: two thirds, and the last third, which in float has SAM, with two passes for
+each batch, and in QAT frozen BatchNorm statistics. On a CPU: FP32 eager, batch 128, SGD.
 
 Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but apart: what they took
 beyond the median is `compile_s`, which has torch.compile, cuDNN's tuning, the graph, CUDA's and the workers' start in it.
@@ -212,7 +212,7 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
         model.train()
         if last and mode == "qat":
             train.freeze_batch_norm(model)
-        sharpness = train.SHARPNESS if last else 0.0
+        sharpness = train.SHARPNESS if last and mode == "float" else 0.0
         step = train.Step(model, optimizer, train.LABEL_SMOOTHING, on_gpu and not args.no_compile, sharpness)
 
         def epoch(index: int, bar: tqdm) -> float:
