@@ -215,7 +215,7 @@ def evaluate_torch(
         predicted = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
         predictions.setdefault(key, predicted)  # torch.compile's FP16 comes after eager's
         shared = accuracies(predicted, data.test_labels, predictions["FP32"], predictions["FP32"])
-        timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
+        timed = latency_columns(network, data.test_images, batch_sizes)
         rows += [records.make_row(name, key, **shared, **columns) for columns in timed]
     return rows, predictions
 
@@ -229,12 +229,12 @@ def accuracies(predicted: np.ndarray, labels: np.ndarray, fp32: np.ndarray, twin
 
 
 def latency_columns(network: measure.Network, images: np.ndarray, batch_sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Latency percentiles at each batch size, over test images."""
+    """Latency percentiles at each batch size, over test images; without a batch size once no columns."""
     columns = []
     for batch_size in batch_sizes:
         p50, p99 = np.percentile(network.latencies_ms(np.resize(images, (batch_size, *images.shape[1:]))), (50, 99))
         columns.append({"batch_size": batch_size, "p50": float(p50), "p99": float(p99)})
-    return columns
+    return columns or [{}]
 
 
 def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarray) -> Callable[[str], measure.Network]:
@@ -243,9 +243,14 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
     Raises:
         UserError: TensorRT is asked for by name and cannot run here.
     """
-    implicit = args.ptc_mode == "implicit"
-    if args.backend == "onnxruntime" and (implicit or args.audit):
-        raise UserError(f"{'--ptc_mode implicit' if implicit else '--audit'} is TensorRT's: drop it or --backend onnxruntime")
+    needs_tensorrt = {
+        "--backend tensorrt": args.backend == "tensorrt",
+        "--ptc_mode implicit": args.ptc_mode == "implicit",
+        "--audit": args.audit,
+    }
+    flag = next((flag for flag, given in needs_tensorrt.items() if given), None)
+    if flag and args.backend == "onnxruntime":
+        raise UserError(f"{flag} is TensorRT's: drop it or --backend onnxruntime")
     if args.backend != "onnxruntime":
         from utils.tensorrt_engine import EngineOptions, TensorRTNetwork, require_gpu
 
@@ -253,13 +258,8 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
         try:
             require_gpu()
         except UserError as error:
-            for flag, on in (
-                ("--backend tensorrt", args.backend == "tensorrt"),
-                ("--ptc_mode implicit", implicit),
-                ("--audit", args.audit),
-            ):
-                if on:
-                    raise UserError(f"{flag}: {error}") from None
+            if flag:
+                raise UserError(f"{flag}: {error}") from None
             print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
         else:
             if not sizes:
@@ -310,7 +310,7 @@ def evaluate_network(
     shared["file_mb"] = network.path.stat().st_size / 1e6
     if network.layers:
         shared["layers"], shared["int8_layers"] = len(network.layers), sum(x.precision == "INT8" for x in network.layers)
-    timed = latency_columns(network, data.test_images, batch_sizes) or [{}]
+    timed = latency_columns(network, data.test_images, batch_sizes)
     rows = [records.make_row(network.name, precision, **shared, **columns) for columns in timed]
     if network.layers:
         rows.append(records.make_row(f"{network.name} end-to-end", precision, **shared, batch_size=batch_size))

@@ -42,8 +42,8 @@ LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch s
 FINE_TUNE = 0.05  # of it when training starts from a checkpoint
 BATCH_SIZE = {"cpu": 128, "cuda": 512}
 LABEL_SMOOTHING = 0.1
-LAST_PART = 1 / 3  # of the epochs: QAT with frozen BatchNorm statistics, runs without a checkpoint with SAM, for which late is
-SHARPNESS = 0.005  # enough (Zhou et al., 2024, arXiv:2410.10373); with frozen statistics this much throws a network off
+LAST_PART = 1 / 3  # of the epochs: see `set_mode` and `make_step`
+SHARPNESS = 0.005  # of SAM
 COMPILE_STEPS = 10_000  # from which torch.compile pays on one H100: it takes 15 to 50 s and saves 2 to 6 ms of a step
 MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch takes
 
@@ -179,6 +179,23 @@ def train_epoch(step: Step, batches: Batches, rates: Sequence[float], bar: tqdm)
     return step.totals()
 
 
+def set_mode(model: nn.Module, args: argparse.Namespace, last: bool) -> None:
+    """Training mode; in the last part of QAT BatchNorm keeps its statistics."""
+    model.train()
+    if last and args.quantize:
+        freeze_batch_norm(model)
+
+
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, last: bool, compiled: bool) -> Step:
+    """The step of the last part of a run or of all before; the model is in its mode.
+
+    A run from scratch ends with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373). QAT does not: with
+    frozen statistics nothing cancels the perturbation, and it throws the network off.
+    """
+    sharpness = SHARPNESS if last and not (args.quantize or args.load_ckpt) else 0.0
+    return Step(model, optimizer, LABEL_SMOOTHING, compiled, sharpness)
+
+
 def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -> None:
     """Train from `run.epoch` to `args.num_epochs`, writing a checkpoint after each epoch.
 
@@ -199,12 +216,9 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
         for epoch in range(run.epoch, args.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
             torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
-            run.model.train()
-            if epoch >= last_part and args.quantize:
-                freeze_batch_norm(run.model)
+            set_mode(run.model, args, epoch >= last_part)
             if step is None or epoch == last_part:
-                sharpness = SHARPNESS if epoch >= last_part and not (args.quantize or args.load_ckpt) else 0.0
-                step = Step(run.model, run.optimizer, LABEL_SMOOTHING, compiled, sharpness)
+                step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
             started = time.perf_counter()
             rates = [rate(epoch + index / len(train)) for index in range(len(train))]
             loss, train_pct = train_epoch(step, train, rates, bar)

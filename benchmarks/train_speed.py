@@ -209,11 +209,8 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
     rate = train.make_schedule(flags.lr, epochs, None)
 
     def begin(last: bool) -> Epoch:
-        model.train()
-        if last and mode == "qat":
-            train.freeze_batch_norm(model)
-        sharpness = train.SHARPNESS if last and mode == "float" else 0.0
-        step = train.Step(model, optimizer, train.LABEL_SMOOTHING, on_gpu and not args.no_compile, sharpness)
+        train.set_mode(model, flags, last)
+        step = train.make_step(model, optimizer, flags, last, on_gpu and not args.no_compile)
 
         def epoch(index: int, bar: tqdm) -> float:
             rates = [rate(index + number / len(batches)) for number in range(len(batches))]
