@@ -54,14 +54,14 @@ def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
     return folder / "ckpt_best"
 
 
-def add_fine_tuned(onnx: Path, tuned: Path) -> None:
-    """Put the fine-tuned float network, exported to `tuned`, into the export `onnx` as one more PyTorch row."""
+def add_fine_tuned(onnx: Path, tuned: Path, draft: Path) -> None:
+    """Put the fine-tuned float network, exported to `tuned`, into the export `onnx` and its record as one more PyTorch row."""
     (manifest, reference), (tuned_manifest, predictions) = (infer.read_export(folder) for folder in (onnx, tuned))
-    rows = [old for old in manifest["rows"] if old["precision"] != FINE_TUNED]
-    pct = tuned_manifest["rows"][0]["accuracy_pct"]
+    pct, float_pct = (content["rows"][0]["accuracy_pct"] for content in (tuned_manifest, manifest))
     agreement_pct = measure.percent_equal(predictions["FP32"], reference["FP32"])
-    rows.append(records.make_row("pytorch", FINE_TUNED, pct, pct - rows[0]["accuracy_pct"], agreement_pct))
-    records.write(onnx / infer.MANIFEST, {**manifest, "rows": rows})
+    row = records.make_row("pytorch", FINE_TUNED, pct, pct - float_pct, agreement_pct)
+    for path, content in ((onnx / infer.MANIFEST, manifest), (draft, json.loads(draft.read_text()))):
+        records.write(path, {**content, "rows": [*content["rows"], row]})
 
 
 def calibration_mode(python: str) -> str:
@@ -115,10 +115,10 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
             seconds[what] = round(seconds.get(what, 0) + time.perf_counter() - started, 1)
             records.write(clock, seconds)
 
-    def evaluate(*words: str | Path) -> None:
+    def evaluate(checkpoint: Path, folder: Path, *words: str) -> None:
         sizes = BATCH_SIZES if engines else ()  # speeds are compared with those of engines
-        fixed = ("--export_only", "--data_dir", args.data_dir, "--record", draft, "--batch_size", *sizes)
-        infer.main([str(word) for word in (*fixed, *words)])
+        paths = ("--load_ckpt", checkpoint, "--onnx_dir", folder, "--data_dir", args.data_dir, "--record", draft)
+        infer.main([*map(str, paths), "--export_only", "--batch_size", *sizes, *words])
 
     shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *args.train_flags]
     new = ["--m", model, "--stem", stem, *shared]
@@ -126,13 +126,11 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     going_on = ["--load_ckpt", str(best), *shared]
     tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
     qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
-    timed("evaluation of the fine-tuned", evaluate, "--load_ckpt", tuned, "--FP16", "--onnx_dir", tuned_onnx)
-    timed("evaluation", evaluate, "--load_ckpt", qat, "--onnx_dir", onnx, *args.infer_flags)
-    add_fine_tuned(onnx, tuned_onnx)
+    timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
+    timed("evaluation", evaluate, qat, onnx, *args.infer_flags)
+    add_fine_tuned(onnx, tuned_onnx, draft)
     if engines:
         timed("engines", build_engines, args, onnx, draft)
-    else:
-        evaluate("--onnx", onnx)
     trained = {"epochs": epochs, "train_flags": args.train_flags, "seconds": seconds}
     records.write(record, {**json.loads(draft.read_text()), **trained})
     if not args.keep:
