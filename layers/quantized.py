@@ -6,6 +6,8 @@ they are the training form; `layers.fold` puts `FrozenQuantizer` there and has t
 
 from __future__ import annotations
 
+import copy
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,88 +16,58 @@ from layers.mul import Mul
 from layers.quantizers import Quantizer
 
 
-class QuantConv2d(nn.Conv2d):
-    """Convolution of an INT8 input (one range) with an INT8 weight (one range for each output channel)."""
+class QuantizedLayer(nn.Module):
+    """What the quantized layers share: how they are made of float ones."""
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d) -> QuantConv2d:
-        """Take over the parameters of `conv` (shared, not copied) and its whole geometry."""
-        quant = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-        )
-        quant.weight, quant.bias = conv.weight, conv.bias
-        quant.input_quantizer, quant.weight_quantizer = Quantizer(), Quantizer(conv.out_channels)
+    def from_float(cls, layer: nn.Module) -> nn.Module:
+        """A copy of `layer` in this form: its parameters (shared, not copied), its whole geometry, and quantizers."""
+        quant = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+        quant.__class__ = cls
+        quant.input_quantizer = Quantizer()
+        if hasattr(quant, "weight"):
+            quant.weight_quantizer = Quantizer(len(quant.weight))
         return quant
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """Convolution of an INT8 input (one range) with an INT8 weight (one range for each output channel)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):
     """Matrix product of an INT8 input (one range) with an INT8 weight (one range for each output feature)."""
-
-    @classmethod
-    def from_float(cls, linear: nn.Linear) -> QuantLinear:
-        """Take over the parameters of `linear` (shared, not copied)."""
-        quant = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        quant.weight, quant.bias = linear.weight, linear.bias
-        quant.input_quantizer, quant.weight_quantizer = Quantizer(), Quantizer(linear.out_features)
-        return quant
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantAdd(Add):
+class QuantAdd(QuantizedLayer, Add):
     """`x + INT8(other)`.
 
     Only the second operand is quantized: `x` comes straight from a convolution, into whose INT8 kernel TensorRT fuses this
     addition; rounding `x` first would cost a pass over memory and accuracy.
     """
 
-    @classmethod
-    def from_float(cls, _: Add) -> QuantAdd:
-        quant = cls()
-        quant.input_quantizer = Quantizer()
-        return quant
-
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return super().forward(x, self.input_quantizer(other))
 
 
-class QuantMul(Mul):
+class QuantMul(QuantizedLayer, Mul):
     """`scale * INT8(x)`.
 
     The feature map is what costs memory traffic, and in squeeze and excitation the pool reads the same INT8 tensor. The
     factors are one number for each channel: rounding them would save nothing.
     """
 
-    @classmethod
-    def from_float(cls, _: Mul) -> QuantMul:
-        quant = cls()
-        quant.input_quantizer = Quantizer()
-        return quant
-
     def forward(self, scale: Tensor, x: Tensor) -> Tensor:
         return super().forward(scale, self.input_quantizer(x))
 
 
-class QuantAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+class QuantAdaptiveAvgPool2d(QuantizedLayer, nn.AdaptiveAvgPool2d):
     """Average pool of an INT8 input: the last feature map leaves its convolution as INT8."""
-
-    @classmethod
-    def from_float(cls, pool: nn.AdaptiveAvgPool2d) -> QuantAdaptiveAvgPool2d:
-        quant = cls(pool.output_size)
-        quant.input_quantizer = Quantizer()
-        return quant
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.input_quantizer(x))
