@@ -40,7 +40,7 @@ BATCH_SIZES = (1, 128)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_shared(parser, tuple(dataset.LOADERS))
+    flags.add_shared(parser)
     add = parser.add_argument
     add("--onnx", type=Path, metavar="DIR", help="evaluate files exported earlier; needs no torch")
     add("--onnx_dir", type=Path, metavar="DIR", help="where to export to (default: <checkpoint>_onnx)")
@@ -144,9 +144,9 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     flags.agreed("--m", args.model, model["name"])
     flags.agreed("--stem", args.stem if args.stem != "auto" else None, model["stem"])
     data = load_data(args, info)
-    chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = Batches(data.train_images[chosen], data.train_labels[chosen], info["mean"], info["std"], 128, device)
+    chosen, _ = data.split(info["split_seed"])
+    train = Batches(*chosen, info["mean"], info["std"], 128, device)
     networks = restore(checkpoint, wanted, args, train)
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
     for precision, network in networks.items():
@@ -174,15 +174,15 @@ def graph_file(precision: str) -> str:
     return f"{precision.lower().replace('-', '_')}.onnx"
 
 
-def load_data(args: argparse.Namespace, info: dict[str, Any]) -> dataset.ImageData:
-    """The data set that a checkpoint or an export was made for.
+def load_data(args: argparse.Namespace, known: dict[str, Any]) -> dataset.ImageData:
+    """The data set that the flags name, or that a checkpoint or an export was made for, which is then `known`.
 
     Raises:
         UserError: --dataset contradicts it, or the files there hold other classes.
     """
-    name = flags.agreed("--dataset", args.dataset, info["dataset"])
-    data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, info["img_size"]))
-    if list(data.classes) != info["classes"]:
+    name = flags.agreed("--dataset", args.dataset, known.get("dataset"), "cifar10")
+    data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, known.get("img_size"), 32))
+    if known and list(data.classes) != known["classes"]:
         raise UserError(f"--data_dir {args.data_dir}: classes differ from those the network was trained on")
     return data
 

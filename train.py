@@ -50,7 +50,7 @@ MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_shared(parser, tuple(dataset.LOADERS))
+    flags.add_shared(parser)
     add = parser.add_argument
     add("--pretrain", action="store_true", help="start from torchvision's ImageNet weights")
     add("--partial_ckpt", action="store_true", help="--load_ckpt is a float checkpoint: it fills all but the ranges")
@@ -126,15 +126,16 @@ class Run:
     best_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def last(self) -> str:
-        """What an unlucky end leaves behind."""
-        path = self.folder / f"ckpt_{self.epoch}"
-        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+    @property
+    def path(self) -> Path:
+        """The checkpoint of the last epoch completed."""
+        return self.folder / f"ckpt_{self.epoch}"
 
     def require_finite(self, loss: float, lr: float) -> None:
         """Raises UserError, which names the last good checkpoint, if the epoch's loss or a weight is not finite any more."""
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in self.model.parameters()):
-            raise UserError(f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; {self.last()}")
+            left = f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was written yet"
+            raise UserError(f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; {left}")
 
     def save(self, held_out_loss: float) -> None:
         """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier epoch's loss on the held-out images was lower.
@@ -152,19 +153,17 @@ class Run:
             "best_loss": self.best_loss,
             "history": self.history,
         }
-        path = self.folder / f"ckpt_{self.epoch}"
-        ckpt.save(path, content)
+        ckpt.save(self.path, content)
         if best:
-            link(path, self.folder / "ckpt_best")
+            link(self.path, self.folder / "ckpt_best")
 
     def tidy(self) -> None:
         """Do what a killed process left undone: remove its partial files, and let `ckpt_best` be the last if that is best."""
         for partial in self.folder.glob(".*.partial"):
             partial.unlink()
         last_loss = self.history[-1]["held_out_loss"] if self.history else self.best_loss
-        path = self.folder / f"ckpt_{self.epoch}"
-        if last_loss == self.best_loss and path.exists():
-            link(path, self.folder / "ckpt_best")
+        if last_loss == self.best_loss and self.path.exists():
+            link(self.path, self.folder / "ckpt_best")
 
 
 def train_epoch(step: Step, batches: Batches, rates: Sequence[float], bar: tqdm) -> tuple[float, float]:
@@ -249,8 +248,6 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
         "mean": mean,
         "std": std,
     }
-    if list(data.classes) != info["classes"]:
-        raise UserError("the data set's classes differ from those of the checkpoint")
     known = start.get("model", {})
     stem = flags.agreed(
         "--stem", None if args.stem == "auto" else args.stem, known.get("stem"), "imagenet" if args.pretrain else "cifar"
@@ -292,19 +289,14 @@ def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str
 
 def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: distributed.Ranks) -> None:
     """Train as the flags say and test the best checkpoint."""
-    known = start.get("data", {})
-    name = flags.agreed("--dataset", args.dataset, known.get("dataset"), "cifar10")
-    data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, known.get("img_size"), 32))
+    data = infer.load_data(args, start.get("data", {}))
     config = make_config(args, start, data)
     info = config["data"]
 
     def batches(images: np.ndarray, labels: np.ndarray, **options: Any) -> Batches:
         return Batches(images, labels, info["mean"], info["std"], args.batch_size, ranks.device, **options)
 
-    chosen, held_out = (
-        (data.train_images[part], data.train_labels[part])
-        for part in dataset.split_train(data.train_labels, info["split_seed"])
-    )
+    chosen, held_out = data.split(info["split_seed"])
     if not len(held_out[0]):
         raise UserError(f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out")
     if args.batch_size % ranks.count:

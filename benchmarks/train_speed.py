@@ -155,11 +155,11 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
     """The loop that people write first, starting from `state` if there is one."""
     torch.backends.cudnn.benchmark = False  # torch's default; `ours` changes it
     device, on_gpu = args.device, args.device.type == "cuda"
-    chosen, _ = dataset.split_train(data.train_labels, 0)
+    chosen, _ = data.split(0)
     crop = transforms.RandomCrop(data.train_images.shape[1], padding=4)
     normalise = transforms.Normalize(*dataset.channel_stats(data.train_images))
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
-    images = Images(data.train_images[chosen], data.train_labels[chosen], transform)
+    images = Images(*chosen, transform)
     loader = DataLoader(
         images, args.reference_batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_gpu, persistent_workers=True
     )
@@ -200,8 +200,8 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
         flags.quantize, flags.partial_ckpt, flags.lr = True, True, flags.lr * train.FINE_TUNE
     config = train.make_config(flags, {}, data)
     info = config["data"]
-    chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
-    arrays = data.train_images[chosen], data.train_labels[chosen], info["mean"], info["std"], flags.batch_size, args.device
+    chosen, _ = data.split(info["split_seed"])
+    arrays = *chosen, info["mean"], info["std"], flags.batch_size, args.device
     with contextlib.redirect_stdout(io.StringIO()):  # the audit
         model = train.make_model(flags, {"state": state} if state else {}, config, Batches(*arrays))
     batches = Batches(*arrays, augment=True, natural=data.natural)

@@ -41,6 +41,11 @@ class ImageData:
     def natural(self) -> bool:
         return NATURAL[self.name]
 
+    def split(self, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Images and labels to train on, and those held out, as `split_train` draws them."""
+        chosen, held_out = ((self.train_images[part], self.train_labels[part]) for part in split_train(self.train_labels, seed))
+        return chosen, held_out
+
 
 def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
     """Load a data set and check it.
