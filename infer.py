@@ -40,7 +40,7 @@ BATCH_SIZES = (1, 128)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_shared(parser)
+    flags.add_shared(parser, tuple(dataset.LOADERS))
     add = parser.add_argument
     add("--onnx", type=Path, metavar="DIR", help="evaluate files exported earlier; needs no torch")
     add("--onnx_dir", type=Path, metavar="DIR", help="where to export to (default: <checkpoint>_onnx)")

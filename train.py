@@ -17,7 +17,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_shared(parser)
+    flags.add_shared(parser, tuple(dataset.LOADERS))
     add = parser.add_argument
     add("--pretrain", action="store_true", help="start from torchvision's ImageNet weights")
     add("--partial_ckpt", action="store_true", help="--load_ckpt is a float checkpoint: it fills all but the ranges")
@@ -166,10 +166,10 @@ class Run:
             link(self.path, self.folder / "ckpt_best")
 
 
-def train_epoch(step: Step, batches: Batches, rates: Sequence[float], bar: tqdm) -> tuple[float, float]:
-    """One epoch in place, at one learning rate for each batch; mean loss and accuracy in percent on augmented images."""
-    for (images, labels), rate in zip(batches, rates, strict=True):
-        step.set_rate(rate)
+def train_epoch(step: Step, batches: Batches, rate: Callable[[float], float], epoch: int, bar: tqdm) -> tuple[float, float]:
+    """Epoch number `epoch` in place, by the schedule `rate`; mean loss and accuracy in percent on augmented images."""
+    for index, (images, labels) in enumerate(batches):
+        step.set_rate(rate(epoch + index / len(batches)))
         step(images, labels)
         if not step.on_gpu:  # reading a value off a GPU would make it wait
             loss, hits = step.loss_sum / step.count, 100 * step.hits / step.count
@@ -219,8 +219,7 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
             if step is None or epoch == last_part:
                 step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
             started = time.perf_counter()
-            rates = [rate(epoch + index / len(train)) for index in range(len(train))]
-            loss, train_pct = train_epoch(step, train, rates, bar)
+            loss, train_pct = train_epoch(step, train, rate, epoch, bar)
             seconds = time.perf_counter() - started
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
             held_out_loss, held_out_pct = evaluate(run.model, held_out)

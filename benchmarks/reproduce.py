@@ -98,8 +98,12 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     epochs = {"float": args.num_epochs, "fine-tuning": args.tune_epochs}
     if record.exists():
         there = json.loads(record.read_text())
-        if (there["dataset"], there.get("epochs")) != (args.dataset, epochs):
-            raise UserError(f"{record} is of another study ({there['dataset']}, {there.get('epochs')}): choose other --results")
+        wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags}
+        made = {key: there.get(key) for key in wanted}
+        if made != wanted:
+            raise UserError(f"{record} is of another study ({made}, not {wanted}): choose other --results")
+        if engines and not any(row["backend"] == "tensorrt" for row in there["rows"]):
+            raise UserError(f"{record} has no engines: choose other --results and the same --work, or add --no_engines")
         print(f"{record} is there")
         return
     work = args.work / f"{record.stem}_{args.dataset}_{args.num_epochs}_{args.tune_epochs}"
@@ -158,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
     args = parser.parse_args(argv)
     chosen = [(m, stem) for m in args.models for stem in args.stem if stem == "cifar" or m in BOTH_STEMS]
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: at least 1")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)

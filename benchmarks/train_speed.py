@@ -211,12 +211,7 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
     def begin(last: bool) -> Epoch:
         train.set_mode(model, flags, last)
         step = train.make_step(model, optimizer, flags, last, on_gpu and not args.no_compile)
-
-        def epoch(index: int, bar: tqdm) -> float:
-            rates = [rate(index + number / len(batches)) for number in range(len(batches))]
-            return train.train_epoch(step, batches, rates, bar)[0]
-
-        return epoch
+        return lambda epoch, bar: train.train_epoch(step, batches, rate, epoch, bar)[0]
 
     parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]
     return Training(model, parts, len(batches) * batches.batch_size, batches.batch_size, "bf16" if on_gpu else "fp32")

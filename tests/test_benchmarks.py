@@ -131,10 +131,16 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     assert list((tmp_path / "work").iterdir()) == []
     assert "| vanilla_cnn, cifar stem | 2 |" in capsys.readouterr().out
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    arguments += ["--train_flags", "--batch_size 64"]
     reproduce.main([*arguments, "--seeds", "2"])
     reproduce.main([*arguments, "--seeds", "1", "--first_seed", "1"])
-    with pytest.raises(UserError, match="another study .*choose other --results"):
-        reproduce.main([*arguments, "--seeds", "2", "--num_epochs", "3"])
+    for other in (["--num_epochs", "3"], ["--train_flags", ""]):
+        with pytest.raises(UserError, match="another study .*choose other --results"):
+            reproduce.main([*arguments, "--seeds", "2", *other])
+    monkeypatch.setattr(reproduce, "calibration_mode", lambda _: "explicit")
+    arguments.remove("--no_engines")
+    with pytest.raises(UserError, match="no engines"):
+        reproduce.main(arguments)
 
 
 @pytest.mark.usefixtures("small_digits")
@@ -151,6 +157,8 @@ def test_a_stage_killed_before_it_linked_its_best_checkpoint_is_mended(tmp_path)
 def test_a_study_of_nothing_is_an_error(arguments):
     with pytest.raises(UserError, match="ImageNet stem"):
         reproduce.main([*arguments, "--stem", "imagenet"])
+    with pytest.raises(UserError, match="at least 1"):
+        reproduce.main([*arguments, "--seeds", "0"])
 
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
@@ -231,6 +239,7 @@ def record_of(seed, fp32, qat, engines=()):
     rows = [records.make_row("pytorch", "FP32", fp32, 0.0, 100.0, batch, 1.0) for batch in (1, 64)]
     for kind, loss in (("QAT", 0), ("PTC", 2)):
         rows.append(records.make_row("pytorch", f"FAKE-QUANT-{kind}", qat - loss, qat - loss - fp32, 99.0))
+    rows.append(records.make_row("pytorch", "FP32-TUNED", fp32 + 0.5, 0.5, 99.0))
     for precision, batch_size, ms in engines:
         shared = {"accuracy_pct": qat, "delta_pct": qat - fp32, "agreement_pct": 99.5, "file_mb": 3.0, "layers": 9}
         rows.append(records.make_row("tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms))
@@ -256,7 +265,7 @@ def test_accuracies_are_means_over_seeds_with_their_spread(results):
     (line,) = cells(summary.accuracy_table(summary.load(results)))
     assert (line["network"], line["seeds"]) == ("net, cifar stem", "2")
     assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == ("91.00 ± 1.41", "90.50 ± 2.12", "-0.50 ± 0.71")
-    assert line["INT8-PTC"] == "88.50 ± 2.12"
+    assert (line["INT8-PTC"], line["QAT − fine-tuned"]) == ("88.50 ± 2.12", "-1.00 ± 0.71")
 
 
 def test_engines_are_compared_with_pytorch_of_the_same_seeds(results):

@@ -121,13 +121,12 @@ def steps_equal_the_textbook_loop(rank):
             loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
             loss.backward()
             if sharpness:
-                before = [p.detach().clone() for p in single.parameters()]
+                before = {key: value.clone() for key, value in single.state_dict().items()}
                 for p in single.parameters():
                     p.data += (p.ndim > 1) * sharpness * p.norm() * p.grad / p.grad.norm()
                 reference.zero_grad()
                 F.cross_entropy(single(images), labels, label_smoothing=0.1).backward()
-                for p, value in zip(single.parameters(), before, strict=True):
-                    p.data = value
+                single.load_state_dict(before)  # weights, and the statistics that the second pass moved
             reference.step()
             reference.zero_grad()
             losses.append(loss.item())

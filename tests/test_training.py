@@ -230,6 +230,7 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
         return loss.item()
 
     loss = gradient()
+    statistics = copy.deepcopy(dict(reference.named_buffers()))
     for name, p in reference.named_parameters():
         if p.ndim > 1:
             p.data += 0.05 * start[name].norm() * p.grad / p.grad.norm()
@@ -240,7 +241,10 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
     step(images, labels)
     for name, p in reference.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), start[name] - 0.2 * p.grad, rtol=1e-4, atol=1e-6)
-    assert step.totals()[0] == pytest.approx(loss, rel=1e-6)  # the loss is that of the weights themselves
+    for name, value in statistics.items():
+        assert not torch.equal(value, start[name])
+        torch.testing.assert_close(model.get_buffer(name), value)
+    assert step.totals()[0] == pytest.approx(loss, rel=1e-6)  # loss and statistics are those of the weights themselves
 
 
 @pytest.mark.parametrize("mode", ["float", "qat"])

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TypeVar
 
-from dataset import LOADERS
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -16,7 +15,7 @@ CALIBRATORS = ("percentile", "max", "mse", "entropy")
 """How activation ranges are found; the first is the default (`benchmarks/calibrators.py` compares them)."""
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
+def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
     """Model, data and quantization flags. What a checkpoint knows has no default here: `agreed` decides."""
     add = parser.add_argument
     add("--m", "--model", dest="model", help="network, such as resnet18 (a checkpoint knows its own)")
@@ -26,7 +25,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="first layers: ImageNet's 7x7 stride 2 + pool, or CIFAR's 3x3; auto: imagenet with --pretrain, else cifar",
     )
-    add("--dataset", choices=tuple(LOADERS), help="default: the checkpoint's, else cifar10")
+    add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
     add("--data_dir", type=Path, default=Path("data"), help="where the images are (default: %(default)s)")
     add("--img_size", type=int, help="width that images of --dataset folder are resized to (default: 32)")
     add("--load_ckpt", type=Path, help="checkpoint to start from")

@@ -42,6 +42,7 @@ class Step:
         self.on_gpu = self.device.type == "cuda"
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.matrices = [p for p in self.parameters if p.ndim > 1]
+        self.buffers = list(model.buffers())  # running statistics are those of the place itself
         self.sharpness = sharpness
         self.forward = torch.compile(model) if compiled else model
         self.optimizer, self.label_smoothing = optimizer, label_smoothing
@@ -82,13 +83,14 @@ class Step:
     def _run(self, images: Tensor, labels: Tensor) -> None:
         loss, logits = self._gradient(images, labels)
         if self.sharpness:
-            before = [p.detach().clone() for p in self.matrices]
+            moved = [t.detach() for t in (*self.matrices, *self.buffers)]
+            before = [t.clone() for t in moved]
             with torch.no_grad():
                 for p in self.matrices:
                     p.add_(p.grad * (self.sharpness * p.norm() / p.grad.norm().clamp_min(1e-12)))
             self.optimizer.zero_grad()
             self._gradient(images, labels)
-            torch._foreach_copy_([p.detach() for p in self.matrices], before)
+            torch._foreach_copy_(moved, before)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.loss_sum += loss * len(labels)
