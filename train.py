@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train a float network, or fine-tune a quantized one (QAT), and keep the best checkpoint.
 
-    python train.py --m resnet18 --num_epochs 40
+    python train.py --model resnet18 --num_epochs 40
     python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt /tmp/pytorch_exp/ckpt_best --num_epochs 10
-    torchrun --nproc_per_node=2 train.py --m resnet18 --num_epochs 40
+    torchrun --nproc_per_node=2 train.py --model resnet18 --num_epochs 40
 
 QAT follows Wu et al. (2020, arXiv:2004.09602): swap the selected layers, calibrate, then fine-tune through the rounding with
 a straight-through gradient and ranges that stay fixed.

@@ -12,7 +12,7 @@ calibrated by the maximum. They leave the residual additions in float, so they q
 
 ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
 images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
-QAT, which calibrates by percentile. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are
+QAT. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are
 timed, and their medians weighted by their lengths: two thirds, and the last third, which in float has SAM, with two passes for
 each batch, and in QAT frozen BatchNorm statistics. On a CPU: FP32 eager, batch 128, SGD.
 

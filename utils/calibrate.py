@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 PERCENTILE = 99.99
 BINS = 2048
-ENTROPY_STRIDE = 16  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
+ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
 
 
 @torch.no_grad()
@@ -50,9 +50,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
         for name, quantizer in activations.items():
             quantizer._calibrator = _Histogram(largest[name])
         _collect(model, batches, activations.values())
+    known: dict[bytes, Tensor] = {}  # a block's first convolution, its downsampling and its addition see the same values
     for name, quantizer in tqdm(quantizers.items(), desc=f"calibrate ({method})", unit="range", leave=False):
-        histogram = isinstance(quantizer._calibrator, _Histogram)
-        quantizer.set_range(quantizer._calibrator.amax(method) if histogram else largest[name])
+        amax = largest[name]
+        if isinstance(quantizer._calibrator, _Histogram):
+            seen = quantizer._calibrator.counts.cpu().numpy().tobytes() + amax.cpu().numpy().tobytes()
+            if seen not in known:
+                known[seen] = quantizer._calibrator.amax(method)
+            amax = known[seen]
+        quantizer.set_range(amax)
         quantizer.enable_quant()
         quantizer._calibrator = None
 
