@@ -188,10 +188,10 @@ def set_mode(model: nn.Module, args: argparse.Namespace, last: bool) -> None:
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, last: bool, compiled: bool) -> Step:
     """The step of the last part of a run or of all before; the model is in its mode.
 
-    A run from scratch ends with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373). QAT does not: with
-    frozen statistics nothing cancels the perturbation, and it throws the network off.
+    Muon, which is for runs from scratch, ends with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373). SGD
+    does not: on digits SAM cost it accuracy, and in QAT, with frozen statistics, nothing cancels the perturbation.
     """
-    sharpness = SHARPNESS if last and not (args.quantize or args.load_ckpt) else 0.0
+    sharpness = SHARPNESS if last and args.optimizer == "muon" else 0.0
     return Step(model, optimizer, LABEL_SMOOTHING, compiled, sharpness)
 
 

@@ -12,9 +12,9 @@ calibrated by the maximum. They leave the residual additions in float, so they q
 
 ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
 images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
-QAT. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are
-timed, and their medians weighted by their lengths: two thirds, and the last third, which in float has SAM, with two passes for
-each batch, and in QAT frozen BatchNorm statistics. On a CPU: FP32 eager, batch 128, SGD.
+QAT. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are timed, and their medians
+weighted by their lengths: two thirds, and the last third, which with Muon has SAM, two passes for each batch, and in QAT
+frozen BatchNorm statistics. On a CPU: FP32 eager, batch 128, SGD.
 
 Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but apart: what they took
 beyond the median is `compile_s`, which has torch.compile, cuDNN's tuning, the graph, CUDA's and the workers' start in it.
@@ -191,6 +191,7 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
 def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace) -> Training:
     """The training of train.py with its defaults, wired as there, starting from `state` if there is one."""
     torch.backends.cudnn.benchmark = True
+    torch._inductor.config.force_disable_caches = True  # or an earlier run's compilation would be this one's
     on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
     argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
     argv += ["--batch_size", str(args.batch_size)] if args.batch_size is not None else []

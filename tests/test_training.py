@@ -247,8 +247,8 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
     assert step.totals()[0] == pytest.approx(loss, rel=1e-6)  # loss and statistics are those of the weights themselves
 
 
-@pytest.mark.parametrize("mode", ["float", "qat"])
-def test_the_last_third_of_a_run_from_scratch_is_sharp(runs, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(("mode", "optimizer"), [("float", "muon"), ("float", "sgd"), ("qat", "sgd")])
+def test_the_last_third_of_a_run_with_muon_is_sharp(runs, tmp_path, monkeypatch, mode, optimizer):
     steps = []
 
     class Recorded(training.Step):
@@ -257,8 +257,8 @@ def test_the_last_third_of_a_run_from_scratch_is_sharp(runs, tmp_path, monkeypat
             super().__call__(*batch)
 
     monkeypatch.setattr(train, "Step", Recorded)
-    train.main([*arguments(mode, runs["float"] / "ckpt_3"), "--od", str(tmp_path)])
-    assert steps == [0.0] * 2 * STEPS + [train.SHARPNESS if mode == "float" else 0.0] * STEPS
+    train.main([*arguments(mode, runs["float"] / "ckpt_3"), "--optimizer", optimizer, "--od", str(tmp_path)])
+    assert steps == [0.0] * 2 * STEPS + [train.SHARPNESS if optimizer == "muon" else 0.0] * STEPS
 
 
 SCALES = {"scalar": torch.tensor(0.013), "channels": torch.tensor([0.013, 0.5, 3e-5, quantizers.RANGE_FLOOR / 127])}
@@ -694,7 +694,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["quantization"] == (
             None
             if mode == "float"
-            else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "percentile", "calib_images": 1024}
+            else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "entropy", "calib_images": 1024}
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]
