@@ -191,8 +191,8 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
 def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace) -> Training:
     """The training of train.py with its defaults, wired as there, starting from `state` if there is one."""
     torch.backends.cudnn.benchmark = True
-    torch._inductor.config.force_disable_caches = True  # or an earlier run's compilation would be this one's
     on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
+    torch._inductor.config.force_disable_caches = on_gpu  # or an earlier run's compilation would be this one's
     argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
     argv += ["--batch_size", str(args.batch_size)] if args.batch_size is not None else []
     argv += ["--optimizer", "sgd" if mode == "qat" else args.optimizer] if mode == "qat" or args.optimizer else []
