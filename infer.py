@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FAKE = {"INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
+EXPORT_FLAGS = ("quant_layers", "skip_layers", "calibrator", "calib_images", "onnx_dir")
 MANIFEST_KEYS = ("model", "stem", "data", "seed", "calib_images", "int8_nodes", "environment", "rows")
 BATCH_SIZES = (1, 128)
 
@@ -149,6 +150,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     train = Batches(*chosen, info["mean"], info["std"], 128, device)
     networks = restore(checkpoint, wanted, args, train)
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
+    (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
     for precision, network in networks.items():
         path = folder / graph_file(precision)
         export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
@@ -324,6 +326,7 @@ def evaluate_exported(
     """Evaluate exported files on a back end: the record, which starts with the PyTorch rows of the export, and complaints."""
     manifest, in_torch = read_export(folder)
     flags.agreed("--m", args.model, manifest["model"])
+    flags.agreed("--stem", args.stem if args.stem != "auto" else None, manifest["stem"])
     info = manifest["data"]
     data = data or load_data(args, info)
     if in_torch["FP32"].shape != data.test_labels.shape:
@@ -366,6 +369,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted, data = wanted_precisions(args), None
     if (args.onnx is None) == (args.load_ckpt is None):
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
+    decided = [f"--{name}" for name in EXPORT_FLAGS if args.onnx and getattr(args, name) is not None]
+    if decided:
+        raise UserError(f"{', '.join(decided)}: decided when {args.onnx} was exported; drop it or export again")
     if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
         raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
     folder = args.onnx

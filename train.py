@@ -77,11 +77,17 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
     if args.resume and args.load_ckpt:
         raise UserError("--resume and --load_ckpt both name a checkpoint to start from: drop one")
     if args.resume:
-        start = ckpt.load(ckpt.latest(args.resume))
+        path = ckpt.latest(args.resume)
+        start = ckpt.load(path)
         if "flags" not in start:
             raise UserError(f"--resume {args.resume}: not a checkpoint of train.py")
+        newest = ckpt.latest(path.parent)
+        if int(newest.name[5:]) > start["epoch"]:
+            raise UserError(f"--resume {path}: {newest} goes on from there; resume that, or copy {path.name} elsewhere first")
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
+        if args.quantize != start["flags"]["quantize"]:
+            raise UserError("--resume goes on with a run as it was; QAT starts with --load_ckpt, --quantize and --partial_ckpt")
         flags.agreed("--optimizer", args.optimizer, start["flags"].get("optimizer"))  # its state is of no use to another
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
@@ -105,7 +111,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         raise UserError("--optimizer muon sets the length of every kernel, so it trains from scratch only: use sgd")
     if args.lr is None:
         args.lr = LEARNING_RATE[args.optimizer] * args.batch_size / 128 * (FINE_TUNE if args.load_ckpt else 1)
-    least = {"num_epochs": 0 if args.quantize else 1, "batch_size": 1, "lr": 0, "lrdt": 1, "calib_images": 1, "seed": 0}
+    least = {"num_epochs": 0 if args.quantize else 1, "batch_size": 2, "lr": 0, "lrdt": 1, "calib_images": 1, "seed": 0}
     for name, low in least.items():
         high = MAX_SEED if name == "seed" else math.inf
         value = getattr(args, name)
@@ -238,15 +244,17 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
 
     A checkpoint's split and normalisation go on, so that its held-out images stay held out.
     """
-    mean, std = dataset.channel_stats(data.train_images)
-    info = start.get("data") or {
-        "dataset": data.name,
-        "img_size": data.train_images.shape[1],
-        "classes": list(data.classes),
-        "split_seed": args.seed,
-        "mean": mean,
-        "std": std,
-    }
+    info = start.get("data")
+    if not info:
+        mean, std = dataset.channel_stats(data.train_images)
+        info = {
+            "dataset": data.name,
+            "img_size": data.train_images.shape[1],
+            "classes": list(data.classes),
+            "split_seed": args.seed,
+            "mean": mean,
+            "std": std,
+        }
     known = start.get("model", {})
     stem = flags.agreed(
         "--stem", None if args.stem == "auto" else args.stem, known.get("stem"), "imagenet" if args.pretrain else "cifar"

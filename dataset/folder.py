@@ -53,9 +53,11 @@ def _read_image(path: Path, img_size: int) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            mode, image = image.mode, image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes
         raise UserError(f"{path} is not a readable image ({error}); delete or replace it") from None
+    if mode[0] in "IF":
+        raise UserError(f"{path} has more than 8 bits a channel, which would be clipped; convert it first")
     if image.size != (img_size, img_size):
         image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
     return np.asarray(image)

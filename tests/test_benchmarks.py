@@ -134,6 +134,7 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     arguments += ["--train_flags", "--batch_size 64"]
     reproduce.main([*arguments, "--seeds", "2"])
     reproduce.main([*arguments, "--seeds", "1", "--first_seed", "1"])
+    assert not any((tmp_path / "work").iterdir())
     for other in (["--num_epochs", "3"], ["--train_flags", ""]):
         with pytest.raises(UserError, match="another study .*choose other --results"):
             reproduce.main([*arguments, "--seeds", "2", *other])
@@ -141,6 +142,17 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     arguments.remove("--no_engines")
     with pytest.raises(UserError, match="no engines"):
         reproduce.main(arguments)
+
+
+@pytest.mark.usefixtures("small_digits", "quick_latencies")
+def test_work_done_with_other_flags_is_not_taken_over(arguments, tmp_path):
+    rows = []
+    for index, rate in enumerate(("1e-9", "0.01")):
+        results = tmp_path / f"results{index}"
+        extra = ["--results", str(results), "--keep", "--seeds", "1", "--train_flags", f"--lr {rate}"]
+        reproduce.main([*arguments, *extra])
+        rows.append(json.loads((results / "vanilla_cnn_cifar_seed0.json").read_text())["rows"])
+    assert rows[0][0]["accuracy_pct"] != rows[1][0]["accuracy_pct"]
 
 
 @pytest.mark.usefixtures("small_digits")

@@ -442,6 +442,16 @@ def test_truncated_or_missing_network_is_named(export_copy, error_line, size):
     assert str(path) in error_line(infer.main, argv)
 
 
+def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_copy, error_line, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "evaluate_torch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
+    assert f"{export_copy} is no complete export" in error_line(infer.main, ["--onnx", export_copy])
+
+
 def test_export_made_from_other_test_images_is_one_line(exported, few_digits, error_line):
     line = error_line(infer.main, ["--onnx", exported / "onnx", "--backend", "onnxruntime"])
     assert "test images" in line
@@ -453,7 +463,8 @@ def test_export_made_from_other_test_images_is_one_line(exported, few_digits, er
         (["--m", "resnet50"], "--m resnet50 contradicts"),
         (["--dataset", "cifar10"], "--dataset cifar10 contradicts"),
         (["--batch_size", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
-        (["--calib_images", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
+        (["--stem", "cifar"], "--stem cifar contradicts"),
+        (["--skip_layers", "fc", "--calib_images", "64"], "--skip_layers, --calib_images: decided when"),
     ],
 )
 def test_flags_that_contradict_the_export_are_refused(exported, error_line, flags, said):

@@ -404,7 +404,14 @@ def test_unreadable_image_is_named(tmp_path, content):
     assert f"{path} is not a readable image" in load_error("folder", tmp_path)
 
 
-@pytest.mark.parametrize("img_size", [0, -3])
+def test_an_image_of_more_than_eight_bits_is_named(tmp_path):
+    write_classes(tmp_path, ("a", "b"))
+    path = tmp_path / "train" / "a" / "1.png"
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(path)
+    assert f"{path} has more than 8 bits" in load_error("folder", tmp_path)
+
+
+@pytest.mark.parametrize("img_size", [0, -3, 7])
 def test_senseless_img_size_is_not_blamed_on_the_images(tmp_path, img_size):
     write_classes(tmp_path, ("a", "b"))
     assert "not a readable image" not in load_error("folder", tmp_path, img_size)

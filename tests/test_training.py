@@ -542,6 +542,18 @@ def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line)
     assert "--optimizer" in error_line(train.main, ["--resume", copy, "--optimizer", "adamw"])
 
 
+def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_line):
+    copy = part_of_run(runs["float"], tmp_path / "run", 3)
+    before = sorted(copy.iterdir())
+    assert f"{copy}/ckpt_3 goes on from there" in error_line(train.main, ["--resume", copy / "ckpt_2"])
+    assert sorted(copy.iterdir()) == before
+
+
+def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):
+    copy = part_of_run(runs["float"], tmp_path / "run", 2)
+    assert "QAT starts with --load_ckpt" in error_line(train.main, ["--resume", copy, "--quantize", "--partial_ckpt"])
+
+
 def test_a_run_with_an_img_size_that_its_data_set_ignores_can_be_resumed(tmp_path):
     argv = ["--m", "vanilla_cnn", *FLAGS, "--lr", "0.01", "--img_size", "64", "--od", str(tmp_path), "--en", "run"]
     train.main([*argv, "--num_epochs", "1"])
@@ -554,6 +566,10 @@ def test_nothing_to_start_from_is_one_line(tmp_path, error_line, flags):
     line = error_line(train.main, ["--od", tmp_path, *(flag.format(tmp_path) for flag in flags)])
     assert str(tmp_path) in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_told_what_it_holds(runs, error_line):
+    assert f"{runs['float']} holds ckpt_1, ckpt_2, ckpt_3, ckpt_best" in error_line(train.main, ["--load_ckpt", runs["float"]])
 
 
 # what training changes

@@ -13,7 +13,7 @@ import models
 from layers import Add, Mul
 from layers.quantized import QUANTIZED_FORM
 from layers.quantizers import Quantizer
-from utils.calibrate import PERCENTILE, calibrate, require_calibrated
+from utils.calibrate import PERCENTILE, _Histogram, calibrate, require_calibrated
 from utils.errors import UserError
 from utils.flags import CALIBRATORS
 from utils.swap import audit, is_quantized, quantizable_modules, quantize_modules, select
@@ -369,6 +369,23 @@ def test_percentile_is_numpys_within_one_bin():
         if name.endswith("input_quantizer") and len(values[layer]) > 2000:
             expected = np.percentile(values[layer].numpy(), PERCENTILE, method="inverted_cdf")
             assert abs(float(value) - expected) <= 1.01 * float(values[layer].max()) / 2048, name
+
+
+@pytest.mark.parametrize("method", HISTOGRAMS)
+def test_counts_beyond_32_bits_give_the_same_range(method):
+    """A layer sees so many values in 1,024 images of 224 pixels."""
+    histogram = _Histogram(torch.tensor(4.0))
+    histogram.collect(torch.randn(100_000, generator=torch.Generator().manual_seed(0)).clamp(-4, 4))
+    few = histogram.amax(method)
+    histogram.counts *= 2**20
+    assert float(histogram.amax(method)) == pytest.approx(float(few), rel=1e-6)
+    assert float(histogram.amax(method)) == pytest.approx(float(few), rel=1e-6)  # and the counts are still what they were
+
+
+def test_every_value_of_a_large_tensor_is_counted():
+    histogram = _Histogram(torch.tensor(1.0))
+    histogram.collect(torch.zeros(3, 1 << 23))  # one bin of float32 would stop at 2 ** 24
+    assert histogram.counts[0] == 3 << 23
 
 
 class OneLayer(nn.Module):

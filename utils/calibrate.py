@@ -14,6 +14,7 @@ from utils.errors import UserError
 
 PERCENTILE = 99.99
 BINS = 2048
+HISTC_VALUES = 1 << 23  # histc counts in float32, exact up to 2 ** 24
 ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
 
 
@@ -83,10 +84,11 @@ class _Histogram:
     """
 
     def __init__(self, largest: Tensor):
-        self.largest, self.counts = largest, torch.zeros(BINS, device=largest.device)
+        self.largest, self.counts = largest, torch.zeros(BINS, dtype=torch.int64, device=largest.device)
 
     def collect(self, x: Tensor) -> None:
-        self.counts += torch.histc(x.abs().float(), BINS, 0, float(self.largest) or 1.0)
+        for part in x.abs().float().flatten().split(HISTC_VALUES):
+            self.counts += torch.histc(part, BINS, 0, float(self.largest) or 1.0).long()
 
     def amax(self, method: str) -> Tensor:
         """The range by "percentile", "mse" or "entropy"; 0 if all values are."""
@@ -96,7 +98,8 @@ class _Histogram:
         if method == "mse":
             return _least_squares_amax(self.counts, edges)
         calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
-        calibrator._calib_hist, calibrator._calib_bin_edges = self.counts, edges
+        # tensors would become 32-bit integers, which large images overflow; the search by entropy writes into its counts
+        calibrator._calib_hist, calibrator._calib_bin_edges = self.counts.cpu().numpy().copy(), edges.cpu().numpy()
         options = {"percentile": PERCENTILE} if method == "percentile" else {"stride": ENTROPY_STRIDE}
         return calibrator.compute_amax(method, **options)
 

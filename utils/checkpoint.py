@@ -35,8 +35,9 @@ def load(path: Path) -> dict[str, Any]:
         UserError: missing, truncated, or something else.
     """
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("ckpt_*")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(there)}" if there else ""
+        folder = path if path.is_dir() else path.parent
+        there = sorted(p.name for p in folder.glob("ckpt_*"))
+        hint = f"; {folder} holds {', '.join(there)}" if there else ""
         raise UserError(f"no checkpoint at {path}{hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -43,9 +43,8 @@ def rows_of(group: Sequence[Record], backend: str, precision: str, batch_size: i
 
 
 def deltas_of(group: Sequence[Record]) -> list[list[float]]:
-    """What QAT, calibration alone and fine-tuning in float change in each record's accuracy, in points."""
-    precisions = ("FAKE-QUANT-QAT", "FAKE-QUANT-PTC", "FP32-TUNED")
-    return [[row["delta_pct"] for row in rows_of(group, "pytorch", precision)] for precision in precisions]
+    """What QAT and what calibration alone change in each record's accuracy, in points."""
+    return [[row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")] for kind in ("QAT", "PTC")]
 
 
 def median_ms(rows: Sequence[Row]) -> float:
@@ -73,8 +72,10 @@ def accuracy_table(groups: Groups) -> str:
     lines = [["network", "seeds", *IN_PYTORCH, "QAT − FP32", "QAT − fine-tuned", "PTC − FP32"]]
     for name, group in groups.items():
         cells = [name, str(len(group)), *accuracies(group, "pytorch", IN_PYTORCH.values())]
-        qat, ptc, tuned = deltas_of(group)
-        paired = [a - b for a, b in zip(qat, tuned, strict=False)]  # records of infer.py alone have no fine-tuned network
+        qat, ptc = deltas_of(group)
+        tuned = [record for record in group if rows_of([record], "pytorch", "FP32-TUNED")]  # a record of infer.py has none
+        pairs = zip(*(rows_of(tuned, "pytorch", precision) for precision in ("FAKE-QUANT-QAT", "FP32-TUNED")), strict=True)
+        paired = [qat_row["accuracy_pct"] - tuned_row["accuracy_pct"] for qat_row, tuned_row in pairs]
         lines.append(cells + [mean_and_spread(values, "+.2f") for values in (qat, paired, ptc)])
     return records.markdown_table(lines)
 
@@ -121,7 +122,7 @@ def points(groups: Groups) -> dict[str, list[float]]:
         sizes = [row["batch_size"] for row in rows_of(group, "tensorrt end-to-end", FAST)]
         slow, fast = (rows_of(group, "tensorrt", precision, max(sizes, default=None)) for precision in (SLOW, FAST))
         if slow and fast:
-            deltas = [round(statistics.fmean(values), 3) for values in deltas_of(group)[:2]]
+            deltas = [round(statistics.fmean(values), 3) for values in deltas_of(group)]
             found[name] = [round(median_ms(slow) / median_ms(fast), 3), *deltas]
     return found
 
