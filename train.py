@@ -81,9 +81,10 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         start = ckpt.load(path)
         if "flags" not in start:
             raise UserError(f"--resume {args.resume}: not a checkpoint of train.py")
-        newest = ckpt.latest(path.parent)
-        if int(newest.name[5:]) > start["epoch"]:
-            raise UserError(f"--resume {path}: {newest} goes on from there; resume that, or copy {path.name} elsewhere first")
+        there = ckpt.by_epoch(path.parent)
+        newest = max(there, default=0)
+        if newest > start["epoch"]:
+            raise UserError(f"--resume {path}: {there[newest]} goes on from there; resume that, or copy {path.name} elsewhere")
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
         if args.quantize != start["flags"]["quantize"]:

@@ -549,6 +549,13 @@ def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_lin
     assert sorted(copy.iterdir()) == before
 
 
+def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
+    """Copied elsewhere under any name, as the error above advises."""
+    copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / "ckpt_best"))
+    args, start = train.parse_flags(["--resume", str(copy)])
+    assert (args.num_epochs, start["epoch"]) == (3, 2)
+
+
 def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
     assert "QAT starts with --load_ckpt" in error_line(train.main, ["--resume", copy, "--quantize", "--partial_ckpt"])

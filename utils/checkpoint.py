@@ -58,14 +58,19 @@ def load_whole(path: Path) -> dict[str, Any]:
     return content
 
 
+def by_epoch(folder: Path) -> dict[int, Path]:
+    """Each `ckpt_<epoch>` of a folder."""
+    return {int(p.name[5:]): p for p in folder.glob("ckpt_*") if p.name[5:].isdigit()}
+
+
 def latest(path: Path) -> Path:
     """`path` itself if it is a file, otherwise the `ckpt_<epoch>` with the highest epoch in that folder."""
     if not path.is_dir():
         return path
-    epochs = {int(p.name[5:]): p for p in path.glob("ckpt_*") if p.name[5:].isdigit()}
-    if not epochs:
+    there = by_epoch(path)
+    if not there:
         raise UserError(f"{path} holds no ckpt_<epoch> to resume from")
-    return epochs[max(epochs)]
+    return there[max(there)]
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_ranges: bool = False) -> str:
