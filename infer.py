@@ -142,8 +142,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
 
     checkpoint = ckpt.load_whole(args.load_ckpt)
     model, info = checkpoint["model"], checkpoint["data"]
-    flags.agreed("--m", args.model, model["name"])
-    flags.agreed("--stem", args.stem if args.stem != "auto" else None, model["stem"])
+    flags.agreed_network(args, model["name"], model["stem"])
     data = load_data(args, info)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, _ = data.split(info["split_seed"])
@@ -325,8 +324,7 @@ def evaluate_exported(
 ) -> tuple[records.Record, list[str]]:
     """Evaluate exported files on a back end: the record, which starts with the PyTorch rows of the export, and complaints."""
     manifest, in_torch = read_export(folder)
-    flags.agreed("--m", args.model, manifest["model"])
-    flags.agreed("--stem", args.stem if args.stem != "auto" else None, manifest["stem"])
+    flags.agreed_network(args, manifest["model"], manifest["stem"])
     info = manifest["data"]
     data = data or load_data(args, info)
     if in_torch["FP32"].shape != data.test_labels.shape:
@@ -369,11 +367,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted, data = wanted_precisions(args), None
     if (args.onnx is None) == (args.load_ckpt is None):
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
+    if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
+        raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
     decided = [f"--{name}" for name in EXPORT_FLAGS if args.onnx and getattr(args, name) is not None]
     if decided:
         raise UserError(f"{', '.join(decided)}: decided when {args.onnx} was exported; drop it or export again")
-    if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
-        raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
     folder = args.onnx
     if folder is None:
         folder, data = export_checkpoint(args, wanted)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a float network, or fine-tune a quantized one (QAT), and keep the best checkpoint.
 
-    python train.py --model resnet18 --num_epochs 40
+    python train.py --m resnet18 --num_epochs 40
     python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt /tmp/pytorch_exp/ckpt_best --num_epochs 10
     torchrun --nproc_per_node=2 train.py --model resnet18 --num_epochs 40
 
@@ -257,10 +257,8 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
             "std": std,
         }
     known = start.get("model", {})
-    stem = flags.agreed(
-        "--stem", None if args.stem == "auto" else args.stem, known.get("stem"), "imagenet" if args.pretrain else "cifar"
-    )
-    name = flags.agreed("--m", args.model, known.get("name"))
+    default_stem = "imagenet" if args.pretrain else "cifar"
+    name, stem = flags.agreed_network(args, known.get("name"), known.get("stem"), default_stem)
     quantization = infer.quantization_config(args, start.get("quantization")) if args.quantize else None
     return {
         "model": {"name": name, "stem": stem, "num_classes": len(data.classes)},

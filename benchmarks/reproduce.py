@@ -106,8 +106,8 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
             raise UserError(f"{record} has no engines: choose other --results and the same --work, or add --no_engines")
         print(f"{record} is there")
         return
-    name = [record.stem, args.dataset, str(args.num_epochs), str(args.tune_epochs), *args.train_flags]
-    work = args.work / "_".join(name).replace("/", "_")
+    identity = [record.stem, args.dataset, str(args.num_epochs), str(args.tune_epochs), *args.train_flags]
+    work = args.work / "_".join(identity).replace("/", "_")
     onnx, tuned_onnx, draft, clock = (work / name for name in ("onnx", "tuned_onnx", "record.json", "seconds.json"))
     seconds = json.loads(clock.read_text()) if clock.exists() else {}  # an interrupted study's go on
 

@@ -56,7 +56,7 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
         img_size: height and width in pixels that images of "folder" are resized to; the others are 32 pixels wide.
 
     Raises:
-        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images; no width.
+        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images; too narrow.
     """
     if img_size < 8:
         raise UserError(f"--img_size {img_size}: at least 8")

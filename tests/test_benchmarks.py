@@ -278,6 +278,15 @@ def test_accuracies_are_means_over_seeds_with_their_spread(results):
     assert (line["INT8-PTC"], line["QAT − fine-tuned"]) == ("88.50 ± 2.12", "-1.00 ± 0.71")
 
 
+def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):
+    """The first record by name has none, as if infer.py alone had made it."""
+    alone = record_of(2, 50.0, 40.0)
+    alone["rows"] = [row for row in alone["rows"] if row["precision"] != "FP32-TUNED"]
+    records.write(results / "alone.json", alone)
+    (line,) = cells(summary.accuracy_table(summary.load(results)))
+    assert (line["seeds"], line["QAT − fine-tuned"]) == ("3", "-1.00 ± 0.71")
+
+
 def test_engines_are_compared_with_pytorch_of_the_same_seeds(results):
     (line,) = cells(summary.engines_table(summary.load(results)))
     assert (line["network"], line["seeds"], line["FP32 in PyTorch"]) == ("net, cifar stem", "1", "90.00")

@@ -463,6 +463,7 @@ def test_export_made_from_other_test_images_is_one_line(exported, few_digits, er
         (["--m", "resnet50"], "--m resnet50 contradicts"),
         (["--dataset", "cifar10"], "--dataset cifar10 contradicts"),
         (["--batch_size", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
+        (["--calib_images", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
         (["--stem", "cifar"], "--stem cifar contradicts"),
         (["--skip_layers", "fc", "--calib_images", "64"], "--skip_layers, --calib_images: decided when"),
     ],

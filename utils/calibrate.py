@@ -87,8 +87,9 @@ class _Histogram:
         self.largest, self.counts = largest, torch.zeros(BINS, dtype=torch.int64, device=largest.device)
 
     def collect(self, x: Tensor) -> None:
+        upper = float(self.largest) or 1.0  # waits for the device
         for part in x.abs().float().flatten().split(HISTC_VALUES):
-            self.counts += torch.histc(part, BINS, 0, float(self.largest) or 1.0).long()
+            self.counts += torch.histc(part, BINS, 0, upper).long()
 
     def amax(self, method: str) -> Tensor:
         """The range by "percentile", "mse" or "entropy"; 0 if all values are."""

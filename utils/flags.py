@@ -68,3 +68,9 @@ def agreed(flag: str, given: T | None, known: T | None, default: T | None = None
         if value is not None:
             return value
     raise UserError(f"{flag} is needed here")
+
+
+def agreed_network(args: argparse.Namespace, name: str | None, stem: str | None, default: str | None = None) -> tuple[str, str]:
+    """Name and stem of the network, as `agreed` with what the checkpoint knows; --stem auto gives none."""
+    given = None if args.stem == "auto" else args.stem
+    return agreed("--m", args.model, name), agreed("--stem", given, stem, default)

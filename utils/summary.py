@@ -73,9 +73,8 @@ def accuracy_table(groups: Groups) -> str:
     for name, group in groups.items():
         cells = [name, str(len(group)), *accuracies(group, "pytorch", IN_PYTORCH.values())]
         qat, ptc = deltas_of(group)
-        tuned = [record for record in group if rows_of([record], "pytorch", "FP32-TUNED")]  # a record of infer.py has none
-        pairs = zip(*(rows_of(tuned, "pytorch", precision) for precision in ("FAKE-QUANT-QAT", "FP32-TUNED")), strict=True)
-        paired = [qat_row["accuracy_pct"] - tuned_row["accuracy_pct"] for qat_row, tuned_row in pairs]
+        both = [[rows_of([record], "pytorch", key) for key in ("FAKE-QUANT-QAT", "FP32-TUNED")] for record in group]
+        paired = [q[0]["accuracy_pct"] - t[0]["accuracy_pct"] for q, t in both if q and t]  # infer.py alone makes no tuned one
         lines.append(cells + [mean_and_spread(values, "+.2f") for values in (qat, paired, ptc)])
     return records.markdown_table(lines)
 
