@@ -335,10 +335,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"experiment folder: {folder}", flush=True)
         try:
             train(args, start, folder, ranks)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, torch.AcceleratorError) as error:
+            what = f"the GPU failed ({str(error).splitlines()[0]})" if str(error) else "interrupted"  # Ctrl-C says nothing
             saved = any(folder.glob("ckpt_*"))
             mend = f"continue with: python train.py --resume {folder}" if saved else "nothing was saved yet"
-            raise UserError(f"interrupted; {mend}") from None
+            raise UserError(f"{what}; {mend}") from None
         finally:
             if ranks.rank == 0 and not any(folder.iterdir()):
                 folder.rmdir()  # a run that failed before its first checkpoint leaves nothing, and frees its number

@@ -354,15 +354,15 @@ def test_evaluation_allows_no_tf32(monkeypatch):
 # resuming
 
 
-def stop_in(monkeypatch, epoch):
-    """Ctrl-C in the second step of an epoch, counted from 1."""
+def stop_in(monkeypatch, epoch, error=KeyboardInterrupt):
+    """Ctrl-C, or another error, in the second step of an epoch, counted from 1."""
     original, calls = training.F.cross_entropy, 0
 
     def cross_entropy(*args, **options):
         nonlocal calls
         calls += "label_smoothing" in options  # the held-out loss has none
         if calls == STEPS * (epoch - 1) + 2:
-            raise KeyboardInterrupt
+            raise error
         return original(*args, **options)
 
     monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
@@ -394,6 +394,15 @@ def test_a_qat_run_stopped_in_its_first_epoch_resumes_from_its_calibration(runs,
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt_0", "ckpt_best"]
     train.main(["--resume", str(tmp_path / "run")])
     assert_same(ckpt.load(tmp_path / "run" / "ckpt_3")["state"], ckpt.load(runs["qat"] / "ckpt_3")["state"])
+
+
+def test_a_failing_gpu_is_one_line_that_tells_how_to_go_on(tmp_path, error_line):
+    failure = torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, 2, failure)
+        line = error_line(train.main, [*arguments("float", None), "--od", tmp_path, "--en", "run"])
+    what = "error: the GPU failed (CUDA error: unspecified launch failure); "
+    assert line == f"{what}continue with: python train.py --resume {tmp_path / 'run'}"
 
 
 def test_a_float_run_stopped_in_its_first_epoch_leaves_nothing(tmp_path, error_line):
