@@ -5,9 +5,9 @@
     python benchmarks/reproduce.py --m resnet18 --stem cifar --seeds 1 --results out/results    one row, in minutes
 
 For each model, stem and seed: train in float (40 epochs), fine-tune that in float and in QAT (10 epochs each, at the same
-rate), evaluate all of it and the calibrated network on the test set, export. ResNet-18's seeds and every other model's first
-seed also become TensorRT engines. Each leaves one record in --results, and what is there is not done again. An interrupted
-run goes on where it was as long as --work is there.
+rate), evaluate all of it and the calibrated network on the test set, export. ResNet-18's seeds and the first that is asked for
+of every other model also become TensorRT engines. Each leaves one record in --results, and what is there is not done again. An
+interrupted run goes on where it was as long as --work is there.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for model, stem in chosen:
-            study(args, model, stem, seed, not args.no_engines and (seed == 0 or model == ENGINES_OF_ALL_SEEDS))
+            wanted = seed == args.first_seed or model == ENGINES_OF_ALL_SEEDS
+            study(args, model, stem, seed, wanted and not args.no_engines)
     print(f"{time.perf_counter() - started:.0f} s")
     groups = summary.load(args.results)
     for table in (summary.accuracy_table, summary.engines_table, summary.speed_table):

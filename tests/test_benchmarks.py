@@ -164,6 +164,20 @@ def test_a_stage_killed_before_it_linked_its_best_checkpoint_is_mended(tmp_path)
     assert ckpt.load(reproduce.finished(tmp_path / "float", 2, argv))["epoch"] == epoch
 
 
+def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(arguments, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "study", lambda _, model, stem, seed, engines: asked.append((model, seed, engines)))
+    monkeypatch.setattr(reproduce, "calibration_mode", lambda _: "explicit")
+    arguments[1:2] = ["vanilla_cnn", "resnet18"]
+    few = ["--stem", "cifar", "--first_seed", "3", "--seeds", "2"]
+    reproduce.main([*arguments, *few])
+    assert not any(engines for *_, engines in asked)
+    arguments.remove("--no_engines")
+    reproduce.main([*arguments, *few])
+    expected = [("vanilla_cnn", 3, True), ("resnet18", 3, True), ("vanilla_cnn", 4, False), ("resnet18", 4, True)]
+    assert asked[4:] == expected
+
+
 def test_a_study_of_nothing_is_an_error(arguments):
     with pytest.raises(UserError, match="ImageNet stem"):
         reproduce.main([*arguments, "--stem", "imagenet"])
