@@ -35,7 +35,7 @@ FAKE = {"INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
 EXPORT_FLAGS = ("quant_layers", "skip_layers", "calibrator", "calib_images", "onnx_dir")
-MANIFEST_KEYS = ("model", "stem", "data", "seed", "calib_images", "int8_nodes", "environment", "rows")
+MANIFEST_KEYS = ("model", "stem", "data", "seed", "quantization", "int8_nodes", "environment", "rows")
 BATCH_SIZES = (1, 128)
 
 
@@ -161,7 +161,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
         "stem": model["stem"],
         "data": info,
         "seed": checkpoint["seed"],
-        "calib_images": quantization_config(args, checkpoint["quantization"])["calib_images"],
+        "quantization": quantization_config(args, checkpoint["quantization"]),
         "int8_nodes": {precision: int8_nodes(folder / graph_file(precision)) for precision in networks},
         "environment": records.environment(),
         "rows": rows,
@@ -208,10 +208,8 @@ def evaluate_torch(
     rows, predictions = [], {}
     for name, precision, batch_sizes in runs:
         model = FromImages(copy.deepcopy(networks["FP32" if precision == "FP16" else precision]), info["mean"], info["std"])
-        network, key = (
-            TorchNetwork(model.half() if precision == "FP16" else model, device, name),
-            FAKE.get(precision, precision),
-        )
+        network = TorchNetwork(model.half() if precision == "FP16" else model, device, name)
+        key = FAKE.get(precision, precision)
         batch_size = max(batch_sizes, default=measure.EVALUATION_BATCH)
         predicted = measure.predict(network, data.test_images, batch_size, f"{name} {key}")
         predictions.setdefault(key, predicted)  # torch.compile's FP16 comes after eager's
@@ -331,7 +329,7 @@ def evaluate_exported(
         counts = f"{in_torch['FP32'].size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
         raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
-    backend = choose_backend(folder, args, data.train_images[chosen[: manifest["calib_images"]]])
+    backend = choose_backend(folder, args, data.train_images[chosen[: manifest["quantization"]["calib_images"]]])
     rows, complaints = [], []
     for precision in wanted:
         source = precision if precision in FAKE else "FP32"
@@ -349,13 +347,17 @@ def evaluate_exported(
 def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argparse.Namespace) -> records.Record:
     """A record of the PyTorch rows that an export holds, and of `rows`."""
     environment, torch_rows = records.merge_environment(manifest["environment"], manifest["rows"])
+    given = {
+        key: value for key, value in vars(args).items() if value is not None and value is not False and value not in ([], ())
+    }
     return {
         "kind": "inference",
         "model": manifest["model"],
         "stem": manifest["stem"],
         "dataset": manifest["data"]["dataset"],
         "seed": manifest["seed"],
-        "flags": {key: str(value) for key, value in vars(args).items() if value and not isinstance(value, Path)},
+        "quantization": manifest["quantization"],
+        "flags": {key: str(value) for key, value in given.items() if not isinstance(value, Path)},
         "commit": records.commit(),
         "environment": environment,
         "rows": torch_rows + rows,

@@ -35,7 +35,7 @@ from utils import checkpoint as ckpt
 from utils import distributed, flags
 from utils.errors import UserError, run
 from utils.files import link, new_folder
-from utils.optimizers import make_optimizer
+from utils.optimizers import load_optimizer, make_optimizer
 from utils.training import Step, evaluate, freeze_batch_norm, make_schedule
 
 LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch size 128; proportional to the batch size
@@ -216,6 +216,8 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
     total, done = (len(train) * train.batch_size * epochs for epochs in (args.num_epochs, run.epoch))
     compiled = args.num_epochs * len(train) >= COMPILE_STEPS if args.compile is None else args.compile
     compiled = compiled and train.device.type == "cuda" and train.share[1] == 1
+    if compiled:
+        torch.compiler.reset()  # a process that trains several networks would soon have compiled as often as it may
     step, writer = None, train.share[0] == 0
     bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5, disable=not writer)
     with bar:
@@ -311,8 +313,10 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
     distributed.share_model(model)
     run = Run(folder, model, make_optimizer(model, args.optimizer), config)
     if args.resume:
-        run.optimizer.load_state_dict(start["optimizer"])
+        load_optimizer(run.optimizer, start["optimizer"])
         run.epoch, run.best_loss, run.history = start["epoch"], start["best_loss"], start["history"]
+        if not (folder / "ckpt_best").exists():
+            run.best_loss = math.inf  # a checkpoint that was copied without the best one
         if ranks.rank == 0:
             run.tidy()
     elif args.quantize and ranks.rank == 0:

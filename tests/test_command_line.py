@@ -16,11 +16,11 @@ import infer
 import models
 import train
 from utils import checkpoint as ckpt
-from utils import flags, tensorrt_engine
+from utils import flags, measure, records, tensorrt_engine
 from utils.errors import UserError
 
 PRECISIONS = {"FP32", "FP16", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"}
-RECORD_KEYS = {"kind", "model", "stem", "dataset", "seed", "flags", "commit", "environment", "rows"}
+RECORD_KEYS = {"kind", "model", "stem", "dataset", "seed", "quantization", "flags", "commit", "environment", "rows"}
 ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "onnxruntime", "python"}
 ROW_KEYS = {
     "backend",
@@ -148,12 +148,36 @@ def test_record_has_the_fixed_format(exported, qat_checkpoint):
     assert (record["kind"], record["model"], record["stem"]) == ("inference", "resnet18", "imagenet")
     assert (record["dataset"], record["seed"]) == ("digits", 0)
     assert record["flags"]["INT8QAT"] == "True"
+    assert record["quantization"] == ckpt.load(qat_checkpoint)["quantization"]
     assert "load_ckpt" not in record["flags"]  # paths are this machine's, and tell a reader nothing
     assert record["commit"] is None or isinstance(record["commit"], str)
     assert set(record["environment"]) == ENVIRONMENT_KEYS
     assert record["environment"]["torch"] == torch.__version__
     assert all(set(row) == ROW_KEYS and set(row["latency_ms"]) == {"p50", "p99"} for row in record["rows"])
     assert {row["precision"] for row in record["rows"]} <= PRECISIONS
+
+
+def test_a_flag_of_zero_is_recorded(exported):
+    args = infer.build_parser().parse_args(["--opt_level", "0", "--batch_size"])
+    record = infer.make_record(infer.read_export(exported / "onnx")[0], [], args)
+    assert record["flags"]["opt_level"] == "0"
+    assert not {"audit", "calibrator", "batch_size", "torch_compile"} & set(record["flags"])  # not given
+
+
+@pytest.mark.parametrize("other", ["gpu", "cpu"])
+def test_latencies_of_another_machine_are_left_out(other):
+    rows = [records.make_row("pytorch", "FP32", 90.0, 0.0, 100.0, size, p50=1.0, p99=2.0) for size in (1, 128)]
+    here = records.environment()
+    assert records.merge_environment(here, rows) == (here, rows)
+    environment, merged = records.merge_environment({**here, other: "another", "torch": "9.9"}, rows)
+    assert environment == {**here, "torch": here["torch"] or "9.9"}
+    assert merged == [records.make_row("pytorch", "FP32", 90.0, 0.0, 100.0)]
+
+
+def test_times_of_the_first_calls_do_not_count(monkeypatch):
+    monkeypatch.setattr(measure, "WARM_UP_RUNS", 2)
+    calls = iter([[1e6], [1e6]] + [[1.0]] * 2000)
+    assert set(measure.repeated_ms(lambda: next(calls))) == {1.0}
 
 
 def test_record_has_a_row_for_each_network_and_batch_size(exported):

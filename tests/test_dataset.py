@@ -554,6 +554,7 @@ def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(natu
     assert all(len(found) == 1 for found in moves)
     downs, rights, mirrored = zip(*(found.pop() for found in moves), strict=True)
     assert set(downs) == set(rights) == set(range(-SHIFT, SHIFT + 1))
+    assert len(set(zip(downs, rights, strict=True))) > 2 * (2 * SHIFT + 1)  # neither follows from the other
     assert set(mirrored) == ({False, True} if natural else {False})
     assert not natural or 0.4 < np.mean(mirrored) < 0.6
 

@@ -54,7 +54,7 @@ class Export:
         info = self.manifest["data"]
         data = dataset.load(info["dataset"], data_dir, info["img_size"])
         chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
-        self.calibration = data.train_images[chosen[: self.manifest["calib_images"]]]
+        self.calibration = data.train_images[chosen[: self.manifest["quantization"]["calib_images"]]]
         self.images, self.labels = data.test_images, data.test_labels
         self.references = {name: in_torch[infer.FAKE.get(name, "FP32")] for name in self.precisions}
         if (folder / REFERENCE).is_file():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from utils.optimizers import REST, Muon, make_optimizer, orthogonalised
+from utils.optimizers import REST, Muon, load_optimizer, make_optimizer, orthogonalised
 
 WIDE_AND_TALL = [(16, 8, 3, 3), (64, 64, 3, 3), (64, 3, 3, 3), (96, 48, 1, 1), (10, 40, 1, 1), (128, 16, 1, 3)]
 
@@ -199,3 +199,15 @@ def test_its_state_continues_exactly():
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
         assert torch.equal(optimizer.state[one]["momentum_buffer"], resumed.state[other]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_from_another_device_does_not_change_how_the_optimizer_runs(fused):
+    """torch takes "fused" from the state: a CPU's would make a GPU wait for the host in every step."""
+    weight = nn.Parameter(torch.ones(3))
+    source, target = (torch.optim.SGD([weight], lr=rate, momentum=0.9, fused=f) for rate, f in ((0.5, not fused), (0.0, fused)))
+    weight.grad = torch.ones(3)
+    source.step()
+    load_optimizer(target, source.state_dict())
+    assert (target.param_groups[0]["fused"], target.param_groups[0]["lr"]) == (fused, 0.5)
+    assert torch.equal(target.state[weight]["momentum_buffer"], torch.ones(3))

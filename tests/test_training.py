@@ -560,9 +560,12 @@ def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_lin
 
 def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
     """Copied elsewhere under any name, as the error above advises."""
-    copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / "ckpt_best"))
-    args, start = train.parse_flags(["--resume", str(copy)])
-    assert (args.num_epochs, start["epoch"]) == (3, 2)
+    for name in ("ckpt_best", "ckpt_2"):
+        (tmp_path / name).mkdir()
+        copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / name / name))
+        train.main(["--resume", str(copy)])
+        assert {path.name for path in copy.parent.iterdir()} >= {"ckpt_3", "ckpt_best"}
+        assert_same(ckpt.load(copy.parent / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"])
 
 
 def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):

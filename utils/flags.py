@@ -29,7 +29,7 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
     add("--data_dir", type=Path, default=Path("data"), help="where the images are (default: %(default)s)")
     add("--img_size", type=int, help="width that images of --dataset folder are resized to (default: 32)")
     add("--load_ckpt", type=Path, help="checkpoint to start from")
-    add("--quantize", action="store_true", help="quantize the selected layers")
+    add("--quantize", action="store_true", help="quantize the selected layers (infer.py: whatever the checkpoint holds)")
     add("--quant_layers", nargs="+", metavar="GLOB", help="layers to quantize, by name (default: '*')")
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
     add("--calibrator", choices=CALIBRATORS, help=f"how activation ranges are found (default: {CALIBRATORS[0]})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,14 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=fused, capturable=fused)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, but for how the optimizer runs: that is for this device to say, not for the one it was saved on."""
+    own = [{key: group[key] for key in ("fused", "capturable") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)
 
 
 class Muon(torch.optim.Optimizer):

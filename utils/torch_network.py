@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from utils.measure import BURST, Network, repeated_ms
 
+PAUSE_CYCLES = 100_000_000  # of the GPU's clock: about 50 ms
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -67,13 +69,17 @@ class TorchNetwork(Network):
 
     @torch.inference_mode()
     def latencies_ms(self, images: np.ndarray) -> np.ndarray:
-        """On a GPU the device times of runs that follow each other at once, copies excluded, TF32 allowed."""
+        """On a GPU the device times of runs that follow each other at once, copies excluded, TF32 allowed.
+
+        They queue behind a pause of the device, or it would wait for Python: as long as the queue has room, about 1000 kernels.
+        """
         if self._device.type != "cuda":
             return super().latencies_ms(images)
         batch = torch.from_numpy(images).to(self._device)
 
         def burst() -> list[float]:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(BURST + 1)]
+            torch.cuda._sleep(PAUSE_CYCLES)
             for event in events[:-1]:
                 event.record()
                 self._model(batch)
