@@ -347,9 +347,7 @@ def evaluate_exported(
 def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argparse.Namespace) -> records.Record:
     """A record of the PyTorch rows that an export holds, and of `rows`."""
     environment, torch_rows = records.merge_environment(manifest["environment"], manifest["rows"])
-    given = {
-        key: value for key, value in vars(args).items() if value is not None and value is not False and value not in ([], ())
-    }
+    given = {key: value for key, value in vars(args).items() if value is not False and value not in (None, [], ())}
     return {
         "kind": "inference",
         "model": manifest["model"],
