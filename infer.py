@@ -148,12 +148,12 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     chosen, _ = data.split(info["split_seed"])
     train = Batches(*chosen, info["mean"], info["std"], 128, device)
     networks = restore(checkpoint, wanted, args, train)
+    rows, predictions = evaluate_torch(networks, data, info, args, device)  # before an earlier export is touched: it may fail
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
     (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
     for precision, network in networks.items():
         path = folder / graph_file(precision)
         export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
-    rows, predictions = evaluate_torch(networks, data, info, args, device)
     with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
         np.savez(file, **predictions)
     manifest = {
@@ -380,10 +380,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         record, complaints = make_record(read_export(folder)[0], [], args), []
     else:
         record, complaints = evaluate_exported(folder, data, wanted, args)
-    print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
-    print(records.text_table(records.cells_of(record["rows"]), names=2))
     if args.record:
         records.write(args.record, record)
+    print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
+    print(records.text_table(records.cells_of(record["rows"]), names=2))
     if args.plot:
         records.plot(args.plot, record)
     if complaints:

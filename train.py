@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from dataset.batches import Batches
 from utils import checkpoint as ckpt
 from utils import distributed, flags
 from utils.errors import UserError, run
-from utils.files import link, new_folder
+from utils.files import link, locked, new_folder
 from utils.optimizers import load_optimizer, make_optimizer
 from utils.training import Step, evaluate, freeze_batch_norm, make_schedule
 
@@ -84,7 +85,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         there = ckpt.by_epoch(path.parent)
         newest = max(there, default=0)
         if newest > start["epoch"]:
-            raise UserError(f"--resume {path}: {there[newest]} goes on from there; resume that, or copy {path.name} elsewhere")
+            raise UserError(f"--resume {path}: {there[newest]} goes on from there; resume or delete that")
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
         if args.quantize != start["flags"]["quantize"]:
@@ -167,8 +168,10 @@ class Run:
     def tidy(self) -> None:
         """Do what a killed process left undone: remove its partial files, and let `ckpt_best` be the last if that is best."""
         for partial in self.folder.glob(".*.partial"):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         last_loss = self.history[-1]["held_out_loss"] if self.history else self.best_loss
+        if not (self.folder / "ckpt_best").exists():  # the checkpoint was copied without it
+            self.best_loss = last_loss if self.path.exists() else math.inf
         if last_loss == self.best_loss and self.path.exists():
             link(self.path, self.folder / "ckpt_best")
 
@@ -315,8 +318,6 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
     if args.resume:
         load_optimizer(run.optimizer, start["optimizer"])
         run.epoch, run.best_loss, run.history = start["epoch"], start["best_loss"], start["history"]
-        if not (folder / "ckpt_best").exists():
-            run.best_loss = math.inf  # a checkpoint that was copied without the best one
         if ranks.rank == 0:
             run.tidy()
     elif args.quantize and ranks.rank == 0:
@@ -338,11 +339,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = ckpt.latest(args.resume).parent if args.resume else distributed.from_first(new)
         print(f"experiment folder: {folder}", flush=True)
         try:
-            train(args, start, folder, ranks)
+            with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+                train(args, start, folder, ranks)
         except (KeyboardInterrupt, torch.AcceleratorError) as error:
             what = f"the GPU failed ({str(error).splitlines()[0]})" if str(error) else "interrupted"  # Ctrl-C says nothing
             saved = any(folder.glob("ckpt_*"))
-            mend = f"continue with: python train.py --resume {folder}" if saved else "nothing was saved yet"
+            mend = f"continue with: python train.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
             raise UserError(f"{what}; {mend}") from None
         finally:
             if ranks.rank == 0 and not any(folder.iterdir()):

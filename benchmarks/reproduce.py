@@ -30,6 +30,7 @@ import models
 import train
 from utils import measure, records, summary
 from utils.errors import UserError, run
+from utils.files import locked
 from utils.records import ROOT
 
 BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
@@ -127,19 +128,21 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
 
     shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *args.train_flags]
     new = ["--m", model, "--stem", stem, *shared]
-    best = timed("float", finished, work / "float", args.num_epochs, new)
-    going_on = ["--load_ckpt", str(best), *shared]
-    tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
-    qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
-    timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
-    timed("evaluation", evaluate, qat, onnx, *args.infer_flags)
-    add_fine_tuned(onnx, tuned_onnx, draft)
-    if engines:
-        timed("engines", build_engines, args, onnx, draft)
-    trained = {"epochs": epochs, "train_flags": args.train_flags, "seconds": seconds}
-    records.write(record, {**json.loads(draft.read_text()), **trained})
-    if not args.keep:
-        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        best = timed("float", finished, work / "float", args.num_epochs, new)
+        going_on = ["--load_ckpt", str(best), *shared]
+        tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
+        qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
+        timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
+        timed("evaluation", evaluate, qat, onnx, *args.infer_flags)
+        add_fine_tuned(onnx, tuned_onnx, draft)
+        if engines:
+            timed("engines", build_engines, args, onnx, draft)
+        trained = {"epochs": epochs, "train_flags": args.train_flags, "seconds": seconds}
+        records.write(record, {**json.loads(draft.read_text()), **trained})
+        if not args.keep:
+            shutil.rmtree(work)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
     args = parser.parse_args(argv)
     chosen = [(m, stem) for m in args.models for stem in args.stem if stem == "cifar" or m in BOTH_STEMS]
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: at least 1")
+    least = min(args.seeds, args.num_epochs, args.tune_epochs)
+    if least < 1:
+        raise UserError(f"--seeds, --num_epochs and --tune_epochs: at least 1, not {least}")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)

@@ -49,11 +49,11 @@ def _read_split(root: Path, classes: tuple[str, ...], img_size: int) -> tuple[np
 
 
 def _read_image(path: Path, img_size: int) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            mode, image = image.mode, image.convert("RGB")
+            mode, image = image.mode, ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes
         raise UserError(f"{path} is not a readable image ({error}); delete or replace it") from None
     if mode[0] in "IF":

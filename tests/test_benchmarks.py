@@ -20,6 +20,7 @@ from benchmarks import reproduce, train_speed
 from utils import checkpoint as ckpt
 from utils import records, summary
 from utils.errors import UserError
+from utils.files import locked
 
 
 @pytest.mark.usefixtures("small_digits")
@@ -181,8 +182,16 @@ def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(arg
 def test_a_study_of_nothing_is_an_error(arguments):
     with pytest.raises(UserError, match="ImageNet stem"):
         reproduce.main([*arguments, "--stem", "imagenet"])
-    with pytest.raises(UserError, match="at least 1"):
-        reproduce.main([*arguments, "--seeds", "0"])
+    for flag in ("--seeds", "--num_epochs", "--tune_epochs"):
+        with pytest.raises(UserError, match="at least 1"):
+            reproduce.main([*arguments, flag, "0"])
+
+
+def test_two_processes_cannot_make_one_record(arguments, tmp_path):
+    work = tmp_path / "work" / "vanilla_cnn_cifar_seed0_digits_2_1"
+    work.mkdir(parents=True)
+    with locked(work), pytest.raises(UserError, match=f"another process is at work in {work}"):
+        reproduce.main([*arguments, "--seeds", "1"])
 
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")

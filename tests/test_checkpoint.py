@@ -116,11 +116,19 @@ def test_missing_checkpoint_lists_what_is_there(tmp_path):
     assert load_error(tmp_path / "none" / "ckpt_7") == f"no checkpoint at {tmp_path}/none/ckpt_7"
 
 
+def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
+    ckpt.save(tmp_path / "ckpt_1", {"state": {"w": torch.full((1000,), 0.7)}})
+    data = bytearray((tmp_path / "ckpt_1").read_bytes())
+    data[data.index(torch.full((100,), 0.7).numpy().tobytes()) + 6] ^= 1
+    (tmp_path / "ckpt_1").write_bytes(data)
+    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(tmp_path / "ckpt_1")
+
+
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.999])
 def test_truncated_checkpoint_is_named(tmp_path, qat_checkpoint, part):
     data = qat_checkpoint.read_bytes()
     (tmp_path / "ckpt_1").write_bytes(data[: int(part * len(data))])
-    assert f"{tmp_path}/ckpt_1 is truncated or not a checkpoint" in load_error(tmp_path / "ckpt_1")
+    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(tmp_path / "ckpt_1")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +279,7 @@ def test_truncated_checkpoint_ends_training_in_one_line(tmp_path, float_checkpoi
     path = tmp_path / "ckpt_best"
     path.write_bytes(float_checkpoint.read_bytes()[:50_000])
     line = error_line(train.main, ["--load_ckpt", path, "--od", tmp_path])
-    assert f"{path} is truncated or not a checkpoint" in line
+    assert f"{path} is truncated, damaged or not a checkpoint" in line
     assert list(tmp_path.iterdir()) == [path]
 
 

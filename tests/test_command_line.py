@@ -470,7 +470,11 @@ def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "evaluate_torch", interrupted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(infer, "evaluate_torch", interrupted)  # nothing is written yet
+        infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
+    infer.read_export(export_copy)
+    monkeypatch.setattr(infer, "atomic_path", interrupted)
     with pytest.raises(KeyboardInterrupt):
         infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
     assert f"{export_copy} is no complete export" in error_line(infer.main, ["--onnx", export_copy])
@@ -559,9 +563,15 @@ def test_training_flags_that_contradict_each_other_are_refused_at_once(argv, sai
     assert said in error_line(train.main, [*argv, "--m", "resnet18"])
 
 
-def test_torch_compile_without_a_gpu_is_one_line(qat_checkpoint, tmp_path, error_line):
-    argv = ["--load_ckpt", qat_checkpoint, "--torch_compile", "8", "--onnx_dir", tmp_path / "onnx"]
+def test_torch_compile_without_a_gpu_is_one_line_and_leaves_an_earlier_export(qat_checkpoint, export_copy, error_line):
+    argv = ["--load_ckpt", qat_checkpoint, "--torch_compile", "8", "--onnx_dir", export_copy]
     assert "no GPU" in error_line(infer.main, argv)
+    infer.read_export(export_copy)
+
+
+@pytest.mark.parametrize("ask", [lambda _: np.empty(1 << 60, np.uint8), lambda _: torch.empty(1 << 60, dtype=torch.uint8)])
+def test_too_little_memory_is_one_line(ask, error_line):
+    assert "out of memory: use a smaller --batch_size" in error_line(ask, [])
 
 
 def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(qat_checkpoint, tmp_path, capsys):

@@ -364,6 +364,19 @@ def test_folder_reads_grey_palette_and_transparent_images_as_rgb(tmp_path):
     assert dataset.load("folder", tmp_path).train_images.shape == (6, 32, 32, 3)
 
 
+def test_folder_turns_photographs_upright(tmp_path):
+    write_classes(tmp_path, ("a", "b"), count=1)
+    upright = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    turned = Image.new("RGB", (1, 1)).getexif()
+    turned[0x0112] = 6  # turn by 90 degrees to the right to show
+    for index, options in ((2, {}), (3, {"exif": turned})):
+        image = upright.rotate(90) if options else upright
+        image.save(tmp_path / "train" / "a" / f"z{index}.png", **options)
+    images = dataset.load("folder", tmp_path).train_images
+    assert np.array_equal(images[1], images[2])
+    assert np.array_equal(images[1], np.asarray(upright))
+
+
 def test_missing_split_is_named(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     assert str(tmp_path / "test") in load_error("folder", tmp_path)

@@ -25,6 +25,7 @@ from layers import quantizers
 from utils import checkpoint as ckpt
 from utils import training
 from utils.errors import UserError
+from utils.files import locked
 from utils.swap import quantize_modules
 from utils.torch_network import FromImages, TorchNetwork
 
@@ -560,12 +561,29 @@ def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_lin
 
 def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
     """Copied elsewhere under any name, as the error above advises."""
-    for name in ("ckpt_best", "ckpt_2"):
+    for name in ("ckpt_best", "ckpt_2", "other"):
         (tmp_path / name).mkdir()
         copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / name / name))
         train.main(["--resume", str(copy)])
         assert {path.name for path in copy.parent.iterdir()} >= {"ckpt_3", "ckpt_best"}
         assert_same(ckpt.load(copy.parent / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"])
+
+
+def test_a_checkpoint_that_is_not_the_best_can_be_resumed_without_it(runs, tmp_path):
+    content = ckpt.load(runs["float"] / "ckpt_2")
+    ckpt.save(tmp_path / "ckpt_2", {**content, "best_loss": 0.0})  # no epoch to come is better
+    train.main(["--resume", str(tmp_path)])
+    history = ckpt.load(tmp_path / "ckpt_3")["history"]
+    best = min((2, 3), key=lambda epoch: history[epoch - 1]["held_out_loss"])
+    assert ckpt.load(tmp_path / "ckpt_best")["epoch"] == best
+
+
+def test_two_processes_cannot_train_in_one_folder(runs, tmp_path, error_line):
+    copy = part_of_run(runs["float"], tmp_path / "run", 2)
+    with locked(copy):
+        line = error_line(train.main, ["--resume", copy])
+    assert line == f"error: another process is at work in {copy}: wait for it, or name another folder"
+    train.main(["--resume", str(copy)])
 
 
 def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):

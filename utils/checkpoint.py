@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ def load(path: Path) -> dict[str, Any]:
         hint = f"; {folder} holds {', '.join(there)}" if there else ""
         raise UserError(f"no checkpoint at {path}{hint}")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile  # torch does not look at its own checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch's unpickler raises anything on bytes that no checkpoint is made of
-        raise UserError(f"{path} is truncated or not a checkpoint; train again or use an earlier one") from None
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return content
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):

@@ -10,6 +10,7 @@ CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG),  # no such place for a file
 )
+TOO_LITTLE_MEMORY = "the machine is out of memory: use a smaller --batch_size or --img_size"
 
 
 class UserError(Exception):
@@ -34,7 +35,11 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in CANNOT_WRITE:
             raise
         sys.exit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free space or name another folder")
+    except MemoryError:
+        sys.exit(f"error: {TOO_LITTLE_MEMORY}")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch's, on a CPU
+            sys.exit(f"error: {TOO_LITTLE_MEMORY}")
         if type(error).__name__ != "OutOfMemoryError":  # torch.cuda.OutOfMemoryError, without importing torch
             raise
         sys.exit("error: the GPU is out of memory: use a smaller --batch_size")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from utils.errors import UserError
 
 
 @contextmanager
@@ -29,6 +32,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Meanwhile no other process can have `folder`, which exists, locked.
+
+    Raises:
+        UserError: another one has.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process's ends with it
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}: wait for it, or name another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def link(source: Path, path: Path) -> None:
