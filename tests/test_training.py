@@ -560,7 +560,7 @@ def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_lin
 
 
 def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
-    """Copied elsewhere under any name, as the error above advises."""
+    """Copied elsewhere under any name."""
     for name in ("ckpt_best", "ckpt_2", "other"):
         (tmp_path / name).mkdir()
         copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / name / name))
