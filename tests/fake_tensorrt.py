@@ -198,6 +198,10 @@ class Runtime:
 
 
 class ICudaEngine:
+    @property
+    def num_layers(self):
+        return len(self._trt._inspect(None))
+
     def create_engine_inspector(self):
         return self._trt.EngineInspector()
 
@@ -211,9 +215,9 @@ class ICudaEngine:
 class EngineInspector:
     execution_context = None
 
-    def get_engine_information(self, form):
+    def get_layer_information(self, index, form):
         assert form is self._trt.LayerInformationFormat.JSON
-        return self._trt._inspect(self.execution_context and self.execution_context._profile)
+        return self._trt._inspect(self.execution_context and self.execution_context._profile)[index]
 
 
 class IExecutionContext:
@@ -286,7 +290,7 @@ def fake_tensorrt(generation):
 
     module.__getattr__, module.__version__ = missing, recording["version"]
     module._fails, module._built, module._cuda = None, [], None
-    module._inspect = lambda profile: '{"Layers": []}'
+    module._inspect = lambda profile: []
     return module
 
 

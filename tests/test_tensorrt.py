@@ -733,13 +733,12 @@ def layer(name, types, weights=None, metadata=None, key="Format/Datatype", **mor
 
 
 def inspection(*layers):
-    """JSON with the control characters that TensorRT leaves in it."""
-    text = json.dumps({"Layers": layers, "Bindings": ["images", "logits"]}, indent=1)
-    return text.replace("\\u001e", "\x1e").replace("Device", "De\tvice")
+    """JSON of each layer with the control characters that TensorRT leaves in it."""
+    return [json.dumps(layer, indent=1).replace("\\u001e", "\x1e").replace("Device", "De\tvice") for layer in layers]
 
 
 def layers_of(*layers):
-    return engines.parse_layers(inspection(*layers))
+    return list(map(engines.parse_layer, inspection(*layers)))
 
 
 def test_layers_of_8_6_are_read():
@@ -792,8 +791,14 @@ def test_types_of_11_have_a_key_of_their_own():
 
 
 def test_an_engine_without_layer_information_is_one_line():
-    line = line_of(engines.parse_layers, json.dumps({"Layers": ["/conv1/Conv", "/fc/Gemm"]}))
+    line = line_of(engines.parse_layer, json.dumps("/conv1/Conv"))
     assert line == "the engine was built without layer information; delete it and build it again"
+
+
+def test_a_layer_that_the_inspector_is_silent_about_is_of_no_precision():
+    silent = engines.parse_layer("")
+    assert silent.precision == "-"
+    assert engines.float_nodes([silent], ["/conv1/Conv"]) == ["/conv1/Conv"]
 
 
 def test_layers_of_each_profile_are_told_apart():

@@ -26,6 +26,7 @@ from utils import checkpoint as ckpt
 from utils import training
 from utils.errors import UserError
 from utils.files import locked
+from utils.optimizers import make_optimizer
 from utils.swap import quantize_modules
 from utils.torch_network import FromImages, TorchNetwork
 
@@ -781,6 +782,30 @@ def test_a_loss_that_is_not_finite_ends_the_first_epoch_without_a_checkpoint(tmp
     assert "--lr than 1e+30" in line
     assert line.endswith("no checkpoint was written yet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("optimizer", "sharpness"), [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)], ids=["sgd", "muon", "sam"])
+def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sharpness, compiled):
+    torch.manual_seed(0)
+    device, model = torch.device("cuda"), models.build("vanilla_cnn", 10, "cifar")
+    batches = [(torch.randn(64, 3, 32, 32, device=device), torch.randint(10, (64,), device=device)) for _ in range(8)]
+    totals, states = [], []
+    for eager_steps in (training.EAGER_STEPS, len(batches)):
+        monkeypatch.setattr(training, "EAGER_STEPS", eager_steps)
+        trained = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
+        step = training.Step(trained, make_optimizer(trained, optimizer), 0.1, compiled, sharpness)
+        for images, labels in batches:
+            step.set_rate(0.01)
+            step(images, labels)
+        assert (step.graph is None) == (eager_steps == len(batches))
+        totals.append(step.totals())
+        states.append(trained.state_dict())
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+    for name, recorded in states[0].items():
+        eager = states[1][name].float()
+        assert (recorded.float() - eager).norm() <= 1e-3 * eager.norm(), name
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -316,20 +316,21 @@ class Layer:
         return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
 
 
-def parse_layers(inspection: str) -> list[Layer]:
-    """Layers of an engine from the inspector's JSON, whose keys differ between versions."""
-    layers = []
-    for layer in json.loads(inspection, strict=False)["Layers"]:  # 8.6 leaves control characters in its strings
-        if isinstance(layer, str):
-            raise UserError("the engine was built without layer information; delete it and build it again")
-        told = (*layer.get("Inputs", [])[:1], layer.get("Weights") or {})
-        types = " ".join(str(v) for tensor in told for k, v in tensor.items() if "type" in k.lower())
-        found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
-        kind = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
-        tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
-        names = re.sub(r"[\x00-\x1f]+", " ", f"{layer['Name']} {layer.get('Metadata', '')}")
-        layers.append(Layer(names.strip(), layer.get("ParameterType") or layer.get("LayerType", "-"), kind.upper(), tactic))
-    return layers
+def parse_layer(told: str) -> Layer:
+    """A layer of an engine from its inspector's JSON, whose keys differ between versions; of no precision if that is empty."""
+    try:
+        layer = json.loads(told, strict=False)  # 8.6 leaves control characters in its strings
+    except ValueError:
+        return Layer("(TensorRT tells nothing of this layer)", "-", "-", "-")
+    if isinstance(layer, str):
+        raise UserError("the engine was built without layer information; delete it and build it again")
+    tensors = (*layer.get("Inputs", [])[:1], layer.get("Weights") or {})
+    types = " ".join(str(v) for tensor in tensors for k, v in tensor.items() if "type" in k.lower())
+    found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
+    precision = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
+    tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
+    name = re.sub(r"[\x00-\x1f]+", " ", f"{layer['Name']} {layer.get('Metadata', '')}").strip()
+    return Layer(name, layer.get("ParameterType") or layer.get("LayerType", "-"), precision.upper(), tactic)
 
 
 def profile_layers(layers: list[Layer], profile: int) -> list[Layer]:
@@ -455,7 +456,9 @@ class TensorRTNetwork(Network):
     def _inspect(self, trt: ModuleType, profile: int) -> list[Layer]:
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._lane(self._sizes[profile]).context  # types are told only for a known batch size
-        return profile_layers(parse_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON)), profile)
+        # one by one: asked for all layers of a deep engine at once, 8.6 answers with an empty string
+        told = [inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(self._engine.num_layers)]
+        return profile_layers(list(map(parse_layer, told)), profile)
 
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
         """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
