@@ -748,7 +748,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["quantization"] == (
             None
             if mode == "float"
-            else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "entropy", "calib_images": 1024}
+            else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "sqnr", "calib_images": 1024}
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]

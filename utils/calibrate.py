@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from pytorch_quantization.calib import HistogramCalibrator, MaxCalibrator
 from torch import Tensor, nn
@@ -14,17 +16,21 @@ from utils.errors import UserError
 
 PERCENTILE = 99.99
 BINS = 2048
-HISTC_VALUES = 1 << 23  # histc counts in float32, exact up to 2 ** 24
 ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
+CANDIDATES = 2 ** torch.linspace(-7, 0, 57)  # ranges to try, as shares of the largest magnitude
+FINE_BINS = 1 << 15  # two for each step of the smallest candidate
+PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
     """Set every range of `model`; its weights and BatchNorm statistics stay as they are.
 
-    Weights: the largest magnitude of each output channel. Activations, one range for the tensor, from |x|: its maximum,
-    its 99.99th percentile, the range with the least mean squared rounding error, or with the least Kullback-Leibler
-    divergence (Migacz, "8-bit inference with TensorRT", GTC 2017). All but the first go over the images twice.
+    Weights: the largest magnitude of each output channel. Activations: one range for the tensor, from |x|. "max" takes the
+    largest, "percentile" the 99.99th percentile, "entropy" the range with the least Kullback-Leibler divergence (Migacz,
+    "8-bit inference with TensorRT", GTC 2017), "mse" that with the least squared rounding error, and "sqnr" that with the
+    least ratio of this error to the squared values themselves, image by image and then averaged: in deep networks a few
+    images have activations far larger than all others, which alone decide a sum. All but "max" go over the images twice.
 
     Args:
         batches: normalised images (B, 3, H, W) on the model's device.
@@ -49,17 +55,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
             raise UserError(f"calibration of {name} found no finite value: the model's weights or the images are broken")
     if method != "max":
         for name, quantizer in activations.items():
-            quantizer._calibrator = _Histogram(largest[name])
+            quantizer._calibrator = (_Noise if method in ("sqnr", "mse") else _Histogram)(largest[name], method)
         _collect(model, batches, activations.values())
-    known: dict[bytes, Tensor] = {}  # a block's first convolution, its downsampling and its addition see the same values
-    for name, quantizer in tqdm(quantizers.items(), desc=f"calibrate ({method})", unit="range", leave=False):
-        amax = largest[name]
-        if isinstance(quantizer._calibrator, _Histogram):
-            seen = quantizer._calibrator.counts.cpu().numpy().tobytes() + amax.cpu().numpy().tobytes()
-            if seen not in known:
-                known[seen] = quantizer._calibrator.amax(method)
-            amax = known[seen]
-        quantizer.set_range(amax)
+    for quantizer in tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False):
+        quantizer.set_range(quantizer._calibrator.compute_amax())
         quantizer.enable_quant()
         quantizer._calibrator = None
 
@@ -78,45 +77,63 @@ def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Q
 
 
 class _Histogram:
-    """Counts |x| up to its largest value, which is known.
+    """Counts |x| up to its largest value, which is known; a range by "percentile" or "entropy".
 
     The library's own histogram grows with the values it sees, and fails if the first are zeros.
     """
 
-    def __init__(self, largest: Tensor):
-        self.largest, self.counts = largest, torch.zeros(BINS, dtype=torch.int64, device=largest.device)
+    def __init__(self, largest: Tensor, method: str):
+        self.largest, self.method = largest, method
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=largest.device)
 
     def collect(self, x: Tensor) -> None:
         upper = float(self.largest) or 1.0  # waits for the device
-        for part in x.abs().float().flatten().split(HISTC_VALUES):
+        for part in x.abs().float().flatten().split(PART):
             self.counts += torch.histc(part, BINS, 0, upper).long()
 
-    def amax(self, method: str) -> Tensor:
-        """The range by "percentile", "mse" or "entropy"; 0 if all values are."""
-        edges = torch.linspace(0, 1, BINS + 1, device=self.counts.device) * self.largest
-        if self.largest == 0:
-            return self.largest
-        if method == "mse":
-            return _least_squares_amax(self.counts, edges)
-        calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
-        # tensors would become 32-bit integers, which large images overflow; the search by entropy writes into its counts
-        calibrator._calib_hist, calibrator._calib_bin_edges = self.counts.cpu().numpy().copy(), edges.cpu().numpy()
-        options = {"percentile": PERCENTILE} if method == "percentile" else {"stride": ENTROPY_STRIDE}
-        return calibrator.compute_amax(method, **options)
+    def compute_amax(self) -> Tensor:
+        """The range; 0 if all values are."""
+        return self.largest.new_tensor(_library_amax(self.counts.cpu().numpy().tobytes(), float(self.largest), self.method))
 
 
-def _least_squares_amax(counts: Tensor, edges: Tensor) -> Tensor:
-    """The bin centre that as range gives the least squared error. The library's own search insists on a GPU.
+@functools.lru_cache(maxsize=8)  # a block's first convolution, its downsampling and its addition see the same values
+def _library_amax(counts: bytes, largest: float, method: str) -> float:
+    if largest == 0:
+        return 0.0
+    calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
+    # tensors would become 32-bit integers, which large images overflow; the search by entropy writes into its counts
+    calibrator._calib_hist = np.frombuffer(counts, np.int64).copy()
+    calibrator._calib_bin_edges = np.linspace(0, largest, BINS + 1)
+    options = {"percentile": PERCENTILE} if method == "percentile" else {"stride": ENTROPY_STRIDE}
+    return float(calibrator.compute_amax(method, **options))
 
-    Args:
-        counts: (bins,) how many |x| fell into each bin; edges: (bins + 1,).
-    """
-    centres = (edges[1:] + edges[:-1]) / 2
-    candidates = centres[CODE_MAX + 1 :, None]  # (candidates, 1): a smaller range would be finer than the bins
-    scale = candidates / CODE_MAX
-    rounded = (centres / scale).round().clamp_max(CODE_MAX) * scale  # (candidates, bins)
-    errors = ((rounded - centres).square() * counts).sum(1)
-    return candidates[errors.argmin(), 0]
+
+class _Noise:
+    """Sums the squared rounding error of each candidate range: all images' alike ("mse") or relative to each ("sqnr")."""
+
+    def __init__(self, largest: Tensor, method: str):
+        self.largest, self.relative = largest, method == "sqnr"
+        self.candidates = CANDIDATES.to(largest.device)
+        self.centres = (torch.arange(FINE_BINS, device=largest.device) + 0.5) / FINE_BINS
+        steps = self.candidates[:, None] / CODE_MAX
+        self.errors = ((self.centres / steps).round().clamp_max(CODE_MAX) * steps - self.centres).square()
+        self.noise = torch.zeros(len(CANDIDATES), device=largest.device)
+
+    def collect(self, x: Tensor) -> None:
+        upper = float(self.largest) or 1.0
+        x = x.abs().float().flatten(1)
+        for images in x.split(max(1, PART // x.shape[1])):
+            first = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * FINE_BINS
+            bins = (images * (FINE_BINS / upper)).int().clamp_max(FINE_BINS - 1) + first
+            counts = torch.bincount(bins.flatten(), minlength=len(images) * FINE_BINS).view(len(images), -1).float()
+            counts[:, 0] = 0  # zeros, or less than half of any step
+            noise = self.errors @ counts.T  # (candidates, images)
+            if self.relative:
+                noise = noise / (counts @ self.centres.square()).clamp_min(1e-30)
+            self.noise += noise.sum(1)
+
+    def compute_amax(self) -> Tensor:
+        return self.candidates[self.noise.argmin()] * self.largest
 
 
 def require_calibrated(model: nn.Module) -> None:

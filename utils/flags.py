@@ -11,7 +11,7 @@ from utils.errors import UserError
 T = TypeVar("T")
 
 
-CALIBRATORS = ("entropy", "percentile", "mse", "max")
+CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 """How activation ranges are found; the first is the default (`benchmarks/calibrators.py` compares them)."""
 
 
