@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workspace_gb", type=float, default=4.0, help="TensorRT's limit of scratch memory (default: %(default)s)")
     add("--opt_level", type=int, choices=range(6), default=3, help="of TensorRT's builder (default: %(default)s)")
     add("--timing_cache", type=Path, metavar="DIR", help="kernel timings to share between exports (default: each its own)")
-    add("--audit", action="store_true", help="list the engines' layers; fail if one meant for INT8 runs in another type")
+    add("--audit", action="store_true", help="list and time engine layers; fail if one meant for INT8 runs in another type")
     add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help="time torch.compile in FP16 at these batch sizes")
     add("--export_only", action="store_true", help="evaluate the export elsewhere, with --onnx; here only PyTorch")
     add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
@@ -339,7 +339,9 @@ def evaluate_exported(
         network = backend(precision)
         rows += evaluate_network(network, precision, data, in_torch, args.batch_size)
         if args.audit and network.layers:
-            print(f"{precision} engine, batch size {max(args.batch_size)}\n" + "\n".join(map(str, network.layers)))
+            print(f"{precision} engine, batch size {max(args.batch_size)}: ms and type of each layer")
+            for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
+                print(f"{'-' if ms is None else f'{ms:.4f}':>8} {layer}")
             complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]
     return make_record(manifest, rows, args), complaints
 

@@ -43,7 +43,7 @@ class RecordedEnum(enum.Enum):
 
 
 class BaseOfPython:
-    """What Python classes derive from: a logger or a calibrator, of which the real ones insist on a call of __init__."""
+    """What Python classes derive from: a logger, a calibrator, a profiler. The real ones insist on a call of __init__."""
 
     def __init__(self):
         self._initialised = True
@@ -223,6 +223,17 @@ class EngineInspector:
 class IExecutionContext:
     """Runs `logits_of` on what the images' address holds."""
 
+    _profiler = None
+
+    @property
+    def profiler(self):
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, profiler):
+        assert profiler._initialised
+        self._profiler = profiler
+
     def set_optimization_profile_async(self, profile, handle):
         self._profile, self._addresses = profile, {}
         return True
@@ -247,6 +258,8 @@ class IExecutionContext:
         def run():
             images = cuda.memory[source].reshape(self._shape)
             cuda.memory[target][:] = logits_of(images).view(np.uint8).ravel()
+            for index, name in enumerate(self._trt._profiled if self._profiler else ()):
+                self._profiler.report_layer_time(name, index + 0.5)
 
         cuda.streams[handle].enqueue("run", run)
         return True
@@ -268,7 +281,7 @@ def fake_tensorrt(generation):
     """A module with what was recorded of that generation.
 
     For tests it also has `_fails` (which step fails), `_built` (networks and configurations of all builds), `_cuda` (where
-    engines run) and `_inspect` (what the inspector says of an optimization profile).
+    engines run), `_inspect` (what the inspector says of an optimization profile) and `_profiled` (names that a profiler hears).
     """
     recording = json.loads((RECORDINGS / f"{generation}.json").read_text())
     module = ModuleType("tensorrt_rtx_bindings" if generation == "rtx" else "tensorrt")
@@ -281,6 +294,7 @@ def fake_tensorrt(generation):
             behaviour = {k: v for k, v in behaviours.get(name, {}).items() if k in known or re.match("_[a-z]", k)}
             made = type(name, (Recorded,), {**behaviour, "_recorded": frozenset(attributes), "_trt": module})
         setattr(module, name, made)
+    module.IProfiler = type("IProfiler", (BaseOfPython,), {})
     for name, members in recording["enums"].items():
         setattr(module, name, RecordedEnum(name, members))
 
@@ -290,7 +304,7 @@ def fake_tensorrt(generation):
 
     module.__getattr__, module.__version__ = missing, recording["version"]
     module._fails, module._built, module._cuda = None, [], None
-    module._inspect = lambda profile: []
+    module._inspect, module._profiled = lambda profile: [], []
     return module
 
 

@@ -864,6 +864,24 @@ def load(tmp_path, monkeypatch):
     return load
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (["/avgpool", "/avgpool/Pool [profile 1]", "/avgpool/Pool [profile 12]"], [1.5]),
+        (["/avgpool/Pool\x1e[profile 1]"], [0.5]),
+        (["/avgpool/Poo", "/avgpool/Pool [profile 1] + /fc/Gemm"], [None]),
+        ([], [None]),
+    ],
+)
+def test_a_profiler_times_the_layers_that_it_names(load, generation, named, expected):
+    network, _ = load(generation)
+    network._trt._profiled = named
+    assert network.layer_times_ms() == expected
+    [images] = batches_of(8)
+    assert np.array_equal(network(images), logits_of(images))
+
+
 def batches_of(*sizes):
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (size, *IMAGE), np.uint8) for size in sizes]

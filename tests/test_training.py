@@ -746,9 +746,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["data"]["classes"] == list("0123456789")
         assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (16, 0, 0)
         assert content["quantization"] == (
-            None
-            if mode == "float"
-            else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "sqnr", "calib_images": 1024}
+            None if mode == "float" else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "sqnr", "calib_images": 1024}
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]

@@ -13,8 +13,9 @@ import hashlib
 import importlib.util
 import json
 import re
+import statistics
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -316,6 +317,10 @@ class Layer:
         return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
 
 
+def printable(name: str) -> str:
+    return re.sub(r"[\x00-\x1f]+", " ", name).strip()
+
+
 def parse_layer(told: str) -> Layer:
     """A layer of an engine from its inspector's JSON, whose keys differ between versions; of no precision if that is empty."""
     try:
@@ -329,7 +334,7 @@ def parse_layer(told: str) -> Layer:
     found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
     precision = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
     tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
-    name = re.sub(r"[\x00-\x1f]+", " ", f"{layer['Name']} {layer.get('Metadata', '')}").strip()
+    name = printable(f"{layer['Name']} {layer.get('Metadata', '')}")
     return Layer(name, layer.get("ParameterType") or layer.get("LayerType", "-"), precision.upper(), tactic)
 
 
@@ -442,7 +447,7 @@ class TensorRTNetwork(Network):
     name = "tensorrt"
 
     def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray, timings: Path | None = None):
-        trt, self._cuda = require_gpu()
+        self._trt, self._cuda = trt, _ = require_gpu()
         self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
         plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration, timings)
@@ -463,6 +468,24 @@ class TensorRTNetwork(Network):
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
         """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
         return float_nodes(self._all_layers, nodes)
+
+    def layer_times_ms(self) -> list[float | None]:
+        """The median device time of each of `layers`, None if TensorRT's profiler does not name it.
+
+        Timed one by one, they take longer together than the engine, whose layers follow each other at once.
+        """
+        lane, times = self._lane(self._sizes[-1]), defaultdict(list)
+
+        class Profiler(self._trt.IProfiler):
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times[printable(layer_name)].append(ms)
+
+        lane.context.profiler = Profiler()
+        for _ in range(BURST):
+            lane.context.execute_async_v3(lane.compute.handle)
+            lane.compute.synchronize()
+        own = [max((name for name in times if f"{x.name} ".startswith(f"{name} ")), key=len, default=None) for x in self.layers]
+        return [statistics.median(times[name]) if name else None for name in own]
 
     def _lane(self, batch_size: int) -> _Lane:
         if batch_size not in self._lanes:
