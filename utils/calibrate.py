@@ -18,7 +18,7 @@ PERCENTILE = 99.99
 BINS = 2048
 ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
 CANDIDATES = 2 ** torch.linspace(-7, 0, 57)  # ranges to try, as shares of the largest magnitude
-FINE_BINS = 1 << 15  # two for each step of the smallest candidate
+OCTAVES, OCTAVE = 16, 128  # octaves below the largest magnitude, and bins in each
 PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
 
 
@@ -109,27 +109,35 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
 
 
 class _Noise:
-    """Sums the squared rounding error of each candidate range: all images' alike ("mse") or relative to each ("sqnr")."""
+    """Sums the squared rounding error of each candidate range: all images' alike ("mse") or relative to each ("sqnr").
+
+    From |x| as share of its largest value, counted in bins as wide as the values are large.
+    """
 
     def __init__(self, largest: Tensor, method: str):
         self.largest, self.relative = largest, method == "sqnr"
+        bins = torch.arange(OCTAVES * OCTAVE, device=largest.device)
+        low = 2.0 ** (bins // OCTAVE - OCTAVES) * (1 + bins % OCTAVE / OCTAVE)
+        width = 2.0 ** (bins // OCTAVE - OCTAVES) / OCTAVE
+        values = low + width * (torch.arange(8, device=largest.device)[:, None] + 0.5) / 8  # (8, bins), evenly in each bin
         self.candidates = CANDIDATES.to(largest.device)
-        self.centres = (torch.arange(FINE_BINS, device=largest.device) + 0.5) / FINE_BINS
-        steps = self.candidates[:, None] / CODE_MAX
-        self.errors = ((self.centres / steps).round().clamp_max(CODE_MAX) * steps - self.centres).square()
+        steps = self.candidates[:, None, None] / CODE_MAX
+        self.errors = ((values / steps).round().clamp_max(CODE_MAX) * steps - values).square().mean(1)  # (candidates, bins)
+        self.squares = values.square().mean(0)
         self.noise = torch.zeros(len(CANDIDATES), device=largest.device)
 
     def collect(self, x: Tensor) -> None:
-        upper = float(self.largest) or 1.0
-        x = x.abs().float().flatten(1)
-        for images in x.split(max(1, PART // x.shape[1])):
-            first = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * FINE_BINS
-            bins = (images * (FINE_BINS / upper)).int().clamp_max(FINE_BINS - 1) + first
-            counts = torch.bincount(bins.flatten(), minlength=len(images) * FINE_BINS).view(len(images), -1).float()
-            counts[:, 0] = 0  # zeros, or less than half of any step
+        share = (x / self.largest.clamp_min(1e-30)).abs().float().flatten(1)
+        for images in share.split(max(1, PART // share.shape[1])):
+            # a float32's exponent and the first 7 bits of its mantissa, counted from 2 ** -OCTAVES
+            bins = (images.view(torch.int32) >> 16) - ((127 - OCTAVES) * OCTAVE - 1)
+            bins = bins.clamp_(0, OCTAVES * OCTAVE)  # bin 0: what every candidate rounds to 0
+            image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (OCTAVES * OCTAVE + 1)
+            counts = torch.bincount((bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1))
+            counts = counts.view(len(images), -1)[:, 1:].float()
             noise = self.errors @ counts.T  # (candidates, images)
             if self.relative:
-                noise = noise / (counts @ self.centres.square()).clamp_min(1e-30)
+                noise = noise / (counts @ self.squares).clamp_min(1e-30)
             self.noise += noise.sum(1)
 
     def compute_amax(self) -> Tensor:
