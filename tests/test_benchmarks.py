@@ -143,6 +143,9 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     arguments.remove("--no_engines")
     with pytest.raises(UserError, match="no engines"):
         reproduce.main(arguments)
+    paths[0].write_text(paths[0].read_text().replace('"sqnr"', '"entropy"'))  # made when that was the default
+    with pytest.raises(UserError, match="another study .*'entropy'.*choose other --results"):
+        reproduce.main(arguments)
 
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")

@@ -796,9 +796,10 @@ def test_an_engine_without_layer_information_is_one_line():
 
 
 def test_a_layer_that_the_inspector_is_silent_about_is_of_no_precision():
-    silent = engines.parse_layer("")
-    assert silent.precision == "-"
-    assert engines.float_nodes([silent], ["/conv1/Conv"]) == ["/conv1/Conv"]
+    for told in ("", None, '{"Name": "/conv1/Conv", "Inpu'):
+        silent = engines.parse_layer(told)
+        assert silent.precision == "-"
+        assert engines.float_nodes([silent], ["/conv1/Conv"]) == ["/conv1/Conv"]
 
 
 def test_layers_of_each_profile_are_told_apart():
@@ -864,11 +865,19 @@ def load(tmp_path, monkeypatch):
     return load
 
 
+def test_a_layer_that_is_silent_for_one_batch_size_does_not_pass_as_int8(load):
+    network, _ = load()
+    assert network.float_nodes(["/avgpool/Pool", "/fc/Gemm"]) == ["/fc/Gemm"]
+    network._trt._inspect = lambda profile: [layer_report(profile)[0], "" if profile else layer_report(profile)[1]]
+    network._profiles = [network._inspect(network._trt, profile) for profile in range(2)]
+    assert network.float_nodes(["/fc/Gemm", "/avgpool/Pool"]) == ["/fc/Gemm", "/avgpool/Pool"]
+
+
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
-        (["/avgpool", "/avgpool/Pool [profile 1]", "/avgpool/Pool [profile 12]"], [1.5]),
+        (["/avgpool", "/avgpool/Pool", "/avgpool/Pool [profile 1]", "/avgpool/Pool [profile 12]"], [2.5]),
         (["/avgpool/Pool\x1e[profile 1]"], [0.5]),
         (["/avgpool/Poo", "/avgpool/Pool [profile 1] + /fc/Gemm"], [None]),
         ([], [None]),
@@ -876,8 +885,11 @@ def load(tmp_path, monkeypatch):
 )
 def test_a_profiler_times_the_layers_that_it_names(load, generation, named, expected):
     network, _ = load(generation)
-    network._trt._profiled = named
+    network._trt._profiled = lambda profile: named if profile == 1 else []
     assert network.layer_times_ms() == expected
+    network._trt._fails = "run"
+    assert line_of(network.layer_times_ms) == engines.CANNOT_RUN
+    network._trt._fails = None
     [images] = batches_of(8)
     assert np.array_equal(network(images), logits_of(images))
 

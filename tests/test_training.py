@@ -783,6 +783,7 @@ def test_a_loss_that_is_not_finite_ends_the_first_epoch_without_a_checkpoint(tmp
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("optimizer", "sharpness"), [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)], ids=["sgd", "muon", "sam"])
 def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sharpness, compiled):

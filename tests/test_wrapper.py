@@ -13,7 +13,8 @@ import models
 from layers import Add, Mul
 from layers.quantized import QUANTIZED_FORM
 from layers.quantizers import Quantizer
-from utils.calibrate import CANDIDATES, PERCENTILE, _Histogram, calibrate, require_calibrated
+from utils import calibrate as calibration
+from utils.calibrate import CANDIDATES, PERCENTILE, _Histogram, _Noise, calibrate, require_calibrated
 from utils.errors import UserError
 from utils.flags import CALIBRATORS
 from utils.swap import audit, is_quantized, quantizable_modules, quantize_modules, select
@@ -442,13 +443,26 @@ def test_sqnr_is_the_range_with_the_least_relative_error_by_brute_force(outlier)
     assert errors[min(errors, key=lambda amax: abs(amax - found))] <= 1.01 * min(errors.values())
 
 
+@pytest.mark.parametrize("part", [1, 5_000, calibration.PART])
+@pytest.mark.parametrize("method", ["mse", "sqnr"])
+def test_noise_of_every_range_is_that_of_brute_force(monkeypatch, method, part):
+    monkeypatch.setattr(calibration, "PART", part)
+    values = tail(outlier=5.0) * np.linspace(0.1, 1, 24, dtype=np.float32)[:, None]
+    noise = _Noise(torch.tensor(np.abs(values).max()), method)
+    for images in np.split(values, [9]):
+        noise.collect(torch.as_tensor(images).reshape(-1, 20, 10, 10).to(memory_format=torch.channels_last))
+    scale = np.abs(values).max() ** 2 if method == "mse" else (values**2).sum(1)  # errors are of shares of the largest value
+    expected = [(error / scale).sum() for error in rounding_errors(values).values()]
+    assert noise.noise.numpy() == pytest.approx(np.array(expected), rel=0.01)
+
+
 def test_one_image_decides_the_sum_of_errors_but_not_their_ratio():
     values = tail()
     values[-1] *= 100
     assert range_of([values], "mse") > 50
-    assert range_of([values], "sqnr") < 10
+    assert 0.5 < range_of([values], "sqnr") < 10
     values[0] = 0  # an image without a value other than 0 has no ratio
-    assert range_of([values], "sqnr") < 10
+    assert 0.5 < range_of([values], "sqnr") < 10
 
 
 def test_mse_clips_an_outlier_when_many_values_gain_from_it():

@@ -17,8 +17,8 @@ from utils.errors import UserError
 PERCENTILE = 99.99
 BINS = 2048
 ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
-CANDIDATES = 2 ** torch.linspace(-7, 0, 57)  # ranges to try, as shares of the largest magnitude
-OCTAVES, OCTAVE = 16, 128  # octaves below the largest magnitude, and bins in each
+CANDIDATES = 2 ** torch.linspace(-10, 0, 61)  # ranges to try, as shares of the largest magnitude
+OCTAVES, OCTAVE = 20, 128  # octaves below the largest magnitude, of less all candidates make 0; bins in each
 PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
 
 
@@ -127,11 +127,12 @@ class _Noise:
         self.noise = torch.zeros(len(CANDIDATES), device=largest.device)
 
     def collect(self, x: Tensor) -> None:
-        share = (x / self.largest.clamp_min(1e-30)).abs().float().flatten(1)
-        for images in share.split(max(1, PART // share.shape[1])):
+        x = x.flatten(1)
+        for images in x.split(max(1, PART // x.shape[1])):
+            share = images.abs().float() / self.largest.clamp_min(1e-30)
             # a float32's exponent and the first 7 bits of its mantissa, counted from 2 ** -OCTAVES
-            bins = (images.view(torch.int32) >> 16) - ((127 - OCTAVES) * OCTAVE - 1)
-            bins = bins.clamp_(0, OCTAVES * OCTAVE)  # bin 0: what every candidate rounds to 0
+            bins = (share.view(torch.int32) >> 16) - ((127 - OCTAVES) * OCTAVE - 1)
+            bins = bins.clamp_(0, OCTAVES * OCTAVE)  # bin 0: zeros
             image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (OCTAVES * OCTAVE + 1)
             counts = torch.bincount((bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1))
             counts = counts.view(len(images), -1)[:, 1:].float()

@@ -35,6 +35,7 @@ INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC",
 OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
 CALIBRATION_BATCH = 128
+CANNOT_RUN = "TensorRT could not run the engine; delete it and build it again"
 TOO_LITTLE_MEMORY = "the GPU has too little memory for this engine: use a smaller --batch_size"
 
 
@@ -321,10 +322,10 @@ def printable(name: str) -> str:
     return re.sub(r"[\x00-\x1f]+", " ", name).strip()
 
 
-def parse_layer(told: str) -> Layer:
+def parse_layer(told: str | None) -> Layer:
     """A layer of an engine from its inspector's JSON, whose keys differ between versions; of no precision if that is empty."""
     try:
-        layer = json.loads(told, strict=False)  # 8.6 leaves control characters in its strings
+        layer = json.loads(told or "", strict=False)  # 8.6 leaves control characters in its strings
     except ValueError:
         return Layer("(TensorRT tells nothing of this layer)", "-", "-", "-")
     if isinstance(layer, str):
@@ -391,7 +392,7 @@ class _Slot:
             context.set_tensor_address(INPUT, int(self.device_images))
             context.set_tensor_address(OUTPUT, int(self.device_logits))
             if not context.execute_async_v3(stream.handle):
-                raise UserError("TensorRT could not run the engine; delete it and build it again")
+                raise UserError(CANNOT_RUN)
 
         enqueue()  # the first run allocates what a recording must not
         stream.synchronize()
@@ -455,8 +456,8 @@ class TensorRTNetwork(Network):
         if self._engine is None:
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
         self._sizes, self._lanes = options.batch_sizes, {}
-        profiles = [self._inspect(trt, profile) for profile in range(len(self._sizes))]
-        self.layers, self._all_layers = profiles[-1], sum(profiles, [])
+        self._profiles = [self._inspect(trt, profile) for profile in range(len(self._sizes))]
+        self.layers = self._profiles[-1]
 
     def _inspect(self, trt: ModuleType, profile: int) -> list[Layer]:
         inspector = self._engine.create_engine_inspector()
@@ -467,12 +468,15 @@ class TensorRTNetwork(Network):
 
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
         """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
-        return float_nodes(self._all_layers, nodes)
+        nodes = list(nodes)
+        somewhere = {node for layers in self._profiles for node in float_nodes(layers, nodes)}
+        return [node for node in nodes if node in somewhere]
 
     def layer_times_ms(self) -> list[float | None]:
         """The median device time of each of `layers`, None if TensorRT's profiler does not name it.
 
-        Timed one by one, they take longer together than the engine, whose layers follow each other at once.
+        Timed one by one at the largest batch size, they take longer together than the engine, whose layers follow each other
+        at once.
         """
         lane, times = self._lane(self._sizes[-1]), defaultdict(list)
 
@@ -482,7 +486,8 @@ class TensorRTNetwork(Network):
 
         lane.context.profiler = Profiler()
         for _ in range(BURST):
-            lane.context.execute_async_v3(lane.compute.handle)
+            if not lane.context.execute_async_v3(lane.compute.handle):
+                raise UserError(CANNOT_RUN)
             lane.compute.synchronize()
         own = [max((name for name in times if f"{x.name} ".startswith(f"{name} ")), key=len, default=None) for x in self.layers]
         return [statistics.median(times[name]) if name else None for name in own]
