@@ -466,6 +466,18 @@ def test_truncated_or_missing_network_is_named(export_copy, error_line, size):
     assert str(path) in error_line(infer.main, argv)
 
 
+@pytest.mark.parametrize("flag", ["--INT8PTC", "--INT8QAT"])
+def test_a_network_that_was_not_exported_is_one_line_if_it_was_asked_for(export_copy, error_line, flag, capsys):
+    precision = flag.replace("--INT8", "INT8-")
+    manifest = json.loads((export_copy / "export.json").read_text())
+    manifest["int8_nodes"].pop(precision, None)
+    (export_copy / "export.json").write_text(json.dumps(manifest))
+    argv = ["--onnx", export_copy, "--batch_size", "1", "--backend", "onnxruntime"]
+    assert error_line(infer.main, [*argv, flag]) == f"error: {precision} is not in {export_copy}: export it again, with {flag}"
+    infer.main(list(map(str, argv)))  # all that there are
+    assert f"{precision}: not in this export, no row" in capsys.readouterr().out
+
+
 def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_copy, error_line, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
