@@ -189,9 +189,9 @@ def train_epoch(step: Step, batches: Batches, rate: Callable[[float], float], ep
 
 
 def set_mode(model: nn.Module, args: argparse.Namespace, last: bool) -> None:
-    """Training mode; in the last part of QAT BatchNorm keeps its statistics."""
+    """Training mode; in the last part of fine-tuning, in QAT and, to compare it with, in float, BatchNorm's statistics stay."""
     model.train()
-    if last and args.quantize:
+    if last and (args.quantize or args.load_ckpt):
         freeze_batch_norm(model)
 
 

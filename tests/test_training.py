@@ -630,6 +630,15 @@ def test_batch_norm_statistics_move_in_every_float_epoch(runs):
         assert changed(before, after) == before.keys()
 
 
+def test_float_fine_tuning_freezes_batch_norm_statistics_as_qat_does(runs, tmp_path):
+    argv = [*arguments("float", None, 3), "--load_ckpt", runs["float"] / "ckpt_3", "--od", tmp_path, "--en", "run"]
+    train.main(list(map(str, argv)))
+    states = checkpoints(tmp_path / "run")
+    statistics = {epoch: tensors(state, "running_mean", "running_var") for epoch, state in states.items()}
+    assert changed(statistics[1], statistics[2]) == statistics[1].keys()
+    assert changed(statistics[2], statistics[3]) == set()
+
+
 @pytest.mark.parametrize("mode", ["float", "qat"])
 def test_every_parameter_trains_in_every_epoch(runs, mode):
     states = checkpoints(runs[mode])
