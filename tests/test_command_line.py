@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import STEMMED, digits_cut_to, normalised
+from conftest import ROOT, STEMMED, digits_cut_to, normalised
 
 import infer
 import models
@@ -464,6 +466,19 @@ def test_truncated_or_missing_network_is_named(export_copy, error_line, size):
         path.write_bytes(data[:size])
     argv = ["--onnx", export_copy, "--INT8QAT", "--batch_size", "1", "--backend", "onnxruntime"]
     assert str(path) in error_line(infer.main, argv)
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_stops_reading_is_no_failure(lines):
+    main = f"input(), [print('line') for _ in range({lines})]"  # few stay in a buffer until the end
+    code = f"from utils.errors import run; run(lambda: ({main}))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("go on\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("flag", ["--INT8PTC", "--INT8QAT"])

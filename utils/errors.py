@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,10 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; what a user can mend ends it with one line on stderr and an exit code other than 0."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a reader that is gone shows here at the latest
     except UserError as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
@@ -31,6 +35,9 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; files already written are complete", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of what is left to write
+        sys.exit(141)  # as a shell says of SIGPIPE
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
