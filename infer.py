@@ -343,9 +343,7 @@ def evaluate_exported(
         network = backend(precision)
         rows += evaluate_network(network, precision, data, in_torch, args.batch_size)
         if args.audit and network.layers:
-            print(
-                f"{precision} engine, batch size {max(args.batch_size)}; ms of each layer alone, more in sum than the engine's"
-            )
+            print(f"{precision} engine, batch size {max(args.batch_size)}; ms of each layer alone, in sum more than its own")
             for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
                 print(f"{'-' if ms is None else f'{ms:.4f}':>8} {layer}")
             complaints += [f"{precision}: {node}" for node in network.float_nodes(manifest["int8_nodes"][source])]

@@ -869,7 +869,7 @@ def test_a_layer_that_is_silent_for_one_batch_size_does_not_pass_as_int8(load):
     network, _ = load()
     assert network.float_nodes(["/avgpool/Pool", "/fc/Gemm"]) == ["/fc/Gemm"]
     network._trt._inspect = lambda profile: [layer_report(profile)[0], "" if profile else layer_report(profile)[1]]
-    network._profiles = [network._inspect(network._trt, profile) for profile in range(2)]
+    network._profiles = [network._inspect(profile) for profile in range(2)]
     assert network.float_nodes(["/fc/Gemm", "/avgpool/Pool"]) == ["/fc/Gemm", "/avgpool/Pool"]
 
 

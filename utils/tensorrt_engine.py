@@ -448,22 +448,23 @@ class TensorRTNetwork(Network):
     name = "tensorrt"
 
     def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray, timings: Path | None = None):
-        self._trt, self._cuda = trt, _ = require_gpu()
+        self._trt, self._cuda = trt, cuda = require_gpu()
         self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
-        plan, self.path = cached_plan(trt, self._cuda, path, options, folder / "engines", calibration, timings)
+        plan, self.path = cached_plan(trt, cuda, path, options, folder / "engines", calibration, timings)
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
         self._sizes, self._lanes = options.batch_sizes, {}
-        self._profiles = [self._inspect(trt, profile) for profile in range(len(self._sizes))]
+        self._profiles = [self._inspect(profile) for profile in range(len(self._sizes))]
         self.layers = self._profiles[-1]
 
-    def _inspect(self, trt: ModuleType, profile: int) -> list[Layer]:
+    def _inspect(self, profile: int) -> list[Layer]:
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._lane(self._sizes[profile]).context  # types are told only for a known batch size
         # one by one: asked for all layers of a deep engine at once, 8.6 answers with an empty string
-        told = [inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(self._engine.num_layers)]
+        form = self._trt.LayerInformationFormat.JSON
+        told = [inspector.get_layer_information(index, form) for index in range(self._engine.num_layers)]
         return profile_layers(list(map(parse_layer, told)), profile)
 
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
