@@ -330,10 +330,10 @@ def evaluate_exported(
         raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     backend = choose_backend(folder, args, data.train_images[chosen[: manifest["quantization"]["calib_images"]]])
-    asked = {"INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
-    for precision, on in asked.items():
-        if on and precision not in manifest["int8_nodes"]:
-            raise UserError(f"{precision} is not in {folder}: export it again, with --{precision.replace('-', '')}")
+    for precision in FAKE:
+        flag = precision.replace("-", "")
+        if getattr(args, flag) and precision not in manifest["int8_nodes"]:
+            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
     rows, complaints = [], []
     for precision in wanted:
         source = precision if precision in FAKE else "FP32"

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import infer
 import models
 import train
-from utils import flags, measure, records, summary
+from utils import measure, records, summary
 from utils.errors import UserError, run
 from utils.files import locked
 from utils.records import ROOT
@@ -99,9 +99,9 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     epochs = {"float": args.num_epochs, "fine-tuning": args.tune_epochs}
     if record.exists():
         there = json.loads(record.read_text())
-        calibrator = train.build_parser().parse_args(args.train_flags).calibrator or flags.CALIBRATORS[0]
-        wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags, "calibrator": calibrator}
-        made = {key: {**there, **there.get("quantization", {})}.get(key) for key in wanted}
+        quantization = infer.quantization_config(train.build_parser().parse_args(args.train_flags), None)
+        wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags, "quantization": quantization}
+        made = {key: there.get(key) for key in wanted}
         if made != wanted:
             raise UserError(f"{record} is of another study ({made}, not {wanted}): choose other --results")
         if engines and not any(row["backend"] == "tensorrt" for row in there["rows"]):

@@ -888,7 +888,7 @@ def test_a_profiler_times_the_layers_that_it_names(load, generation, named, expe
     network._trt._profiled = lambda profile: named if profile == 1 else []
     assert network.layer_times_ms() == expected
     network._trt._fails = "run"
-    assert line_of(network.layer_times_ms) == engines.CANNOT_RUN
+    assert line_of(network.layer_times_ms) == "TensorRT could not run the engine; delete it and build it again"
     network._trt._fails = None
     [images] = batches_of(8)
     assert np.array_equal(network(images), logits_of(images))

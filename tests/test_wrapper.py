@@ -428,10 +428,14 @@ def tail(images=24, outlier=1.0, seed=0):
 
 @pytest.mark.parametrize("outlier", [1.0, 3.0, 6.0, 20.0, 100.0])
 def test_mse_is_the_best_range_by_brute_force(outlier):
-    values = tail(outlier=outlier)
+    values = tail(images=2, outlier=outlier)
     errors = {amax: error.sum() for amax, error in rounding_errors(values).items()}
-    found = range_of([values[:9], values[9:]], "mse")
-    assert errors[min(errors, key=lambda amax: abs(amax - found))] <= 1.01 * min(errors.values())
+    found = range_of([values[:1], values[1:]], "mse")
+    assert found == pytest.approx(min(errors, key=errors.get), rel=0.01)
+    if outlier == 1.0:
+        assert found > 0.5
+    if outlier == 20.0:
+        assert found > 10  # one value of 20 weighs more than fine steps for all others
 
 
 @pytest.mark.parametrize("outlier", [1.0, 3.0, 6.0, 20.0, 100.0])
@@ -440,7 +444,7 @@ def test_sqnr_is_the_range_with_the_least_relative_error_by_brute_force(outlier)
     energy = (values**2).sum(1)
     errors = {amax: (error / energy).mean() for amax, error in rounding_errors(values).items()}
     found = range_of([values[:9], values[9:]], "sqnr")
-    assert errors[min(errors, key=lambda amax: abs(amax - found))] <= 1.01 * min(errors.values())
+    assert found == pytest.approx(min(errors, key=errors.get), rel=0.01)
 
 
 @pytest.mark.parametrize("part", [1, 5_000, calibration.PART])
@@ -469,7 +473,10 @@ def test_mse_clips_an_outlier_when_many_values_gain_from_it():
     values = np.full(100_001, 0.9, dtype=np.float32)
     values[:50_000] = 0.4567
     values[-1] = 1.5
-    assert range_of([values], "mse") < 1.49
+    errors = {amax: float(error[0]) for amax, error in rounding_errors(values[None]).items()}
+    found = range_of([values], "mse")
+    assert found < 1.49
+    assert errors[min(errors, key=lambda amax: abs(amax - found))] < errors[max(errors)]
 
 
 def test_every_method_has_its_own_opinion_of_a_long_tail():
@@ -477,7 +484,7 @@ def test_every_method_has_its_own_opinion_of_a_long_tail():
     values *= np.linspace(0.2, 1, 10, dtype=np.float32)[:, None]
     found = {method: range_of([values], method) for method in CALIBRATORS}
     assert found.pop("max") == values.max()
-    assert all(0.1 * values.max() < value < 0.95 * values.max() for value in found.values())
+    assert all(0.3 * values.max() < value < 0.9 * values.max() for value in found.values())
     assert len(set(found.values())) == len(HISTOGRAMS)
 
 

@@ -19,6 +19,7 @@ BINS = 2048
 ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
 CANDIDATES = 2 ** torch.linspace(-10, 0, 61)  # ranges to try, as shares of the largest magnitude
 OCTAVES, OCTAVE = 20, 128  # octaves below the largest magnitude, of less all candidates make 0; bins in each
+FIRST = (127 - OCTAVES) * OCTAVE  # the upper 16 bits of 2 ** -OCTAVES in float32: its exponent and 7 bits of its mantissa
 PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
 
 
@@ -108,6 +109,16 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
     return float(calibrator.compute_amax(method, **options))
 
 
+@functools.lru_cache(maxsize=1)
+def _bin_errors(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Squared rounding error by each candidate (candidates, bins), and square (bins,), of values spread evenly in each bin."""
+    edges = (torch.arange(FIRST, FIRST + OCTAVES * OCTAVE + 1, dtype=torch.int32, device=device) << 16).view(torch.float32)
+    values = edges[:-1] + edges.diff() * (torch.arange(8, device=device)[:, None] + 0.5) / 8  # (8, bins)
+    steps = CANDIDATES.to(device)[:, None, None] / CODE_MAX
+    errors = ((values / steps).round().clamp_max(CODE_MAX) * steps - values).square()
+    return errors.mean(1), values.square().mean(0)
+
+
 class _Noise:
     """Sums the squared rounding error of each candidate range: all images' alike ("mse") or relative to each ("sqnr").
 
@@ -116,33 +127,24 @@ class _Noise:
 
     def __init__(self, largest: Tensor, method: str):
         self.largest, self.relative = largest, method == "sqnr"
-        bins = torch.arange(OCTAVES * OCTAVE, device=largest.device)
-        low = 2.0 ** (bins // OCTAVE - OCTAVES) * (1 + bins % OCTAVE / OCTAVE)
-        width = 2.0 ** (bins // OCTAVE - OCTAVES) / OCTAVE
-        values = low + width * (torch.arange(8, device=largest.device)[:, None] + 0.5) / 8  # (8, bins), evenly in each bin
-        self.candidates = CANDIDATES.to(largest.device)
-        steps = self.candidates[:, None, None] / CODE_MAX
-        self.errors = ((values / steps).round().clamp_max(CODE_MAX) * steps - values).square().mean(1)  # (candidates, bins)
-        self.squares = values.square().mean(0)
         self.noise = torch.zeros(len(CANDIDATES), device=largest.device)
 
     def collect(self, x: Tensor) -> None:
+        errors, squares = _bin_errors(x.device)
         x = x.flatten(1)
         for images in x.split(max(1, PART // x.shape[1])):
             share = images.abs().float() / self.largest.clamp_min(1e-30)
-            # a float32's exponent and the first 7 bits of its mantissa, counted from 2 ** -OCTAVES
-            bins = (share.view(torch.int32) >> 16) - ((127 - OCTAVES) * OCTAVE - 1)
-            bins = bins.clamp_(0, OCTAVES * OCTAVE)  # bin 0: zeros
+            bins = ((share.view(torch.int32) >> 16) - FIRST + 1).clamp_(0, OCTAVES * OCTAVE)  # bin 0: zeros
             image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (OCTAVES * OCTAVE + 1)
             counts = torch.bincount((bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1))
             counts = counts.view(len(images), -1)[:, 1:].float()
-            noise = self.errors @ counts.T  # (candidates, images)
+            noise = errors @ counts.T  # (candidates, images)
             if self.relative:
-                noise = noise / (counts @ self.squares).clamp_min(1e-30)
+                noise = noise / (counts @ squares).clamp_min(1e-30)
             self.noise += noise.sum(1)
 
     def compute_amax(self) -> Tensor:
-        return self.candidates[self.noise.argmin()] * self.largest
+        return CANDIDATES.to(self.largest.device)[self.noise.argmin()] * self.largest
 
 
 def require_calibrated(model: nn.Module) -> None:

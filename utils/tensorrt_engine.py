@@ -35,7 +35,6 @@ INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC",
 OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
 CALIBRATION_BATCH = 128
-CANNOT_RUN = "TensorRT could not run the engine; delete it and build it again"
 TOO_LITTLE_MEMORY = "the GPU has too little memory for this engine: use a smaller --batch_size"
 
 
@@ -383,20 +382,22 @@ class _Slot:
     """One batch's buffers, pinned on the host and on the device, and the engine bound to them as a CUDA graph."""
 
     def __init__(self, cuda: ModuleType, context: Any, stream: Any, shapes: dict[str, tuple[int, ...]]):
+        self._context, self._stream = context, stream
         self.images = cuda.pagelocked_empty(shapes[INPUT], np.uint8)
         self.logits = cuda.pagelocked_empty(shapes[OUTPUT], np.float32)
         self.device_images, self.device_logits = cuda.mem_alloc(self.images.nbytes), cuda.mem_alloc(self.logits.nbytes)
         self.copied, self.done = (cuda.Event(cuda.event_flags.DISABLE_TIMING) for _ in range(2))
 
-        def enqueue() -> None:
-            context.set_tensor_address(INPUT, int(self.device_images))
-            context.set_tensor_address(OUTPUT, int(self.device_logits))
-            if not context.execute_async_v3(stream.handle):
-                raise UserError(CANNOT_RUN)
-
-        enqueue()  # the first run allocates what a recording must not
+        self.enqueue()  # the first run allocates what a recording must not
         stream.synchronize()
-        self.launch = _CudaGraph(stream, enqueue)
+        self.launch = _CudaGraph(stream, self.enqueue)
+
+    def enqueue(self) -> None:
+        """Run the engine without the graph."""
+        self._context.set_tensor_address(INPUT, int(self.device_images))
+        self._context.set_tensor_address(OUTPUT, int(self.device_logits))
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise UserError("TensorRT could not run the engine; delete it and build it again")
 
 
 class _Lane:
@@ -469,9 +470,7 @@ class TensorRTNetwork(Network):
 
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
         """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
-        nodes = list(nodes)
-        somewhere = {node for layers in self._profiles for node in float_nodes(layers, nodes)}
-        return [node for node in nodes if node in somewhere]
+        return [node for node in nodes if any(float_nodes(layers, [node]) for layers in self._profiles)]
 
     def layer_times_ms(self) -> list[float | None]:
         """The median device time of each of `layers`, None if TensorRT's profiler does not name it.
@@ -487,8 +486,7 @@ class TensorRTNetwork(Network):
 
         lane.context.profiler = Profiler()
         for _ in range(BURST):
-            if not lane.context.execute_async_v3(lane.compute.handle):
-                raise UserError(CANNOT_RUN)
+            lane.slots[0].enqueue()  # a graph recorded before there was a profiler would tell it nothing
             lane.compute.synchronize()
         own = [max((name for name in times if f"{x.name} ".startswith(f"{name} ")), key=len, default=None) for x in self.layers]
         return [statistics.median(times[name]) if name else None for name in own]
