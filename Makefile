@@ -14,7 +14,7 @@ demo: install  ## float training, calibration, QAT, export and one table, on a C
 	$(BIN)/python train.py --m resnet18 --stem imagenet --dataset digits --num_epochs 6 --batch_size 64 --od $(DEMO) --en float
 	$(BIN)/python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt $(DEMO)/float/ckpt_best --num_epochs 2 --batch_size 64 \
 		--od $(DEMO) --en qat
-	$(BIN)/python infer.py --m resnet18 --load_ckpt $(DEMO)/qat/ckpt_best --INT8PTC --INT8QAT \
+	$(BIN)/python infer.py --m resnet18 --load_ckpt $(DEMO)/qat/ckpt_best --FP32 --INT8PTC --INT8QAT \
 		--record $(DEMO)/record.json --plot $(DEMO)/plot.png
 
 test: install  ## all tests that need no GPU

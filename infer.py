@@ -90,10 +90,9 @@ def quantization_config(args: argparse.Namespace, known: dict[str, Any] | None) 
 
 
 def wanted_precisions(args: argparse.Namespace) -> list[str]:
-    """The precisions that the flags name, FP32 always as the reference; without such flags, all that are exported."""
-    flags_on = {"FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
-    named = [precision for precision, on in flags_on.items() if on]
-    wanted = ["FP32", *(named or flags_on)]
+    """The precisions that the flags name, for the back end to run; without such flags, all that are exported."""
+    flags_on = {"FP32": args.FP32, "FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
+    wanted = [precision for precision, on in flags_on.items() if on] or list(flags_on)
     if args.ptc_mode == "implicit" and "INT8-PTC" in wanted:
         wanted.insert(wanted.index("INT8-PTC") + 1, "INT8-PTC-IMPLICIT")
     return wanted

@@ -280,7 +280,8 @@ def record_of(seed, fp32, qat, engines=()):
         shared = {"accuracy_pct": qat, "delta_pct": qat - fp32, "agreement_pct": 99.5, "file_mb": 3.0, "layers": 9}
         rows.append(records.make_row("tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms))
         rows.append(records.make_row("tensorrt end-to-end", precision, **shared, batch_size=64))
-    return {"kind": "inference", "model": "net", "stem": "cifar", "seed": seed, "rows": rows, "seconds": {"a": 60, "b": 30}}
+    about = {"kind": "inference", "model": "net", "stem": "cifar", "seed": seed, "quantization": {"calibrator": "sqnr"}}
+    return {**about, "rows": rows, "seconds": {"a": 60, "b": 30}}
 
 
 @pytest.fixture
@@ -302,6 +303,12 @@ def test_accuracies_are_means_over_seeds_with_their_spread(results):
     assert (line["network"], line["seeds"]) == ("net, cifar stem", "2")
     assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == ("91.00 ± 1.41", "90.50 ± 2.12", "-0.50 ± 0.71")
     assert (line["INT8-PTC"], line["QAT − fine-tuned"]) == ("88.50 ± 2.12", "-1.00 ± 0.71")
+
+
+def test_records_of_unlike_calibrators_are_not_averaged(results):
+    records.write(results / "other.json", {**record_of(0, 80.0, 79.0), "quantization": {"calibrator": "max"}})
+    lines = cells(summary.accuracy_table(summary.load(results)))
+    assert {(line["network"], line["seeds"]) for line in lines} == {("net, cifar stem", "2"), ("net, cifar stem, max", "1")}
 
 
 def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):

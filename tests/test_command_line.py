@@ -43,9 +43,10 @@ pytestmark = pytest.mark.usefixtures("quick_latencies")
 
 @pytest.fixture(scope="module")
 def exported(qat_checkpoint, tmp_path_factory, quick_latencies):
-    """Folder with `record.json`, `plot.png` and `onnx`, from `infer.py ... --quantize --INT8QAT` with ONNX Runtime."""
+    """Folder with `record.json`, `plot.png` and `onnx`, from `infer.py ... --quantize --FP32 --INT8QAT` with ONNX Runtime."""
     folder = tmp_path_factory.mktemp("exported")
-    flags = ["--m", "resnet18", "--load_ckpt", str(qat_checkpoint), "--quantize", "--INT8QAT", "--backend", "onnxruntime"]
+    flags = ["--m", "resnet18", "--load_ckpt", str(qat_checkpoint), "--quantize", "--FP32", "--INT8QAT"]
+    flags += ["--backend", "onnxruntime"]
     output = ["--onnx_dir", "onnx", "--record", "record.json", "--plot", "plot.png"]
     infer.main([*flags, *(value if value[0] == "-" else str(folder / value) for value in output)])
     return folder
@@ -107,7 +108,7 @@ def test_pretrained_float_training_with_engines_afterwards(imagenet_cache, few_d
     output = capsys.readouterr().out
     rows = printed_rows(output)
     expected = [("pytorch", precision) for precision in ("FP32", "FAKE-QUANT-PTC")]
-    expected += [("onnxruntime", precision) for precision in ("FP32", "FP16", "INT8-PTC")]
+    expected += [("onnxruntime", precision) for precision in ("FP16", "INT8-PTC")]
     assert list(dict.fromkeys(row[:2] for row in rows)) == expected
     assert [batch for backend, precision, batch in rows if precision == "INT8-PTC"] == ["1", "128"]
     files = {path.name for path in (tmp_path / "out" / "pytorch_exp" / "ckpt_best_onnx").iterdir()}
@@ -118,7 +119,7 @@ def test_pretrained_float_training_with_engines_afterwards(imagenet_cache, few_d
     "argv",
     [
         "--test_trt --FP16 --INT8PTC --ptc_mode implicit --backend tensorrt --data_dir there",
-        "--test_trt --INT8QAT --quant_layers * --skip_layers conv1 fc --calibrator mse --calib_images 64",
+        "--test_trt --FP32 --INT8QAT --quant_layers * --skip_layers conv1 fc --calibrator mse --calib_images 64",
         "--test_trt",
     ],
 )
@@ -127,7 +128,7 @@ def test_engines_afterwards_obey_the_flags_of_training(argv):
     given = train.build_parser().parse_args(argv.split())
     taken = infer.build_parser().parse_args(flags.handed_on(given))
     shared = vars(given).keys() & vars(taken).keys() - {"batch_size"}
-    assert {"ptc_mode", "calibrator", "INT8QAT", "skip_layers"} <= shared
+    assert {"ptc_mode", "calibrator", "FP32", "INT8QAT", "skip_layers"} <= shared
     assert {key: vars(given)[key] for key in shared} == {key: vars(taken)[key] for key in shared}
 
 
@@ -252,7 +253,7 @@ def test_plot_takes_many_batch_sizes(exported, tmp_path):
 
 
 def test_exported_files_are_evaluated_without_torch(exported, tmp_path, run_script):
-    argv = ["--onnx", exported / "onnx", "--INT8QAT", "--batch_size", "1", "--backend", "onnxruntime"]
+    argv = ["--onnx", exported / "onnx", "--FP32", "--INT8QAT", "--batch_size", "1", "--backend", "onnxruntime"]
     process = run_script("infer.py", *argv, "--record", tmp_path / "record.json", blocked=("torch",))
     assert process.returncode == 0, process.stderr
     assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(process.stdout)
@@ -266,7 +267,7 @@ def test_exported_files_are_evaluated_without_torch(exported, tmp_path, run_scri
 
 
 def test_without_batch_sizes_only_accuracy_is_measured(exported, tmp_path):
-    argv = ["--onnx", str(exported / "onnx"), "--INT8QAT", "--backend", "onnxruntime", "--batch_size"]
+    argv = ["--onnx", str(exported / "onnx"), "--FP32", "--INT8QAT", "--backend", "onnxruntime", "--batch_size"]
     infer.main([*argv, "--record", str(tmp_path / "record.json")])
     timed, untimed = (
         [row for row in json.loads(path.read_text())["rows"] if row["backend"] == "onnxruntime"]

@@ -34,6 +34,7 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
     add("--calibrator", choices=CALIBRATORS, help=f"how activation ranges are found (default: {CALIBRATORS[0]})")
     add("--calib_images", type=int, metavar="N", help="train images to calibrate with (default: 1024)")
+    add("--FP32", action="store_true", help="FP32 by the back end too, not only by PyTorch (default: every precision)")
     add("--FP16", action="store_true", help="an FP16 engine (TensorRT)")
     add("--INT8PTC", action="store_true", help="INT8 by calibration alone")
     add("--INT8QAT", action="store_true", help="INT8 from a quantization-aware checkpoint")
@@ -48,7 +49,7 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
 
 def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags that train.py hands to infer.py, as words of a command line."""
-    words = [f"--{name}" for name in ("FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
+    words = [f"--{name}" for name in ("FP32", "FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
     for name in ("data_dir", "backend", "ptc_mode", "quant_layers", "skip_layers", "calibrator", "calib_images"):
         value = getattr(args, name)
         if value is not None:

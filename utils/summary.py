@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils import records
+from utils.flags import CALIBRATORS
 from utils.records import ROOT, Record, Row
 
 IN_PYTORCH = {"FP32": "FP32", "FP32 fine-tuned": "FP32-TUNED", "INT8-QAT": "FAKE-QUANT-QAT", "INT8-PTC": "FAKE-QUANT-PTC"}
@@ -24,12 +25,14 @@ Groups = dict[str, list[Record]]
 
 
 def load(folder: Path) -> Groups:
-    """The inference records in a folder, by network."""
+    """The inference records in a folder, by network and, where it is not the default, calibrator."""
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if record["kind"] == "inference":
-            groups.setdefault(f"{record['model']}, {record['stem']} stem", []).append(record)
+            calibrator = record["quantization"]["calibrator"]
+            other = "" if calibrator == CALIBRATORS[0] else f", {calibrator}"
+            groups.setdefault(f"{record['model']}, {record['stem']} stem{other}", []).append(record)
     return groups
 
 
