@@ -90,12 +90,31 @@ def quantization_config(args: argparse.Namespace, known: dict[str, Any] | None) 
 
 
 def wanted_precisions(args: argparse.Namespace) -> list[str]:
-    """The precisions that the flags name, for the back end to run; without such flags, all that are exported."""
+    """The precisions that the flags name, for the back end to run; without such flags, all that are exported.
+
+    Raises:
+        UserError: implicit calibration is asked for, but no engine that is calibrated.
+    """
     flags_on = {"FP32": args.FP32, "FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
     wanted = [precision for precision, on in flags_on.items() if on] or list(flags_on)
-    if args.ptc_mode == "implicit" and "INT8-PTC" in wanted:
+    if args.ptc_mode == "implicit":
+        if "INT8-PTC" not in wanted:
+            raise UserError("--ptc_mode implicit is a second --INT8PTC: name that too, or drop it")
         wanted.insert(wanted.index("INT8-PTC") + 1, "INT8-PTC-IMPLICIT")
     return wanted
+
+
+def tensorrt_flag(args: argparse.Namespace) -> str | None:
+    """A flag that only TensorRT can obey, if one is given. Raises UserError if --backend onnxruntime contradicts it."""
+    given = {
+        "--backend tensorrt": args.backend == "tensorrt",
+        "--ptc_mode implicit": args.ptc_mode == "implicit",
+        "--audit": getattr(args, "audit", False),  # train.py has none
+    }
+    flag = next((flag for flag, on in given.items() if on), None)
+    if flag and args.backend == "onnxruntime":
+        raise UserError(f"{flag} is TensorRT's: drop it or --backend onnxruntime")
+    return flag
 
 
 def restore(
@@ -241,14 +260,7 @@ def choose_backend(folder: Path, args: argparse.Namespace, calibration: np.ndarr
     Raises:
         UserError: TensorRT is asked for by name and cannot run here.
     """
-    needs_tensorrt = {
-        "--backend tensorrt": args.backend == "tensorrt",
-        "--ptc_mode implicit": args.ptc_mode == "implicit",
-        "--audit": args.audit,
-    }
-    flag = next((flag for flag, given in needs_tensorrt.items() if given), None)
-    if flag and args.backend == "onnxruntime":
-        raise UserError(f"{flag} is TensorRT's: drop it or --backend onnxruntime")
+    flag = tensorrt_flag(args)
     if args.backend != "onnxruntime":
         from utils.tensorrt_engine import EngineOptions, TensorRTNetwork, require_gpu
 
@@ -370,6 +382,7 @@ def make_record(manifest: dict[str, Any], rows: list[records.Row], args: argpars
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     wanted, data = wanted_precisions(args), None
+    tensorrt_flag(args)  # contradictions come before the work
     if (args.onnx is None) == (args.load_ckpt is None):
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
     if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:

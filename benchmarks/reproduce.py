@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Everything behind the README's results: every model, several seeds, float, fine-tuned, calibrated, QAT, and engines.
+"""The study behind the README's results: every model, several seeds, float, fine-tuned, calibrated, QAT, and engines.
 
     python benchmarks/reproduce.py --data_dir data --results out/results                        all of it: hours on one GPU
     python benchmarks/reproduce.py --m resnet18 --stem cifar --seeds 1 --results out/results    one row, in minutes
@@ -136,7 +136,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
         qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
         timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
-        timed("evaluation", evaluate, qat, onnx, *args.infer_flags)
+        timed("evaluation", evaluate, qat, onnx, "--INT8PTC", "--INT8QAT", *args.infer_flags)
         add_fine_tuned(onnx, tuned_onnx, draft)
         if engines:
             timed("engines", build_engines, args, onnx, draft)

@@ -585,15 +585,27 @@ def test_engines_for_no_batch_size_are_refused(exported, error_line, monkeypatch
     [
         (["--test_trt", "--INT8QAT"], "--INT8QAT: this run trains in float"),
         (["--resume", "x", "--load_ckpt", "y"], "--resume and --load_ckpt"),
+        (["--test_trt", "--FP16", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
+        (["--test_trt", "--ptc_mode", "implicit", "--backend", "onnxruntime"], "--ptc_mode implicit is TensorRT's"),
     ],
 )
 def test_training_flags_that_contradict_each_other_are_refused_at_once(argv, said, error_line):
     assert said in error_line(train.main, [*argv, "--m", "resnet18"])
 
 
-def test_torch_compile_without_a_gpu_is_one_line_and_leaves_an_earlier_export(qat_checkpoint, export_copy, error_line):
-    argv = ["--load_ckpt", qat_checkpoint, "--torch_compile", "8", "--onnx_dir", export_copy]
-    assert "no GPU" in error_line(infer.main, argv)
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--torch_compile", "8"], "no GPU"),
+        (["--audit", "--backend", "onnxruntime"], "--audit is TensorRT's"),
+        (["--FP32", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_an_earlier_export(
+    qat_checkpoint, export_copy, flags, said, error_line, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert said in error_line(infer.main, ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy, *flags])
     infer.read_export(export_copy)
 
 

@@ -30,7 +30,7 @@ def load(folder: Path) -> Groups:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if record["kind"] == "inference":
-            calibrator = record["quantization"]["calibrator"]
+            calibrator = record.get("quantization", {}).get("calibrator", "calibrator not recorded")
             other = "" if calibrator == CALIBRATORS[0] else f", {calibrator}"
             groups.setdefault(f"{record['model']}, {record['stem']} stem{other}", []).append(record)
     return groups
