@@ -95,8 +95,7 @@ def wanted_precisions(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: implicit calibration is asked for, but no engine that is calibrated.
     """
-    flags_on = {"FP32": args.FP32, "FP16": args.FP16, "INT8-PTC": args.INT8PTC, "INT8-QAT": args.INT8QAT}
-    wanted = [precision for precision, on in flags_on.items() if on] or list(flags_on)
+    wanted = flags.named_precisions(args) or list(flags.PRECISIONS)
     if args.ptc_mode == "implicit":
         if "INT8-PTC" not in wanted:
             raise UserError("--ptc_mode implicit is a second --INT8PTC: name that too, or drop it")
@@ -341,10 +340,9 @@ def evaluate_exported(
         raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     backend = choose_backend(folder, args, data.train_images[chosen[: manifest["quantization"]["calib_images"]]])
-    for precision in FAKE:
-        flag = precision.replace("-", "")
-        if getattr(args, flag) and precision not in manifest["int8_nodes"]:
-            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
+    for precision in flags.named_precisions(args):
+        if precision in FAKE and precision not in manifest["int8_nodes"]:
+            raise UserError(f"{precision} is not in {folder}: export it again, with {flags.PRECISIONS[precision]}")
     rows, complaints = [], []
     for precision in wanted:
         source = precision if precision in FAKE else "FP32"

@@ -99,8 +99,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         raise UserError(
             "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and build that engine then"
         )
-    if args.test_trt:
-        infer.wanted_precisions(args), infer.tensorrt_flag(args)  # or they would be refused only after training
+    if args.test_trt:  # refuse contradictions now, not after training
+        infer.wanted_precisions(args)
+        infer.tensorrt_flag(args)
     if args.pretrain and args.load_ckpt and not args.resume:
         raise UserError("--pretrain and --load_ckpt both name weights to start from: drop one")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 """How activation ranges are found; the first is the default (`benchmarks/calibrators.py` compares them)."""
+PRECISIONS = {"FP32": "--FP32", "FP16": "--FP16", "INT8-PTC": "--INT8PTC", "INT8-QAT": "--INT8QAT"}
+"""What a back end can be asked to run -> the flag that asks for it."""
 
 
 def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
@@ -47,9 +49,14 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
     )
 
 
+def named_precisions(args: argparse.Namespace) -> list[str]:
+    """Those of `PRECISIONS` whose flags are given."""
+    return [precision for precision, flag in PRECISIONS.items() if getattr(args, flag.removeprefix("--"))]
+
+
 def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags that train.py hands to infer.py, as words of a command line."""
-    words = [f"--{name}" for name in ("FP32", "FP16", "INT8PTC", "INT8QAT") if getattr(args, name)]
+    words = [PRECISIONS[precision] for precision in named_precisions(args)]
     for name in ("data_dir", "backend", "ptc_mode", "quant_layers", "skip_layers", "calibrator", "calib_images"):
         value = getattr(args, name)
         if value is not None:
