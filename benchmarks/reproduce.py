@@ -13,7 +13,6 @@ interrupted run goes on where it was as long as --work is there.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -61,7 +60,7 @@ def add_fine_tuned(onnx: Path, tuned: Path, draft: Path) -> None:
     pct, float_pct = (content["rows"][0]["accuracy_pct"] for content in (tuned_manifest, manifest))
     agreement_pct = measure.percent_equal(predictions["FP32"], reference["FP32"])
     row = records.make_row("pytorch", FINE_TUNED, pct, pct - float_pct, agreement_pct)
-    for path, content in ((onnx / infer.MANIFEST, manifest), (draft, json.loads(draft.read_text()))):
+    for path, content in ((onnx / infer.MANIFEST, manifest), (draft, records.read(draft))):
         records.write(path, {**content, "rows": [*content["rows"], row]})
 
 
@@ -98,7 +97,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     record = args.results / f"{model}_{stem}_seed{seed}.json"
     epochs = {"float": args.num_epochs, "fine-tuning": args.tune_epochs}
     if record.exists():
-        there = json.loads(record.read_text())
+        there = records.read(record)
         quantization = infer.quantization_config(train.build_parser().parse_args(args.train_flags), None)
         wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags, "quantization": quantization}
         made = {key: there.get(key) for key in wanted}
@@ -111,7 +110,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     identity = [record.stem, args.dataset, str(args.num_epochs), str(args.tune_epochs), *args.train_flags]
     work = args.work / "_".join(identity).replace("/", "_")
     onnx, tuned_onnx, draft, clock = (work / name for name in ("onnx", "tuned_onnx", "record.json", "seconds.json"))
-    seconds = json.loads(clock.read_text()) if clock.exists() else {}  # an interrupted study's go on
+    seconds = records.read(clock) if clock.exists() else {}  # an interrupted study's go on
 
     def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         print(f"== {record.stem}: {what}", flush=True)
@@ -141,7 +140,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         if engines:
             timed("engines", build_engines, args, onnx, draft)
         trained = {"epochs": epochs, "train_flags": args.train_flags, "seconds": seconds}
-        records.write(record, {**json.loads(draft.read_text()), **trained})
+        records.write(record, {**records.read(draft), **trained})
         if not args.keep:
             shutil.rmtree(work)
 

@@ -293,6 +293,12 @@ def results(tmp_path):
     return tmp_path
 
 
+def test_a_damaged_record_is_named(results):
+    (results / "seed0.json").write_text('{"kind": "infer')
+    with pytest.raises(UserError, match=r"seed0.json is damaged \(.*\): delete it, it will be made again"):
+        summary.load(results)
+
+
 def cells(table):
     titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     return [dict(zip(titles, line, strict=True)) for line in lines]

@@ -119,6 +119,18 @@ def write(path: Path, record: Record) -> None:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def read(path: Path) -> Record:
+    """What `write` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, it will be made again") from None
+
+
 def cells_of(rows: list[Row]) -> list[list[str]]:
     """Rows as cells of a table with the titles on top; the first two columns are names, the others numbers."""
     flat = [{**row, **row["latency_ms"]} for row in rows]

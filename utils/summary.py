@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils import records
+from utils.errors import run
+from utils.files import atomic_path
 from utils.flags import CALIBRATORS
 from utils.records import ROOT, Record, Row
 
@@ -28,7 +30,7 @@ def load(folder: Path) -> Groups:
     """The inference records in a folder, by network and, where it is not the default, calibrator."""
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = records.read(path)
         if record["kind"] == "inference":
             calibrator = record.get("quantization", {}).get("calibrator", "calibrator not recorded")
             other = "" if calibrator == CALIBRATORS[0] else f", {calibrator}"
@@ -147,12 +149,12 @@ def plot(folder: Path) -> None:
 
 def record_table(path: Path) -> str:
     """All rows of one record."""
-    return records.markdown_table(records.cells_of(json.loads(path.read_text())["rows"]), names=2)
+    return records.markdown_table(records.cells_of(records.read(path)["rows"]), names=2)
 
 
 def training_table(path: Path) -> str:
     """A record of training speed; ours against the reference by time per image."""
-    rows = json.loads(path.read_text())["rows"]
+    rows = records.read(path)["rows"]
     titles = ["recipe", "mode", "stem", "batch", "s an epoch", "images/s", "times the reference", "TFLOP/s", "chip's peak"]
     lines = [[*titles, "compile s"]]
     for row in rows:
@@ -183,8 +185,14 @@ def refresh_tables(text: str) -> str:
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
+def main() -> None:
     readme = ROOT / "README.md"
-    readme.write_text(refresh_tables(readme.read_text()))
-    for image in re.findall(rf"\(([^)\s]+)/{PLOT}\)", readme.read_text()):
+    text = refresh_tables(readme.read_text())
+    with atomic_path(readme) as partial:
+        partial.write_text(text)
+    for image in re.findall(rf"\(([^)\s]+)/{PLOT}\)", text):
         plot(ROOT / image)
+
+
+if __name__ == "__main__":
+    run(main)
