@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -480,6 +481,12 @@ def test_a_reader_that_stops_reading_is_no_failure(lines):
         process.stdin.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_a_terminal_without_a_tables_letters_gets_another():
+    code = "from utils.errors import run; run(lambda: print('Δ FP32'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True).stdout == b"? FP32\n"
 
 
 @pytest.mark.parametrize("flag", ["--INT8PTC", "--INT8QAT"])

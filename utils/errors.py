@@ -23,6 +23,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; what a user can mend ends it with one line on stderr and an exit code other than 0."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # tables have letters that not every terminal has
     try:
         try:
             main()
