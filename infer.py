@@ -23,7 +23,7 @@ import numpy as np
 import dataset
 from utils import flags, measure, records
 from utils.errors import UserError, run
-from utils.files import atomic_path
+from utils.files import atomic_path, locked
 
 if TYPE_CHECKING:
     import torch
@@ -160,30 +160,32 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     checkpoint = ckpt.load_whole(args.load_ckpt)
     model, info = checkpoint["model"], checkpoint["data"]
     flags.agreed_network(args, model["name"], model["stem"])
-    data = load_data(args, info)
+    data = load_data(args, info, others=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, _ = data.split(info["split_seed"])
     train = Batches(*chosen, info["mean"], info["std"], 128, device)
     networks = restore(checkpoint, wanted, args, train)
     rows, predictions = evaluate_torch(networks, data, info, args, device)  # before an earlier export is touched: it may fail
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
-    (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
-    for precision, network in networks.items():
-        path = folder / graph_file(precision)
-        export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
-    with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
-        np.savez(file, **predictions)
-    manifest = {
-        "model": model["name"],
-        "stem": model["stem"],
-        "data": info,
-        "seed": checkpoint["seed"],
-        "quantization": quantization_config(args, checkpoint["quantization"]),
-        "int8_nodes": {precision: int8_nodes(folder / graph_file(precision)) for precision in networks},
-        "environment": records.environment(),
-        "rows": rows,
-    }
-    records.write(folder / MANIFEST, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
+        for precision, network in networks.items():
+            path = folder / graph_file(precision)
+            export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
+        with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
+            np.savez(file, **predictions)
+        manifest = {
+            "model": model["name"],
+            "stem": model["stem"],
+            "data": {**info, "digest": data.digest()},
+            "seed": checkpoint["seed"],
+            "quantization": quantization_config(args, checkpoint["quantization"]),
+            "int8_nodes": {precision: int8_nodes(folder / graph_file(precision)) for precision in networks},
+            "environment": records.environment(),
+            "rows": rows,
+        }
+        records.write(folder / MANIFEST, manifest)
     return folder, data
 
 
@@ -192,16 +194,24 @@ def graph_file(precision: str) -> str:
     return f"{precision.lower().replace('-', '_')}.onnx"
 
 
-def load_data(args: argparse.Namespace, known: dict[str, Any]) -> dataset.ImageData:
-    """The data set that the flags name, or that a checkpoint or an export was made for, which is then `known`.
+def load_data(args: argparse.Namespace, known: dict[str, Any], others: bool = False) -> dataset.ImageData:
+    """The data set that the flags name, or that a checkpoint or an export was made with, which is then `known`.
+
+    Args:
+        others: the images may be others, of the same classes.
 
     Raises:
-        UserError: --dataset contradicts it, or the files there hold other classes.
+        UserError: --dataset contradicts it, or the files there hold something else.
     """
     name = flags.agreed("--dataset", args.dataset, known.get("dataset"), "cifar10")
+    if name != "folder" and args.img_size not in (None, 32):
+        raise UserError(f"--img_size {args.img_size}: the images of {name} are 32 pixels wide; it is for --dataset folder")
     data = dataset.load(name, args.data_dir, flags.agreed("--img_size", args.img_size, known.get("img_size"), 32))
     if known and list(data.classes) != known["classes"]:
         raise UserError(f"--data_dir {args.data_dir}: classes differ from those the network was trained on")
+    if not others and "digest" in known and known["digest"] != data.digest():
+        what = "other images, or in another order, than the checkpoint or export was made with"
+        raise UserError(f"--data_dir {args.data_dir}: {what}; name those, or begin with a float network again")
     return data
 
 
@@ -335,9 +345,6 @@ def evaluate_exported(
     flags.agreed_network(args, manifest["model"], manifest["stem"])
     info = manifest["data"]
     data = data or load_data(args, info)
-    if in_torch["FP32"].shape != data.test_labels.shape:
-        counts = f"{in_torch['FP32'].size} test images, --data_dir {args.data_dir} holds {len(data.test_labels)}"
-        raise UserError(f"{folder} was made from {counts}; name the folder it was made from, or export again")
     chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
     backend = choose_backend(folder, args, data.train_images[chosen[: manifest["quantization"]["calib_images"]]])
     for precision in flags.named_precisions(args):
@@ -385,6 +392,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
     if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
         raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
+    for path in (args.record, args.plot):
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
     decided = [f"--{name}" for name in EXPORT_FLAGS if args.onnx and getattr(args, name) is not None]
     if decided:
         raise UserError(f"{', '.join(decided)}: decided when {args.onnx} was exported; drop it or export again")
@@ -396,10 +406,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         record, complaints = make_record(read_export(folder)[0], [], args), []
     else:
         record, complaints = evaluate_exported(folder, data, wanted, args)
+    print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
+    print(records.text_table(records.cells_of(record["rows"]), names=2), flush=True)
     if args.record:
         records.write(args.record, record)
-    print(f"{record['model']} ({record['stem']} stem) on {record['dataset']}, test set")
-    print(records.text_table(records.cells_of(record["rows"]), names=2))
     if args.plot:
         records.plot(args.plot, record)
     if complaints:

@@ -93,8 +93,14 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         flags.agreed("--optimizer", args.optimizer, start["flags"].get("optimizer"))  # its state is of no use to another
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
-    if args.quantize and not (start or args.pretrain):
-        raise UserError("--quantize starts from a trained network: name it with --load_ckpt (or --pretrain)")
+    if args.quantize and not start:
+        raise UserError("--quantize starts from a trained network: name it with --load_ckpt")
+    if args.partial_ckpt and not args.quantize:
+        raise UserError("--partial_ckpt: this run trains in float, which no range is missing for; add --quantize, or drop it")
+    engines = [flags.PRECISIONS[precision] for precision in flags.named_precisions(args)]
+    engines += [f"--{name}" for name in ("backend", "ptc_mode") if getattr(args, name) != parser.get_default(name)]
+    if engines and not args.test_trt:
+        raise UserError(f"{', '.join(engines)}: nothing is exported here; add --test_trt, or drop it")
     if args.test_trt and args.INT8QAT and not args.quantize:
         raise UserError(
             "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and build that engine then"
@@ -260,6 +266,7 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
             "dataset": data.name,
             "img_size": data.train_images.shape[1],
             "classes": list(data.classes),
+            "digest": data.digest(),
             "split_seed": args.seed,
             "mean": mean,
             "std": std,
@@ -274,10 +281,10 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
         "quantization": quantization,
         "start": start.get("start"),
         "seed": args.seed,
-        "flags": {  # but --img_size: "data" has the width in use, which data sets other than "folder" decide themselves
-            key: str(value) if isinstance(value, Path) else value
+        "flags": {
+            key: str(value.resolve()) if isinstance(value, Path) else value
             for key, value in vars(args).items()
-            if key not in ("resume", "img_size")
+            if key != "resume"
         },
     }
 

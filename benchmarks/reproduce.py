@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seeds, --num_epochs and --tune_epochs: at least 1, not {least}")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
+    if {"--test_trt", "--optimizer=muon", "muon"} & set(args.train_flags):
+        raise UserError("--train_flags are for all three trainings: no --test_trt, and no muon, which trains from scratch only")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
     for seed in range(args.first_seed, args.first_seed + args.seeds):

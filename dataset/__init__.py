@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ class ImageData:
     def natural(self) -> bool:
         return NATURAL[self.name]
 
+    def digest(self) -> str:
+        """Tells these images and labels, in their order, from any others."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
     def split(self, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Images and labels to train on, and those held out, as `split_train` draws them."""
         chosen, held_out = ((self.train_images[part], self.train_labels[part]) for part in split_train(self.train_labels, seed))
@@ -56,7 +64,7 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
         img_size: height and width in pixels that images of "folder" are resized to; the others are 32 pixels wide.
 
     Raises:
-        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a class without images; too narrow.
+        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a width that cannot be.
     """
     if img_size < 8:
         raise UserError(f"--img_size {img_size}: at least 8")

@@ -35,7 +35,10 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         return *_read_npz(archive), CLASSES
     if not batches.is_dir():
         if (data_dir / "train").is_dir():
-            return folder.load(data_dir, 32)
+            loaded = folder.load(data_dir, 32)
+            if loaded[-1] != CLASSES:
+                raise UserError(f"{data_dir}/train holds other classes than CIFAR-10's: add --dataset folder")
+            return loaded
         _download(data_dir)
     train = [_read_batch(batches / f"data_batch_{index}") for index in range(1, 6)]
     images, labels = zip(*train, strict=True)

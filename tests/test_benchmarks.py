@@ -260,6 +260,13 @@ def test_a_study_with_engines_says_first_that_there_can_be_none(arguments, tmp_p
         reproduce.main([*(word for word in arguments if word != "--no_engines"), "--engine_python", str(tmp_path / "python")])
 
 
+@pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon"])
+def test_flags_that_not_every_training_can_have_are_refused_first(arguments, words, monkeypatch):
+    monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    with pytest.raises(UserError, match="--train_flags are for all three trainings"):
+        reproduce.main([*arguments, f"--train_flags={words}"])
+
+
 @pytest.mark.parametrize(("printed", "mode"), [("True", "implicit"), ("False", "explicit")])
 def test_the_calibration_that_tensorrt_offers_is_asked_for(tmp_path, printed, mode):
     (tmp_path / "python").write_text(f"#!/bin/sh\necho {printed}\n")
@@ -296,6 +303,13 @@ def results(tmp_path):
 def test_a_damaged_record_is_named(results):
     (results / "seed0.json").write_text('{"kind": "infer')
     with pytest.raises(UserError, match=r"seed0.json is damaged \(.*\): delete it, it will be made again"):
+        summary.load(results)
+
+
+@pytest.mark.parametrize("change", [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}])
+def test_a_mean_is_of_the_seeds_of_one_study(results, change):
+    records.write(results / "seed2.json", {**record_of(2, 90.0, 90.0), **change})
+    with pytest.raises(UserError, match="seed2.json is not of one study with the records beside it"):
         summary.load(results)
 
 

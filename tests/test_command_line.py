@@ -21,6 +21,7 @@ import train
 from utils import checkpoint as ckpt
 from utils import flags, measure, records, tensorrt_engine
 from utils.errors import UserError
+from utils.files import locked
 
 PRECISIONS = {"FP32", "FP16", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"}
 RECORD_KEYS = {"kind", "model", "stem", "dataset", "seed", "quantization", "flags", "commit", "environment", "rows"}
@@ -135,13 +136,16 @@ def test_engines_afterwards_obey_the_flags_of_training(argv):
 
 def test_quantized_fine_tuning_from_a_float_checkpoint(float_checkpoint, few_digits, tmp_path, capsys):
     flags = "--m resnet18 --quantize --partial_ckpt --num_epochs 1 --lr 1e-4 --lrdt 10"
-    train.main([*flags.split(), "--load_ckpt", str(float_checkpoint), "--od", str(tmp_path)])
+    source, path = ckpt.load(float_checkpoint), tmp_path / "float"
+    del source["data"]["digest"]  # the few images of this test are others
+    ckpt.save(path, source)
+    train.main([*flags.split(), "--load_ckpt", str(path), "--od", str(tmp_path)])
     output = capsys.readouterr().out
     assert "122 float tensors and 0 ranges loaded, each exactly once; 0 unexpected, 0 missing, 51 ranges left" in output
     assert "30 of 30 quantizable layers are quantized" in output
     folder = tmp_path / "pytorch_exp"
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt_0", "ckpt_1", "ckpt_best"]
-    last, source = ckpt.load(folder / "ckpt_1"), ckpt.load(float_checkpoint)
+    last = ckpt.load(folder / "ckpt_1")
     assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [1e-4, 1e-4]
     assert (last["model"], last["data"]) == (source["model"], source["data"])
 
@@ -501,6 +505,13 @@ def test_a_network_that_was_not_exported_is_one_line_if_it_was_asked_for(export_
     assert f"{precision}: not in this export, no row" in capsys.readouterr().out
 
 
+def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, error_line):
+    argv = ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy, "--export_only", "--batch_size"]
+    with locked(export_copy):
+        assert f"another process is at work in {export_copy}" in error_line(infer.main, argv)
+    infer.read_export(export_copy)
+
+
 def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_copy, error_line, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -517,7 +528,13 @@ def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_
 
 def test_export_made_from_other_test_images_is_one_line(exported, few_digits, error_line):
     line = error_line(infer.main, ["--onnx", exported / "onnx", "--backend", "onnxruntime"])
-    assert "test images" in line
+    assert "other images, or in another order, than the checkpoint or export was made with" in line
+
+
+def test_what_one_run_held_out_is_not_trained_on_by_the_next(float_checkpoint, few_digits, error_line, tmp_path):
+    argv = ["--quantize", "--partial_ckpt", "--load_ckpt", float_checkpoint, "--od", tmp_path]
+    assert "other images, or in another order" in error_line(train.main, argv)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -528,6 +545,7 @@ def test_export_made_from_other_test_images_is_one_line(exported, few_digits, er
         (["--batch_size", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
         (["--calib_images", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
         (["--stem", "cifar"], "--stem cifar contradicts"),
+        (["--img_size", "64"], "--img_size 64: the images of digits are 32 pixels wide"),
         (["--skip_layers", "fc", "--calib_images", "64"], "--skip_layers, --calib_images: decided when"),
     ],
 )
@@ -537,13 +555,15 @@ def test_flags_that_contradict_the_export_are_refused(exported, error_line, flag
 
 @pytest.mark.parametrize("flag", ["--record", "--plot"])
 @pytest.mark.parametrize("below", ["", "file/below"])
-def test_output_that_cannot_be_written_is_one_line(exported, tmp_path, error_line, flag, below):
+def test_output_that_cannot_be_written_is_one_line(exported, tmp_path, error_line, flag, below, capsys):
     (tmp_path / "file").touch()
     argv = ["--onnx", exported / "onnx", "--batch_size", "1", "--backend", "onnxruntime", flag, tmp_path / below]
     line = error_line(infer.main, argv)
-    assert line.startswith("error: cannot write ")
+    assert line.startswith("error: cannot write " if below else f"error: {tmp_path} is a folder: name a file in it")
     assert str(tmp_path) in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    # the table is there, whatever becomes of the file
+    assert ("onnxruntime  INT8-QAT" in capsys.readouterr().out) == bool(below)
 
 
 @pytest.mark.parametrize("flags", [["--dataset", "mnist"], ["--backend", "cuda"], ["--calibrator", "best"], ["--no_such_flag"]])
@@ -591,6 +611,9 @@ def test_engines_for_no_batch_size_are_refused(exported, error_line, monkeypatch
     ("argv", "said"),
     [
         (["--test_trt", "--INT8QAT"], "--INT8QAT: this run trains in float"),
+        (["--quantize", "--pretrain"], "--quantize starts from a trained network"),
+        (["--partial_ckpt"], "--partial_ckpt: this run trains in float"),
+        (["--FP16", "--INT8PTC", "--backend", "tensorrt"], "--FP16, --INT8PTC, --backend: nothing is exported here"),
         (["--resume", "x", "--load_ckpt", "y"], "--resume and --load_ckpt"),
         (["--test_trt", "--FP16", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
         (["--test_trt", "--ptc_mode", "implicit", "--backend", "onnxruntime"], "--ptc_mode implicit is TensorRT's"),

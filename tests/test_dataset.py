@@ -165,6 +165,13 @@ def test_cifar10_reads_class_folders(tmp_path):
     assert data.classes == tuple(sorted(cifar10.CLASSES))
 
 
+def test_folders_of_other_classes_are_not_cifar10(tmp_path):
+    write_classes(tmp_path)
+    (tmp_path / "train" / "truck").rename(tmp_path / "train" / "lorry")
+    (tmp_path / "test" / "truck").rename(tmp_path / "test" / "lorry")
+    assert load_error("cifar10", tmp_path).endswith("add --dataset folder")
+
+
 def test_cifar10_prefers_the_archive_then_the_batches_then_the_folders(tmp_path):
     write_classes(tmp_path)
     batch_images, _ = write_batches(tmp_path / "cifar-10-batches-py")

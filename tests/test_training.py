@@ -592,13 +592,6 @@ def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):
     assert "QAT starts with --load_ckpt" in error_line(train.main, ["--resume", copy, "--quantize", "--partial_ckpt"])
 
 
-def test_a_run_with_an_img_size_that_its_data_set_ignores_can_be_resumed(tmp_path):
-    argv = ["--m", "vanilla_cnn", *FLAGS, "--lr", "0.01", "--img_size", "64", "--od", str(tmp_path), "--en", "run"]
-    train.main([*argv, "--num_epochs", "1"])
-    train.main(["--resume", str(tmp_path / "run"), "--num_epochs", "2"])
-    assert (tmp_path / "run" / "ckpt_2").exists()
-
-
 @pytest.mark.parametrize("flags", [["--resume", "{}"], ["--resume", "{}/none"], ["--load_ckpt", "{}/ckpt_best"]])
 def test_nothing_to_start_from_is_one_line(tmp_path, error_line, flags):
     line = error_line(train.main, ["--od", tmp_path, *(flag.format(tmp_path) for flag in flags)])

@@ -99,7 +99,6 @@ def assert_same(before, after):
         (["*"], ["conv1", "fc"], RESNET18[1:-1]),
         (["*"], ["*.add", "layer*conv?"], ["conv1", *DOWNSAMPLES, "avgpool", "fc"]),
         (["layer4.1.*", "avgpool"], ["*.add"], ["layer4.1.conv1", "layer4.1.conv2", "avgpool"]),
-        (["fc"], ["f*"], []),
     ],
     ids=str,
 )
@@ -145,6 +144,11 @@ def test_only_quantizable_layers_can_be_selected():
     for pattern in ("bn1", "relu", "layer1", "layer1.0", "conv1.input_quantizer", "FC"):
         with pytest.raises(UserError):
             select(RESNET18, [pattern], [])
+
+
+def test_a_network_of_which_no_layer_is_left_to_quantize_is_refused():
+    with pytest.raises(UserError, match="--quant_layers and --skip_layers leave no layer to quantize"):
+        quantize_modules(small(), skip_layers=["*"])
 
 
 @pytest.mark.parametrize(

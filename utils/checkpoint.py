@@ -44,6 +44,8 @@ def load(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not look at its own checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception:  # torch's unpickler raises anything on bytes that no checkpoint is made of
         raise UserError(f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one") from None
     if isinstance(content, dict) and content.get("format") == FORMAT:

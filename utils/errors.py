@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-CANNOT_WRITE = (
+NO_ACCESS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG),  # no such place for a file
 )
@@ -41,9 +41,10 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of what is left to write
         sys.exit(141)  # as a shell says of SIGPIPE
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in NO_ACCESS:
             raise
-        sys.exit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free space or name another folder")
+        verb = "read or write" if error.errno in (errno.EACCES, errno.EPERM) else "write"
+        sys.exit(f"error: cannot {verb} {error.filename or 'a file'}: {error.strerror}; free space or name another folder")
     except MemoryError:
         sys.exit(f"error: {TOO_LITTLE_MEMORY}")
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils import records
-from utils.errors import run
+from utils.errors import UserError, run
 from utils.files import atomic_path
 from utils.flags import CALIBRATORS
 from utils.records import ROOT, Record, Row
@@ -22,19 +22,29 @@ IN_TENSORRT = {"FP16": "FP16", "INT8-QAT": "INT8-QAT", "INT8-PTC": "INT8-PTC", "
 """Title -> precision."""
 FAST, SLOW = "INT8-QAT", "FP16"
 PLOT = "summary.png"
+SAME = ("dataset", "epochs", "quantization")  # of the records that a mean is taken of
 
 Groups = dict[str, list[Record]]
 
 
 def load(folder: Path) -> Groups:
-    """The inference records in a folder, by network and, where it is not the default, calibrator."""
+    """The inference records in a folder, by network and, where it is not the default, calibrator.
+
+    Raises:
+        UserError: a file is damaged, or two records of a network are not seeds of one study.
+    """
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
-        if record["kind"] == "inference":
+        if record.get("kind") == "inference":
             calibrator = record.get("quantization", {}).get("calibrator", "calibrator not recorded")
             other = "" if calibrator == CALIBRATORS[0] else f", {calibrator}"
-            groups.setdefault(f"{record['model']}, {record['stem']} stem{other}", []).append(record)
+            group = groups.setdefault(f"{record['model']}, {record['stem']} stem{other}", [])
+            for there in group:
+                if record["seed"] == there["seed"] or any(record.get(key) != there.get(key) for key in SAME):
+                    what = f"its seed is there twice, or its {', '.join(SAME)} differ from those of another seed"
+                    raise UserError(f"{path} is not of one study with the records beside it: {what}")
+            group.append(record)
     return groups
 
 

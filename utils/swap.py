@@ -54,10 +54,12 @@ def quantize_modules(model: nn.Module, quant_layers: Sequence[str] = ("*",), ski
     a quantized checkpoint must fill before the model is used.
 
     Raises:
-        UserError: a pattern that matches nothing.
+        UserError: a pattern that matches nothing, or no layer is left.
     """
     layers = quantizable_modules(model)
     selected = select(list(layers), quant_layers, skip_layers)
+    if not selected:
+        raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
     for name in (name for name in selected if not is_quantized(layers[name])):
         model.set_submodule(name, QUANTIZED_FORM[type(layers[name])].from_float(layers[name]))
     return selected
