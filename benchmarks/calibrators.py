@@ -24,7 +24,7 @@ import infer
 from dataset.batches import Batches
 from utils import checkpoint as ckpt
 from utils import flags, records
-from utils.errors import run
+from utils.errors import UserError, run
 
 
 @torch.no_grad()
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--calib_images", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
+    if min(args.calib_images) < 1:
+        raise UserError("--calib_images: at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row for path in args.load_ckpt for row in compare(path, args.data_dir, args.calib_images, device)]
     if args.record:
