@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FAKE = {"INT8-PTC": "FAKE-QUANT-PTC", "INT8-QAT": "FAKE-QUANT-QAT"}
 """Precision -> what PyTorch runs in its place."""
 MANIFEST, PREDICTIONS = "export.json", "predictions.npz"
-EXPORT_FLAGS = ("quant_layers", "skip_layers", "calibrator", "calib_images", "onnx_dir")
+EXPORT_FLAGS = (*flags.QUANTIZATION, "onnx_dir")
 MANIFEST_KEYS = ("model", "stem", "data", "seed", "quantization", "int8_nodes", "environment", "rows")
 BATCH_SIZES = (1, 128)
 

@@ -95,8 +95,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         start = ckpt.load(args.load_ckpt)
     if args.quantize and not start:
         raise UserError("--quantize starts from a trained network: name it with --load_ckpt")
-    if args.partial_ckpt and not args.quantize:
-        raise UserError("--partial_ckpt: this run trains in float, which no range is missing for; add --quantize, or drop it")
+    idle = [] if args.test_trt else [f"--{name}" for name in flags.QUANTIZATION if getattr(args, name) is not None]
+    if (idle or args.partial_ckpt) and not args.quantize:
+        raise UserError(f"{', '.join(idle or ['--partial_ckpt'])}: this run trains in float; add --quantize, or drop it")
     engines = [flags.PRECISIONS[precision] for precision in flags.named_precisions(args)]
     engines += [f"--{name}" for name in ("backend", "ptc_mode") if getattr(args, name) != parser.get_default(name)]
     if engines and not args.test_trt:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import infer
 import models
 import train
-from utils import measure, records, summary
+from utils import flags, measure, records, summary
 from utils.errors import UserError, run
 from utils.files import locked
 from utils.records import ROOT
@@ -52,6 +52,14 @@ def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
         if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
             path.unlink()
     return folder / "ckpt_best"
+
+
+def in_float(words: Sequence[str]) -> list[str]:
+    """The flags among `words` that training in float takes too: all but those that say how to quantize."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in flags.QUANTIZATION:
+        parser.add_argument(f"--{name}", nargs="+")
+    return parser.parse_known_args(words)[1]
 
 
 def add_fine_tuned(onnx: Path, tuned: Path, draft: Path) -> None:
@@ -126,14 +134,15 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         paths = ("--load_ckpt", checkpoint, "--onnx_dir", folder, "--data_dir", args.data_dir, "--record", draft)
         infer.main([*map(str, paths), "--export_only", "--batch_size", *sizes, *words])
 
-    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *args.train_flags]
+    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *in_float(args.train_flags)]
     new = ["--m", model, "--stem", stem, *shared]
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
         best = timed("float", finished, work / "float", args.num_epochs, new)
         going_on = ["--load_ckpt", str(best), *shared]
         tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
-        qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, "--quantize", "--partial_ckpt"])
+        rounded = [*going_on, *args.train_flags, "--quantize", "--partial_ckpt"]
+        qat = timed("qat", finished, work / "qat", args.tune_epochs, rounded)
         timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
         timed("evaluation", evaluate, qat, onnx, "--INT8PTC", "--INT8QAT", *args.infer_flags)
         add_fine_tuned(onnx, tuned_onnx, draft)

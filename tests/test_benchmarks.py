@@ -260,6 +260,11 @@ def test_a_study_with_engines_says_first_that_there_can_be_none(arguments, tmp_p
         reproduce.main([*(word for word in arguments if word != "--no_engines"), "--engine_python", str(tmp_path / "python")])
 
 
+def test_flags_that_say_how_to_quantize_are_not_for_training_in_float():
+    words = ["--batch_size", "64", "--skip_layers", "fc", "*.add", "--compile", "--calibrator", "entropy", "--lr", "0.1"]
+    assert reproduce.in_float(words) == ["--batch_size", "64", "--compile", "--lr", "0.1"]
+
+
 @pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon"])
 def test_flags_that_not_every_training_can_have_are_refused_first(arguments, words, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called

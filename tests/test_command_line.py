@@ -613,6 +613,7 @@ def test_engines_for_no_batch_size_are_refused(exported, error_line, monkeypatch
         (["--test_trt", "--INT8QAT"], "--INT8QAT: this run trains in float"),
         (["--quantize", "--pretrain"], "--quantize starts from a trained network"),
         (["--partial_ckpt"], "--partial_ckpt: this run trains in float"),
+        (["--skip_layers", "fc", "--calib_images", "64"], "--skip_layers, --calib_images: this run trains in float"),
         (["--FP16", "--INT8PTC", "--backend", "tensorrt"], "--FP16, --INT8PTC, --backend: nothing is exported here"),
         (["--resume", "x", "--load_ckpt", "y"], "--resume and --load_ckpt"),
         (["--test_trt", "--FP16", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),

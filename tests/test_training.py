@@ -769,7 +769,7 @@ def test_impossible_seed_is_one_line(tmp_path, error_line, seed):
 
 @pytest.mark.parametrize(("flag", "value"), [("--batch_size", "0"), ("--lrdt", "0"), ("--calib_images", "0"), ("--lr", "-1")])
 def test_senseless_number_is_one_line(tmp_path, error_line, flag, value):
-    line = error_line(train.main, [*arguments("float", None, epochs=1), flag, value, "--od", tmp_path])
+    line = error_line(train.main, [*arguments("float", None, epochs=1), "--test_trt", flag, value, "--od", tmp_path])
     assert f"{flag} {value}" in line
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,9 @@ CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 PRECISIONS = {"FP32": "--FP32", "FP16": "--FP16", "INT8-PTC": "--INT8PTC", "INT8-QAT": "--INT8QAT"}
 """What a back end can be asked to run -> the flag that asks for it."""
 
+QUANTIZATION = ("quant_layers", "skip_layers", "calibrator", "calib_images")
+"""What says how to quantize."""
+
 
 def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
     """Model, data and quantization flags. What a checkpoint knows has no default here: `agreed` decides."""
@@ -57,7 +60,7 @@ def named_precisions(args: argparse.Namespace) -> list[str]:
 def handed_on(args: argparse.Namespace) -> list[str]:
     """The flags that train.py hands to infer.py, as words of a command line."""
     words = [PRECISIONS[precision] for precision in named_precisions(args)]
-    for name in ("data_dir", "backend", "ptc_mode", "quant_layers", "skip_layers", "calibrator", "calib_images"):
+    for name in ("data_dir", "backend", "ptc_mode", *QUANTIZATION):
         value = getattr(args, name)
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
