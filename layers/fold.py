@@ -91,8 +91,9 @@ def to_inference(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
-        if isinstance(getattr(module, "input_quantizer", None), Quantizer):
-            module.input_quantizer = FrozenQuantizer(module.input_quantizer.scale)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Quantizer):
+            model.set_submodule(name, FrozenQuantizer(module.scale))
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, PointwiseLinear.from_linear(module))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Mul(nn.Module):
-    """`scale * x`: one factor for each channel (N, C, 1, 1), and a feature map (N, C, H, W)."""
+    """`factor * x`: one factor for each channel (N, C, 1, 1), and a feature map (N, C, H, W)."""
 
-    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
-        return scale * x
+    def forward(self, factor: Tensor, x: Tensor) -> Tensor:
+        return factor * x

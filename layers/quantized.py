@@ -56,14 +56,20 @@ class QuantAdd(QuantizedLayer, Add):
 
 
 class QuantMul(QuantizedLayer, Mul):
-    """`scale * INT8(x)`.
+    """`INT8(factor) * INT8(x)`.
 
-    The feature map is what costs memory traffic, and in squeeze and excitation the pool reads the same INT8 tensor. The
-    factors are one number for each channel: rounding them would save nothing.
+    In squeeze and excitation the pool reads the same INT8 feature map. The factors are few, but TensorRT multiplies in INT8
+    only what is INT8 on both sides: with float factors it copies the feature map to FP16 first.
     """
 
-    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
-        return super().forward(scale, self.input_quantizer(x))
+    @classmethod
+    def from_float(cls, layer: nn.Module) -> nn.Module:
+        quant = super().from_float(layer)
+        quant.factor_quantizer = Quantizer()
+        return quant
+
+    def forward(self, factor: Tensor, x: Tensor) -> Tensor:
+        return super().forward(self.factor_quantizer(factor), self.input_quantizer(x))
 
 
 class QuantAdaptiveAvgPool2d(QuantizedLayer, nn.AdaptiveAvgPool2d):

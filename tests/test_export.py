@@ -102,7 +102,7 @@ def quantizer_pairs(name):
     if name == "mobilenet_v2":
         return 52 + 2, 52 + 1  # an addition's identity is a convolution's input
     if name == "efficientnet_b0":
-        return 81 + 16 + 2, 81 + 1  # and the pool of a squeeze and excitation reads what is multiplied later
+        return 81 + 2 * 16 + 2, 81 + 1  # and what a squeeze and excitation multiplies; its pool reads one of them
     convolutions = 3 if name == "resnet50" else 2
     blocks = sum(DEPTHS[name])
     # the stem, in each block the input (for conv1, shortcut or addition) and what follows conv1, the identities, pool and fc
@@ -256,13 +256,15 @@ def test_of_an_addition_only_the_second_operand_is_quantized(exported):
             assert other == first.input[0]
 
 
-def test_of_a_multiplication_only_the_feature_map_is_quantized(exported):
+def test_of_a_multiplication_both_operands_are_quantized(exported):
     graph = exported.graph
     multiplications = {name: node for name, node in graph.layers.items() if node.op_type == "Mul"}
     assert len(multiplications) == (16 if exported.name == "efficientnet_b0" else 0)
     for name, node in multiplications.items():
         scale, x = node.input
-        assert graph.maker[scale].op_type == "Sigmoid"
+        factors, step, _ = graph.quantized(scale)
+        assert graph.maker[factors].op_type == "Sigmoid"
+        assert step == (exported.model.get_submodule(name).factor_quantizer.amax / 127).numpy()
         graph.quantized(x)
         assert x == graph.layers[name.replace("mul", "avgpool")].input[0]  # one pair of nodes serves both
 

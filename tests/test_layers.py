@@ -333,6 +333,8 @@ GEOMETRIES = {
 def calibrated(layer, *inputs):
     """Sets the ranges of one quantized layer by hand, so that some operands are beyond them."""
     layer.input_quantizer.set_range(0.8 * inputs[-1].abs().max())
+    if hasattr(layer, "factor_quantizer"):
+        layer.factor_quantizer.set_range(0.8 * inputs[0].abs().max())
     if hasattr(layer, "weight_quantizer"):
         layer.weight_quantizer.set_range(0.9 * layer.weight.abs().flatten(1).amax(1))
     return layer
@@ -420,12 +422,12 @@ def test_quantized_addition_rounds_only_the_second_operand():
     assert list(quant.state_dict()) == ["input_quantizer._amax"]
 
 
-def test_quantized_multiplication_rounds_only_the_feature_map():
+def test_quantized_multiplication_rounds_both_operands():
     scale, x = torch.rand(2, 3, 1, 1), torch.randn(2, 3, 4, 4)
     quant = calibrated(QuantMul.from_float(Mul()), scale, x)
-    rounded = fake_quantized(x, 0.8 * x.abs().max() / 127, -128)
-    assert torch.equal(quant(scale, x), scale * rounded)
-    assert list(quant.state_dict()) == ["input_quantizer._amax"]
+    expected = [fake_quantized(operand, 0.8 * operand.abs().max() / 127, -128) for operand in (scale, x)]
+    assert torch.equal(quant(scale, x), expected[0] * expected[1])
+    assert list(quant.state_dict()) == ["input_quantizer._amax", "factor_quantizer._amax"]
 
 
 @pytest.mark.parametrize("size", [1, (2, 3), (None, 1)])

@@ -274,7 +274,7 @@ def test_audit_lists_every_quantizable_layer():
     model = resnet18()
     quantize_modules(model, skip_layers=["conv1", "layer3.*", "fc"])
     header, rows, last = table(model)
-    assert header == ["layer", "type", "bits", "input range", "weight range"]
+    assert header == ["layer", "type", "bits", "input range", "weight or factor range"]
     assert [row[0] for row in rows] == RESNET18
     assert last == "21 of 30 quantizable layers are quantized"
     for name, kind, bits, inputs, weights in rows:

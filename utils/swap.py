@@ -67,14 +67,14 @@ def quantize_modules(model: nn.Module, quant_layers: Sequence[str] = ("*",), ski
 
 def audit(model: nn.Module) -> str:
     """A table of every quantizable layer: quantized or not, bits, granularity and calibrated ranges."""
-    rows = [("layer", "type", "bits", "input range", "weight range")]
+    rows = [("layer", "type", "bits", "input range", "weight or factor range")]
     for name, module in quantizable_modules(model).items():
         kind = type(module).__name__
         if not is_quantized(module):
             rows.append((name, kind, "float", "-", "-"))
             continue
-        ranges = [_range(getattr(module, f"{operand}_quantizer", None)) for operand in ("input", "weight")]
-        rows.append((name, kind, str(module.input_quantizer.num_bits), *ranges))
+        second = getattr(module, "weight_quantizer", getattr(module, "factor_quantizer", None))
+        rows.append((name, kind, str(module.input_quantizer.num_bits), _range(module.input_quantizer), _range(second)))
     quantized = sum(row[2] != "float" for row in rows[1:])
     return f"{text_table(rows, names=len(rows[0]))}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"
 
