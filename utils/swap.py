@@ -73,15 +73,13 @@ def audit(model: nn.Module) -> str:
         if not is_quantized(module):
             rows.append((name, kind, "float", "-", "-"))
             continue
-        second = getattr(module, "weight_quantizer", getattr(module, "factor_quantizer", None))
-        rows.append((name, kind, str(module.input_quantizer.num_bits), _range(module.input_quantizer), _range(second)))
+        ranges = [*map(_range, module.children()), "-"][:2]  # its quantizers, one or two
+        rows.append((name, kind, str(module.input_quantizer.num_bits), *ranges))
     quantized = sum(row[2] != "float" for row in rows[1:])
     return f"{text_table(rows, names=len(rows[0]))}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"
 
 
-def _range(quantizer: Quantizer | None) -> str:
-    if quantizer is None:
-        return "-"
+def _range(quantizer: Quantizer) -> str:
     amax = quantizer.amax
     if not quantizer.calibrated:
         return "not calibrated"
