@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import dataset
 from utils import flags, measure, records
 from utils.errors import UserError, run
-from utils.files import atomic_path, locked
+from utils.files import locked
 
 if TYPE_CHECKING:
     import torch
@@ -168,24 +169,26 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     rows, predictions = evaluate_torch(networks, data, info, args, device)  # before an earlier export is touched: it may fail
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
+    with locked(folder), tempfile.TemporaryDirectory(prefix=".", dir=folder) as draft_name:
+        draft = Path(draft_name)
         for precision, network in networks.items():
-            path = folder / graph_file(precision)
+            path = draft / graph_file(precision)
             export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
-        with atomic_path(folder / PREDICTIONS) as temporary, temporary.open("wb") as file:
-            np.savez(file, **predictions)
+        np.savez(draft / PREDICTIONS, **predictions)
         manifest = {
             "model": model["name"],
             "stem": model["stem"],
             "data": {**info, "digest": data.digest()},
             "seed": checkpoint["seed"],
             "quantization": quantization_config(args, checkpoint["quantization"]),
-            "int8_nodes": {precision: int8_nodes(folder / graph_file(precision)) for precision in networks},
+            "int8_nodes": {precision: int8_nodes(draft / graph_file(precision)) for precision in networks},
             "environment": records.environment(),
             "rows": rows,
         }
-        records.write(folder / MANIFEST, manifest)
+        records.write(draft / MANIFEST, manifest)
+        (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.replace(folder / path.name)
     return folder, data
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import dataset
 import infer
 from dataset.batches import Batches
 from utils import checkpoint as ckpt
@@ -38,7 +37,7 @@ def compare(path: Path, data_dir: Path, counts: list[int], device: torch.device)
     """One row for each calibrator and number of images."""
     checkpoint = ckpt.load_whole(path)
     info, name = checkpoint["data"], "{name} ({stem} stem)".format(**checkpoint["model"])
-    data = dataset.load(info["dataset"], data_dir, info["img_size"])
+    data = infer.load_data(argparse.Namespace(dataset=None, img_size=None, data_dir=data_dir), info)
     train, held_out = (Batches(*part, info["mean"], info["std"], 128, device) for part in data.split(info["split_seed"]))
     model = infer.build_float(checkpoint)
     ckpt.load_weights(model, checkpoint["state"])

@@ -36,6 +36,9 @@ BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
 ENGINES_OF_ALL_SEEDS = "resnet18"
 BATCH_SIZES = ("1", "1024")
 FINE_TUNED = "FP32-TUNED"
+DECIDED = ("model", "stem", "dataset", "data_dir", "seed", "output_dir", "exp_name", "pretrain", "load_ckpt", "resume")
+DECIDED += ("quantize", "partial_ckpt", "num_epochs", "test_trt")
+"""Flags of train.py that a study gives itself."""
 
 
 def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
@@ -180,8 +183,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seeds, --num_epochs and --tune_epochs: at least 1, not {least}")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
-    if {"--test_trt", "--optimizer=muon", "muon"} & set(args.train_flags):
-        raise UserError("--train_flags are for all three trainings: no --test_trt, and no muon, which trains from scratch only")
+    trainer, _ = train.build_parser(), infer.build_parser().parse_args(args.infer_flags)  # typing errors come before the work
+    given = trainer.parse_args(args.train_flags)
+    taken = [f"--{name}" for name in DECIDED if getattr(given, name) != trainer.get_default(name)]
+    if taken or given.optimizer == "muon":
+        what = f"{', '.join(taken)}, which the study decides" if taken else "muon, which trains from scratch only"
+        raise UserError(f"--train_flags are for all three trainings: no {what}")
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
     for seed in range(args.first_seed, args.first_seed + args.seeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,15 +22,21 @@ class _Tracer(fx.Tracer):
 
 
 def conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of every convolution and the BatchNorm that is the only reader of its output."""
+    """Names of every convolution and the BatchNorm that is the only reader of its output, where each is called once."""
     modules = dict(model.named_modules())
+    nodes = list(_Tracer().trace(model).nodes)
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    read = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}  # their parameters serve others too
     pairs = []
-    for node in _Tracer().trace(model).nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+    for bn in nodes:
+        source = next(iter(bn.all_input_nodes), None)
+        if bn.op != "call_module" or source is None or source.op != "call_module" or len(source.users) > 1:
             continue
-        source = node.args[0]
-        if source.op == "call_module" and isinstance(modules[source.target], nn.Conv2d) and len(source.users) == 1:
-            pairs.append((source.target, node.target))
+        conv_type, norm = type(modules[source.target]), modules[bn.target]
+        if conv_type not in (nn.Conv2d, QuantConv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
+            continue
+        if calls[source.target] == calls[bn.target] == 1 and source.target not in read:
+            pairs.append((source.target, bn.target))
     return pairs
 
 

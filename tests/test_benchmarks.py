@@ -266,11 +266,18 @@ def test_flags_that_say_how_to_quantize_are_not_for_training_in_float():
     assert reproduce.in_float(words) == ["--batch_size", "64", "--compile", "--lr", "0.1"]
 
 
-@pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon"])
+@pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon", "--seed 7", "--od x --m resnet18", "--pretr"])
 def test_flags_that_not_every_training_can_have_are_refused_first(arguments, words, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
     with pytest.raises(UserError, match="--train_flags are for all three trainings"):
         reproduce.main([*arguments, f"--train_flags={words}"])
+
+
+@pytest.mark.parametrize("flags", ["--train_flags=--nonsense", "--infer_flags=--batch_size x"])
+def test_flags_with_typing_errors_are_refused_first(arguments, flags, monkeypatch):
+    monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main([*arguments, flags])
 
 
 @pytest.mark.parametrize(("printed", "mode"), [("True", "implicit"), ("False", "explicit")])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -512,15 +513,32 @@ def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, error
     infer.read_export(export_copy)
 
 
-def test_an_export_interrupted_over_another_is_no_export(qat_checkpoint, export_copy, error_line, monkeypatch):
-    def interrupted(*_):
+def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "elsewhere.json")
+    records.write(link, {"kind": "linked"})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "elsewhere.json").read_text()) == {"kind": "linked"}
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        records.write(pipe, {"kind": "piped"})
+        assert json.loads(read.result()) == {"kind": "piped"}
+    assert pipe.is_fifo()
+
+
+def test_an_export_interrupted_leaves_the_one_before_or_none(qat_checkpoint, export_copy, error_line, monkeypatch):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(infer, "evaluate_torch", interrupted)  # nothing is written yet
-        infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
-    infer.read_export(export_copy)
-    monkeypatch.setattr(infer, "atomic_path", interrupted)
+    there = sorted(export_copy.iterdir())
+    for module, name in ((infer, "evaluate_torch"), (infer.np, "savez"), (infer.records, "write")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, interrupted)
+            infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
+        infer.read_export(export_copy)  # whole as before
+        assert sorted(export_copy.iterdir()) == there
+    monkeypatch.setattr(infer, "sorted", interrupted, raising=False)  # as the files are renamed
     with pytest.raises(KeyboardInterrupt):
         infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
     assert f"{export_copy} is no complete export" in error_line(infer.main, ["--onnx", export_copy])

@@ -591,6 +591,36 @@ class TwoReaders(nn.Module):
         return self.add(self.alone_bn(self.alone(x)), self.bn(x))
 
 
+class Reused(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.bn, self.call = nn.Conv2d(8, 8, 1), batch_norm(), forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "folded"),
+    [
+        (lambda model, x: model.bn(model.conv(x)) + model.conv(2 * x), False),
+        (lambda model, x: model.bn(model.conv(x)) + model.bn(x), False),
+        (lambda model, x: model.bn(model.conv(x)) * model.conv.weight.mean(), False),
+        (lambda model, x: model.bn(input=model.conv(x)), True),
+    ],
+    ids=["convolution called twice", "BatchNorm called twice", "weight read", "called by keyword"],
+)
+def test_only_what_is_called_once_is_folded(forward, folded):
+    model, x = Reused(forward).eval(), torch.randn(2, 8, 5, 5)
+    assert conv_bn_pairs(model) == [("conv", "bn")] * folded
+    torch.testing.assert_close(to_inference(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_without_statistics_is_not_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    assert conv_bn_pairs(model) == []
+
+
 @pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "float"])
 def test_convolution_with_another_reader_is_not_folded(quantized):
     torch.manual_seed(0)

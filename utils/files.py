@@ -17,9 +17,15 @@ from utils.errors import UserError
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds and deleted if it fails.
 
+    A link stays one, to the new content; what is no file, such as /dev/null, is written to as it is.
+
     Raises:
         OSError: the file cannot be written (full disk, no permission); what was at `path` before is still there.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         if path.is_dir():
