@@ -227,6 +227,14 @@ def test_quantized_state_for_a_float_model_says_so():
     assert "--partial_ckpt" not in message
 
 
+def test_weights_that_are_not_finite_are_not_loaded():
+    state = snapshot(network(seed=1))
+    state["fc.bias"][0] = torch.nan
+    message = weights_error(network(seed=2), state)
+    assert "a training that diverged or a damaged file" in message
+    assert message.endswith(": 1 not finite: fc.bias")
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_unexpected_missing_and_misshapen_tensors_are_listed_and_nothing_is_loaded(quantized):
     state = snapshot(network(seed=1, classes=7))

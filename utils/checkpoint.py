@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_range
         allow_missing_ranges: `state` may be a float model's, the ranges of `model` are still to be calibrated.
 
     Raises:
-        UserError: unexpected, missing or misshapen tensors, listed. `model` is unchanged then.
+        UserError: unexpected, missing, misshapen or not finite tensors, listed. `model` is unchanged then.
     """
     own = model.state_dict()
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
@@ -95,6 +95,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_range
         "missing": sorted(missing - ranges if allow_missing_ranges else missing),
         "unexpected": sorted(state.keys() - own.keys()),
         "misshapen": sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape),
+        "not finite": sorted(key for key, value in state.items() if not value.isfinite().all()),
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
@@ -103,6 +104,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_range
             hint = " (a float checkpoint for a quantized model: add --partial_ckpt)"
         elif any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
             hint = " (a quantized checkpoint for a float model or other --quant_layers)"
+        elif problems["not finite"]:
+            hint = " (a training that diverged or a damaged file: use another checkpoint)"
         raise UserError(f"the checkpoint does not fit the model{hint}: {listed}")
     model.load_state_dict(state, strict=False)
     loaded_ranges = len(ranges) - len(uncalibrated)
