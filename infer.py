@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import dataset
 from utils import flags, measure, records
 from utils.errors import UserError, run
-from utils.files import locked
+from utils.files import locked, staged
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +168,7 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
     rows, predictions = evaluate_torch(networks, data, info, args, device)  # before an earlier export is touched: it may fail
     folder = args.onnx_dir or args.load_ckpt.with_name(args.load_ckpt.name + "_onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), tempfile.TemporaryDirectory(prefix=".", dir=folder) as draft_name:
-        draft = Path(draft_name)
+    with locked(folder), staged(folder, MANIFEST) as draft:
         for precision, network in networks.items():
             path = draft / graph_file(precision)
             export_onnx(network, path, data.train_images.shape[1:3], info["mean"], info["std"])
@@ -186,9 +184,6 @@ def export_checkpoint(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[
             "rows": rows,
         }
         records.write(draft / MANIFEST, manifest)
-        (folder / MANIFEST).unlink(missing_ok=True)  # it vouches for all files, so it goes first and comes last
-        for path in sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST):
-            path.replace(folder / path.name)
     return folder, data
 
 

@@ -109,8 +109,7 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
     epochs = {"float": args.num_epochs, "fine-tuning": args.tune_epochs}
     if record.exists():
         there = records.read(record)
-        quantization = infer.quantization_config(train.build_parser().parse_args(args.train_flags), None)
-        wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags, "quantization": quantization}
+        wanted = {"dataset": args.dataset, "epochs": epochs, "train_flags": args.train_flags, "quantization": args.quantization}
         made = {key: there.get(key) for key in wanted}
         if made != wanted:
             raise UserError(f"{record} is of another study ({made}, not {wanted}): choose other --results")
@@ -137,15 +136,15 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         paths = ("--load_ckpt", checkpoint, "--onnx_dir", folder, "--data_dir", args.data_dir, "--record", draft)
         infer.main([*map(str, paths), "--export_only", "--batch_size", *sizes, *words])
 
-    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed), *in_float(args.train_flags)]
-    new = ["--m", model, "--stem", stem, *shared]
+    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
+    plain, rounded = in_float(args.train_flags), [*args.train_flags, "--quantize", "--partial_ckpt"]
+    new = ["--m", model, "--stem", stem, *shared, *plain]
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
         best = timed("float", finished, work / "float", args.num_epochs, new)
         going_on = ["--load_ckpt", str(best), *shared]
-        tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, going_on)
-        rounded = [*going_on, *args.train_flags, "--quantize", "--partial_ckpt"]
-        qat = timed("qat", finished, work / "qat", args.tune_epochs, rounded)
+        tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, [*going_on, *plain])
+        qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, *rounded])
         timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
         timed("evaluation", evaluate, qat, onnx, "--INT8PTC", "--INT8QAT", *args.infer_flags)
         add_fine_tuned(onnx, tuned_onnx, draft)
@@ -183,12 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seeds, --num_epochs and --tune_epochs: at least 1, not {least}")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
-    trainer, _ = train.build_parser(), infer.build_parser().parse_args(args.infer_flags)  # typing errors come before the work
-    given = trainer.parse_args(args.train_flags)
+    trainer = train.build_parser()
+    given = trainer.parse_args(args.train_flags)  # typing errors come before the work
+    infer.build_parser().parse_args(args.infer_flags)
     taken = [f"--{name}" for name in DECIDED if getattr(given, name) != trainer.get_default(name)]
     if taken or given.optimizer == "muon":
         what = f"{', '.join(taken)}, which the study decides" if taken else "muon, which trains from scratch only"
         raise UserError(f"--train_flags are for all three trainings: no {what}")
+    args.quantization = infer.quantization_config(given, None)
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()
     for seed in range(args.first_seed, args.first_seed + args.seeds):

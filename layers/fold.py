@@ -35,7 +35,7 @@ def conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
         conv_type, norm = type(modules[source.target]), modules[bn.target]
         if conv_type not in (nn.Conv2d, QuantConv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
             continue
-        if calls[source.target] == calls[bn.target] == 1 and source.target not in read:
+        if calls[source.target] == calls[bn.target] == 1 and read.isdisjoint((source.target, bn.target)):
             pairs.append((source.target, bn.target))
     return pairs
 

@@ -1,5 +1,6 @@
 """The two scripts as a user calls them: the documented commands, the record's format, and one line for each mistake."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import infer
 import models
 import train
 from utils import checkpoint as ckpt
-from utils import flags, measure, records, tensorrt_engine
+from utils import files, flags, measure, records, tensorrt_engine
 from utils.errors import UserError
 from utils.files import locked
 
@@ -538,7 +540,12 @@ def test_an_export_interrupted_leaves_the_one_before_or_none(qat_checkpoint, exp
             infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
         infer.read_export(export_copy)  # whole as before
         assert sorted(export_copy.iterdir()) == there
-    monkeypatch.setattr(infer, "sorted", interrupted, raising=False)  # as the files are renamed
+    with monkeypatch.context() as patch:
+        patch.setattr(infer.np, "savez", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        line = error_line(infer.main, ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy])
+        assert line == f"error: cannot write {export_copy}: No space left on device; free space or name another folder"
+    infer.read_export(export_copy)
+    monkeypatch.setattr(files, "sorted", interrupted, raising=False)  # as the files are renamed
     with pytest.raises(KeyboardInterrupt):
         infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
     assert f"{export_copy} is no complete export" in error_line(infer.main, ["--onnx", export_copy])

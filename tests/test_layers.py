@@ -606,9 +606,10 @@ class Reused(nn.Module):
         (lambda model, x: model.bn(model.conv(x)) + model.conv(2 * x), False),
         (lambda model, x: model.bn(model.conv(x)) + model.bn(x), False),
         (lambda model, x: model.bn(model.conv(x)) * model.conv.weight.mean(), False),
+        (lambda model, x: model.bn(model.conv(x)) * model.bn.weight.mean(), False),
         (lambda model, x: model.bn(input=model.conv(x)), True),
     ],
-    ids=["convolution called twice", "BatchNorm called twice", "weight read", "called by keyword"],
+    ids=["convolution called twice", "BatchNorm called twice", "weight read", "gamma read", "called by keyword"],
 )
 def test_only_what_is_called_once_is_folded(forward, folded):
     model, x = Reused(forward).eval(), torch.randn(2, 8, 5, 5)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path, voucher: str) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder`, which exists, if the block succeeds; if not, those there stay.
+
+    The file `voucher`, which vouches for all others, goes first and comes last: there is none if the move is cut short.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+            yield Path(name)
+            (folder / voucher).unlink(missing_ok=True)
+            for path in sorted(Path(name).iterdir(), key=lambda path: path.name == voucher):
+                path.replace(folder / path.name)
+    except OSError as error:
+        error.filename = str(folder)  # the temporary one is gone
+        raise
 
 
 @contextmanager
