@@ -390,6 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("name a checkpoint with --load_ckpt, or files exported earlier with --onnx")
     if min((*args.batch_size, *args.torch_compile, 1 if args.calib_images is None else args.calib_images)) < 1:
         raise UserError("--batch_size, --torch_compile and --calib_images: at least 1")
+    if not 0 < args.workspace_gb <= 1024:
+        raise UserError(f"--workspace_gb {args.workspace_gb:g}: more than 0, at most 1024")
     for path in (args.record, args.plot):
         if path and path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it")

@@ -293,6 +293,8 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
 def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str, Any], train: Batches) -> nn.Module:
     """The network to train on the device of `train`: built, loaded, quantized and calibrated as the flags say."""
     torch.manual_seed(args.seed)
+    if args.quantize and "quantization" not in start and any(key.endswith(ckpt.RANGE_SUFFIX) for key in start["state"]):
+        raise UserError(f"--load_ckpt {args.load_ckpt}: ranges, but not what they are of; load train.py's checkpoint itself")
     model = infer.build_quantized(config) if args.quantize else infer.build_float(config)
     if start:
         print(ckpt.load_weights(model, start["state"], allow_missing_ranges=args.quantize and args.partial_ckpt))

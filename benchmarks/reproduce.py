@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,12 @@ BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
 ENGINES_OF_ALL_SEEDS = "resnet18"
 BATCH_SIZES = ("1", "1024")
 FINE_TUNED = "FP32-TUNED"
-DECIDED = ("model", "stem", "dataset", "data_dir", "seed", "output_dir", "exp_name", "pretrain", "load_ckpt", "resume")
-DECIDED += ("quantize", "partial_ckpt", "num_epochs", "test_trt")
-"""Flags of train.py that a study gives itself."""
+DECIDED = {"model", "stem", "dataset", "data_dir", "seed", "output_dir", "exp_name", "pretrain", "load_ckpt", "resume"}
+DECIDED |= {"quantize", "partial_ckpt", "num_epochs", "test_trt", "onnx", "onnx_dir", "export_only", "record"}
+"""Flags of train.py and infer.py that a study gives itself."""
 
 
-def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
+def finished(folder: Path, num_epochs: int, data_dir: Path, argv: Sequence[str]) -> Path:
     """Train until `ckpt_<num_epochs>` is there, going on from what an interrupted run left; returns the best checkpoint.
 
     All other checkpoints are deleted: those of one study would fill a disk.
@@ -50,7 +50,7 @@ def finished(folder: Path, num_epochs: int, argv: Sequence[str]) -> Path:
     if folder.exists() and not resumable:
         shutil.rmtree(folder)
     start = ["--resume", str(folder)] if resumable else [*argv, "--num_epochs", str(num_epochs)]
-    train.main([*start, "--od", str(folder.parent), "--en", folder.name])
+    train.main([*start, "--data_dir", str(data_dir), "--od", str(folder.parent), "--en", folder.name])
     for path in folder.glob("ckpt_*"):
         if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
             path.unlink()
@@ -63,6 +63,15 @@ def in_float(words: Sequence[str]) -> list[str]:
     for name in flags.QUANTIZATION:
         parser.add_argument(f"--{name}", nargs="+")
     return parser.parse_known_args(words)[1]
+
+
+def allowed(name: str, parser: argparse.ArgumentParser, words: Sequence[str], decided: Set[str]) -> argparse.Namespace:
+    """What `words`, the flag `name`, say to the script of that parser. Raises UserError for a flag that is decided."""
+    given = parser.parse_args(words)
+    taken = [f"--{key}" for key, value in vars(given).items() if key in decided and value != parser.get_default(key)]
+    if taken:
+        raise UserError(f"{name}: {', '.join(taken)} must be left to the study")
+    return given
 
 
 def add_fine_tuned(onnx: Path, tuned: Path, draft: Path) -> None:
@@ -136,15 +145,15 @@ def study(args: argparse.Namespace, model: str, stem: str, seed: int, engines: b
         paths = ("--load_ckpt", checkpoint, "--onnx_dir", folder, "--data_dir", args.data_dir, "--record", draft)
         infer.main([*map(str, paths), "--export_only", "--batch_size", *sizes, *words])
 
-    shared = ["--dataset", args.dataset, "--data_dir", str(args.data_dir), "--seed", str(seed)]
+    shared = ["--dataset", args.dataset, "--seed", str(seed)]
     plain, rounded = in_float(args.train_flags), [*args.train_flags, "--quantize", "--partial_ckpt"]
     new = ["--m", model, "--stem", stem, *shared, *plain]
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
-        best = timed("float", finished, work / "float", args.num_epochs, new)
+        best = timed("float", finished, work / "float", args.num_epochs, args.data_dir, new)
         going_on = ["--load_ckpt", str(best), *shared]
-        tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, [*going_on, *plain])
-        qat = timed("qat", finished, work / "qat", args.tune_epochs, [*going_on, *rounded])
+        tuned = timed("fine-tuning", finished, work / "tuned", args.tune_epochs, args.data_dir, [*going_on, *plain])
+        qat = timed("qat", finished, work / "qat", args.tune_epochs, args.data_dir, [*going_on, *rounded])
         timed("evaluation of the fine-tuned", evaluate, tuned, tuned_onnx, "--FP16")
         timed("evaluation", evaluate, qat, onnx, "--INT8PTC", "--INT8QAT", *args.infer_flags)
         add_fine_tuned(onnx, tuned_onnx, draft)
@@ -174,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--infer_flags", type=shlex.split, default=[], metavar="FLAGS", help="more for infer.py, such as '--torch_compile 128'")
     add("--no_engines", action="store_true", help="PyTorch only")
     add("--engine_python", default=sys.executable, help="Python that has TensorRT (default: this one)")
-    add("--opt_level", type=int, default=2, help="of TensorRT's builder (default: %(default)s)")
+    add("--opt_level", type=int, choices=range(6), default=2, help="of TensorRT's builder (default: %(default)s)")
     args = parser.parse_args(argv)
     chosen = [(m, stem) for m in args.models for stem in args.stem if stem == "cifar" or m in BOTH_STEMS]
     least = min(args.seeds, args.num_epochs, args.tune_epochs)
@@ -182,13 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seeds, --num_epochs and --tune_epochs: at least 1, not {least}")
     if not chosen:
         raise UserError(f"only {', '.join(BOTH_STEMS)} are studied with the ImageNet stem")
-    trainer = train.build_parser()
-    given = trainer.parse_args(args.train_flags)  # typing errors come before the work
-    infer.build_parser().parse_args(args.infer_flags)
-    taken = [f"--{name}" for name in DECIDED if getattr(given, name) != trainer.get_default(name)]
-    if taken or given.optimizer == "muon":
-        what = f"{', '.join(taken)}, which the study decides" if taken else "muon, which trains from scratch only"
-        raise UserError(f"--train_flags are for all three trainings: no {what}")
+    given = allowed("--train_flags", train.build_parser(), args.train_flags, DECIDED)  # errors come before the work
+    allowed("--infer_flags", infer.build_parser(), args.infer_flags, DECIDED.union(flags.QUANTIZATION))
+    if given.optimizer == "muon":
+        raise UserError("--train_flags are for all three trainings: no muon, which trains from scratch only")
     args.quantization = infer.quantization_config(given, None)
     args.ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ import http.client
 import io
 import pickle
 import tarfile
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
             if loaded[-1] != CLASSES:
                 raise UserError(f"{data_dir}/train holds other classes than CIFAR-10's: add --dataset folder")
             return loaded
-        _download(data_dir)
+        _download(batches)
     train = [_read_batch(batches / f"data_batch_{index}") for index in range(1, 6)]
     images, labels = zip(*train, strict=True)
     return np.concatenate(images), np.concatenate(labels), *_read_batch(batches / "test_batch"), CLASSES
@@ -77,8 +78,12 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"unexpected {module}.{name}")
 
 
-def _download(data_dir: Path) -> None:
-    """Fetch the archive into memory (170 MB), so that nothing is left behind if that fails, and unpack it."""
+def _download(batches: Path) -> None:
+    """Fetch the archive into memory (170 MB), so that nothing is left behind if that fails, and unpack it to be `batches`.
+
+    Several processes may: the ranks of one training do.
+    """
+    data_dir = batches.parent
     data_dir.mkdir(parents=True, exist_ok=True)
     archive = io.BytesIO()
     try:
@@ -97,5 +102,11 @@ def _download(data_dir: Path) -> None:
     if hashlib.md5(archive.getbuffer(), usedforsecurity=False).hexdigest() != MD5:
         raise UserError(f"the download of {URL} is damaged (MD5 differs); run again")
     archive.seek(0)
-    with tarfile.open(fileobj=archive) as files:
-        files.extractall(data_dir, filter="data")
+    with tempfile.TemporaryDirectory(prefix=".", dir=data_dir) as partial, tarfile.open(fileobj=archive) as files:
+        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.10.11, 3.11.3 and older have none
+        files.extractall(partial)
+        try:
+            Path(partial, batches.name).rename(batches)
+        except OSError:
+            if not batches.is_dir():  # else another process was faster
+                raise

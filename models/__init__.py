@@ -9,6 +9,7 @@ from torch import nn
 
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.vanilla_cnn import VanillaCNN
+from utils.checkpoint import load_weights
 from utils.errors import UserError
 
 CLASSIFIERS = ("fc.", "classifier.")  # how the names of a last layer's parameters begin
@@ -69,9 +70,8 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
             f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); put that file into "
             f"{torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         ) from None
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(CLASSIFIERS)}
-    wrong = list(own.keys() ^ state.keys())
-    wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if wrong:
-        raise UserError(f"--pretrain: the weights do not fit {name} at {sorted(wrong)[0]}; use --stem imagenet")
-    model.load_state_dict(state, strict=False)
+    state |= {key: value for key, value in model.state_dict().items() if key.startswith(CLASSIFIERS)}
+    try:
+        load_weights(model, state)
+    except UserError as error:
+        raise UserError(f"--pretrain: {error}; use --stem imagenet") from None

@@ -161,12 +161,21 @@ def test_work_done_with_other_flags_is_not_taken_over(arguments, tmp_path):
 @pytest.mark.usefixtures("small_digits")
 def test_a_stage_killed_before_it_linked_its_best_checkpoint_is_mended(tmp_path):
     argv = ["--m", "vanilla_cnn", "--dataset", "digits"]
-    best = reproduce.finished(tmp_path / "float", 2, argv)
+    best = reproduce.finished(tmp_path / "float", 2, tmp_path, argv)
     epoch = ckpt.load(best)["epoch"]
     assert {path.name for path in best.parent.iterdir()} == {"ckpt_2", "ckpt_best"}
     if epoch == 2:
         best.unlink()
-    assert ckpt.load(reproduce.finished(tmp_path / "float", 2, argv))["epoch"] == epoch
+    assert ckpt.load(reproduce.finished(tmp_path / "float", 2, tmp_path, argv))["epoch"] == epoch
+
+
+def test_an_interrupted_stage_goes_on_with_the_images_where_they_are_now(tmp_path, monkeypatch):
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "ckpt_1").touch()
+    given = []
+    monkeypatch.setattr(train, "main", given.extend)
+    reproduce.finished(tmp_path / "float", 2, tmp_path / "moved", ["--m", "resnet18"])
+    assert given[:4] == ["--resume", str(tmp_path / "float"), "--data_dir", str(tmp_path / "moved")]
 
 
 def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(arguments, monkeypatch):
@@ -269,11 +278,18 @@ def test_flags_that_say_how_to_quantize_are_not_for_training_in_float():
 @pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon", "--seed 7", "--od x --m resnet18", "--pretr"])
 def test_flags_that_not_every_training_can_have_are_refused_first(arguments, words, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
-    with pytest.raises(UserError, match="--train_flags are for all three trainings"):
+    with pytest.raises(UserError, match="--train_flags(: --.* must be left to the study| .*: no muon)"):
         reproduce.main([*arguments, f"--train_flags={words}"])
 
 
-@pytest.mark.parametrize("flags", ["--train_flags=--nonsense", "--infer_flags=--batch_size x"])
+@pytest.mark.parametrize("words", ["--calib_images 512", "--record x.json", "--onnx_dir x", "--data_dir x --audit"])
+def test_flags_that_a_study_gives_itself_are_refused_first(arguments, words, monkeypatch):
+    monkeypatch.setattr(train, "main", None)  # would fail if it was called
+    with pytest.raises(UserError, match=f"--infer_flags: {words.split()[0]} must be left to the study"):
+        reproduce.main([*arguments, f"--infer_flags={words}"])
+
+
+@pytest.mark.parametrize("flags", ["--train_flags=--nonsense", "--infer_flags=--batch_size x", "--opt_level=9"])
 def test_flags_with_typing_errors_are_refused_first(arguments, flags, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
     with pytest.raises(SystemExit, match="2"):

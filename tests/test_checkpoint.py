@@ -88,6 +88,16 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_alone(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_refuses_is_named_by_the_file_that_was_meant(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "open", refuse)
+    with pytest.raises(PermissionError) as error:
+        ckpt.save(tmp_path / "ckpt_1", {})
+    assert error.value.filename == str(tmp_path / "ckpt_1")
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, small_disk, error_line):
     path = tmp_path / "ckpt_1"
     ckpt.save(path, {"state": {"w": torch.ones(3)}})
@@ -235,6 +245,14 @@ def test_weights_that_are_not_finite_are_not_loaded():
     assert message.endswith(": 1 not finite: fc.bias")
 
 
+def test_state_older_than_the_counters_of_batchnorm_is_complete():
+    source, model = snapshot(network(seed=1)), network(seed=2)
+    for key in [key for key in source if key.endswith("num_batches_tracked")]:
+        del source[key]
+    assert "0 missing" in ckpt.load_weights(model, source)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in source.items())
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_unexpected_missing_and_misshapen_tensors_are_listed_and_nothing_is_loaded(quantized):
     state = snapshot(network(seed=1, classes=7))
@@ -248,7 +266,8 @@ def test_unexpected_missing_and_misshapen_tensors_are_listed_and_nothing_is_load
 
 def test_long_lists_are_cut():
     message = weights_error(network(seed=1), {"conv1.weight": torch.ones(64, 3, 7, 7)})
-    assert f"{len(network().state_dict()) - 1} missing: " in message
+    counters = sum(key.endswith("num_batches_tracked") for key in network().state_dict())
+    assert f"{len(network().state_dict()) - counters - 1} missing: " in message
     assert message.endswith(", ...")
     assert len(message) < 300
 
@@ -269,6 +288,18 @@ def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path, float_checkp
     output = ["--od", tmp_path] if main is train.main else ["--onnx_dir", tmp_path / "onnx"]
     assert said in error_line(main, ["--load_ckpt", float_checkpoint, *flags, *output])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranges_in_a_bare_state_dict_are_not_calibrated_anew(tmp_path, error_line):
+    model = network(quantized=True)
+    for key, value in model.state_dict().items():
+        if key.endswith("_amax"):
+            value.fill_(1.0)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    flags = ["--m", "resnet18", "--stem", "imagenet", "--dataset", "digits", "--quantize", "--num_epochs", "0"]
+    line = error_line(train.main, [*flags, "--load_ckpt", tmp_path / "state.pt", "--od", tmp_path / "out"])
+    assert "load train.py's checkpoint itself" in line
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_float_checkpoint_into_quantized_training_names_partial_ckpt(tmp_path, float_checkpoint, error_line):

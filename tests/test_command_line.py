@@ -91,7 +91,9 @@ def imagenet_state(name="resnet18"):
     from torchvision.models import get_model
 
     torch.manual_seed(0)
-    return get_model(name, num_classes=1000).state_dict()
+    state = get_model(name, num_classes=1000).state_dict()
+    # the files of torchvision's first ResNets are older than BatchNorm's counters
+    return {key: value for key, value in state.items() if not (name == "resnet18" and key.endswith("num_batches_tracked"))}
 
 
 def printed_rows(text):
@@ -312,7 +314,8 @@ def test_pretrained_weights_fill_everything_but_the_classifier(imagenet_cache, n
     before = {key: value.clone() for key, value in model.state_dict().items()}
     models.load_imagenet_weights(model, name)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key] if key in classifier else source[key]), key
+        kept = key in classifier or key not in source
+        assert torch.equal(value, before[key] if kept else source[key]), key
 
 
 def test_pretrain_offline_names_the_file_and_where_to_put_it(imagenet_cache, tmp_path, error_line):
@@ -335,7 +338,7 @@ def test_pretrain_with_a_damaged_file_names_it(imagenet_cache, tmp_path, error_l
     ("flags", "said"),
     [
         (["--m", "vanilla_cnn"], f"torchvision has no ImageNet weights for vanilla_cnn, but for {', '.join(STEMMED)}"),
-        (["--m", "resnet18", "--stem", "cifar"], "use --stem imagenet"),
+        (["--m", "resnet18", "--stem", "cifar"], "1 misshapen: conv1.weight; use --stem imagenet"),
     ],
 )
 def test_pretrain_that_cannot_fit_says_why(imagenet_cache, tmp_path, error_line, flags, said):
@@ -569,6 +572,7 @@ def test_what_one_run_held_out_is_not_trained_on_by_the_next(float_checkpoint, f
         (["--dataset", "cifar10"], "--dataset cifar10 contradicts"),
         (["--batch_size", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
         (["--calib_images", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
+        *((["--workspace_gb", value], "--workspace_gb ") for value in ("0", "-1", "nan", "inf")),
         (["--stem", "cifar"], "--stem cifar contradicts"),
         (["--img_size", "64"], "--img_size 64: the images of digits are 32 pixels wide"),
         (["--skip_layers", "fc", "--calib_images", "64"], "--skip_layers, --calib_images: decided when"),
@@ -584,8 +588,7 @@ def test_output_that_cannot_be_written_is_one_line(exported, tmp_path, error_lin
     (tmp_path / "file").touch()
     argv = ["--onnx", exported / "onnx", "--batch_size", "1", "--backend", "onnxruntime", flag, tmp_path / below]
     line = error_line(infer.main, argv)
-    assert line.startswith("error: cannot write " if below else f"error: {tmp_path} is a folder: name a file in it")
-    assert str(tmp_path) in line
+    assert line.startswith(f"error: cannot write {tmp_path}/file: " if below else f"error: {tmp_path} is a folder: name a file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # the table is there, whatever becomes of the file
     assert ("onnxruntime  INT8-QAT" in capsys.readouterr().out) == bool(below)

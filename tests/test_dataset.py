@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -212,6 +213,26 @@ def test_cifar10_downloads_unpacks_and_reads(tmp_path, monkeypatch):
     assert list((tmp_path / "data").iterdir()) == []
     monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(buffer.getvalue()).hexdigest())
     assert np.array_equal(dataset.load("cifar10", tmp_path / "data").train_images, train_images)
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14")
+@pytest.mark.parametrize("python", ["newer", "3.11.3"])
+def test_of_processes_that_download_at_once_the_first_one_s_images_stay(tmp_path, monkeypatch, python):
+    train_images, _ = write_batches(tmp_path / "made" / "cifar-10-batches-py")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
+
+    def urlopen(*_, **__):
+        shutil.copytree(tmp_path / "made", tmp_path / "data", dirs_exist_ok=True)  # the other process is done meanwhile
+        return Response(buffer.getvalue())
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(buffer.getvalue()).hexdigest())
+    if python == "3.11.3":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    assert np.array_equal(dataset.load("cifar10", tmp_path / "data").train_images, train_images)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_connection_lost_during_the_download_is_one_line(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 from layers import Add, Mul
-from layers.quantized import QUANTIZED_FORM
+from layers.quantized import QUANTIZED_FORM, QuantizedLayer
 from layers.quantizers import Quantizer
 from utils import calibrate as calibration
 from utils.calibrate import CANDIDATES, PERCENTILE, _Histogram, _Noise, calibrate, require_calibrated
@@ -305,6 +305,25 @@ def test_audit_shows_granularity_and_calibrated_ranges():
         low, high, count = re.fullmatch(r"(\S+)\.\.(\S+) per channel \((\d+)\)", weights).groups()
         assert int(count) == len(amax)
         assert (float(low), float(high)) == pytest.approx((float(amax.min()), float(amax.max())), rel=1e-2)
+
+
+def test_audit_shows_the_ranges_alone_of_a_layer_with_parts_of_its_own(monkeypatch):
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.activation = nn.Sigmoid()
+
+        def forward(self, x):
+            return self.activation(x)
+
+    class QuantGate(QuantizedLayer, Gate):
+        def forward(self, x):
+            return super().forward(self.input_quantizer(x))
+
+    monkeypatch.setitem(QUANTIZED_FORM, Gate, QuantGate)
+    model = nn.Sequential(Gate())
+    quantize_modules(model)
+    assert table(model)[1] == [["0", "QuantGate", "8", "not calibrated", "-"]]
 
 
 def test_audit_of_a_float_network_counts_none():

@@ -14,6 +14,8 @@ from utils.files import atomic_path
 
 FORMAT = 1
 RANGE_SUFFIX = "_quantizer._amax"
+COUNTER_SUFFIX = ".num_batches_tracked"
+"""BatchNorm's count of batches, of no use to its arithmetic here. Older files, torchvision's first ResNets among them, have none."""
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -89,7 +91,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_range
     """
     own = model.state_dict()
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
-    missing = own.keys() - state.keys()
+    missing = {key for key in own.keys() - state.keys() if not key.endswith(COUNTER_SUFFIX)}
     uncalibrated = missing & ranges
     problems = {
         "missing": sorted(missing - ranges if allow_missing_ranges else missing),

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -35,10 +35,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write to a full disk does not name its file
+        if error.filename in (None, str(partial)):  # a write to a full disk does not name its file
+            error.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # which would hide the block's own
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def audit(model: nn.Module) -> str:
         if not is_quantized(module):
             rows.append((name, kind, "float", "-", "-"))
             continue
-        ranges = [*map(_range, module.children()), "-"][:2]  # its quantizers, one or two
+        ranges = [*(_range(child) for child in module.children() if isinstance(child, Quantizer)), "-"][:2]  # one or two
         rows.append((name, kind, str(module.input_quantizer.num_bits), *ranges))
     quantized = sum(row[2] != "float" for row in rows[1:])
     return f"{text_table(rows, names=len(rows[0]))}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"

@@ -31,7 +31,7 @@ from utils.measure import BURST, Network, repeated_ms
 
 INPUT, OUTPUT = "images", "logits"
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-INT8, FP16 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"), ("FP16", "INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT")
+INT8 = ("INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT")
 OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """Tactics that TensorRT brings itself; those of cuBLAS and cuDNN, gone since version 10, are not used in any."""
 CALIBRATION_BATCH = 128
