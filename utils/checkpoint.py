@@ -15,7 +15,7 @@ from utils.files import atomic_path
 FORMAT = 1
 RANGE_SUFFIX = "_quantizer._amax"
 COUNTER_SUFFIX = ".num_batches_tracked"
-"""BatchNorm's count of batches, of no use to its arithmetic here. Older files, torchvision's first ResNets among them, have none."""
+"""BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as torchvision's, lack it."""
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
