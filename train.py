@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=tuple(LEARNING_RATE), help="default: muon from scratch on a GPU, otherwise sgd")
     add("--lr", type=float, help="peak learning rate (default: by optimizer and batch size; less from a checkpoint)")
     add("--lrdt", type=int, metavar="N", help="divide the rate by 10 every N epochs (default: warm-up, then a line to 0)")
-    add("--compile", action="store_true", default=None, help="torch.compile on a GPU (default: where the run is long enough)")
+    add("--compile", action="store_true", default=None, help="torch.compile on one GPU (default: where the run is long enough)")
     add("--no_compile", action="store_false", dest="compile", default=None, help="no torch.compile")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help="default: %(default)s")
@@ -233,26 +233,30 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
         torch.compiler.reset()  # a process that trains several networks would soon have compiled as often as it may
     step, writer = None, train.share[0] == 0
     bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5, disable=not writer)
-    with bar:
-        for epoch in range(run.epoch, args.num_epochs):
-            bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
-            torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
-            set_mode(run.model, args, epoch >= last_part)
-            if step is None or epoch == last_part:
-                step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
-            started = time.perf_counter()
-            loss, train_pct = train_epoch(step, train, rate, epoch, bar)
-            seconds = time.perf_counter() - started
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
-            held_out_loss, held_out_pct = evaluate(run.model, held_out)
-            run.require_finite(loss + held_out_loss, args.lr)
-            run.epoch = epoch + 1
-            past = {"loss": loss, "train_accuracy_pct": train_pct}
-            run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
-            if writer:
-                run.save(held_out_loss)
-                said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
-                bar.write(f"{said}, {held_out_pct:.2f} %, {seconds:.2f} s", file=sys.stdout)
+    try:
+        with bar:
+            for epoch in range(run.epoch, args.num_epochs):
+                bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
+                torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
+                set_mode(run.model, args, epoch >= last_part)
+                if step is None or epoch == last_part:
+                    step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
+                started = time.perf_counter()
+                loss, train_pct = train_epoch(step, train, rate, epoch, bar)
+                seconds = time.perf_counter() - started
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
+                held_out_loss, held_out_pct = evaluate(run.model, held_out)
+                run.require_finite(loss + held_out_loss, args.lr)
+                run.epoch = epoch + 1
+                past = {"loss": loss, "train_accuracy_pct": train_pct}
+                run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
+                if writer:
+                    run.save(held_out_loss)
+                    said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
+                    bar.write(f"{said}, {held_out_pct:.2f} %, {seconds:.2f} s", file=sys.stdout)
+    finally:
+        if step is not None:
+            step.graph = None  # an exception keeps this frame, and NCCL would wait for ever for a graph of its own to go
 
 
 def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:
@@ -325,6 +329,8 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
         raise UserError(f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out")
     if args.batch_size % ranks.count:
         raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {ranks.count} ranks")
+    if args.compile and ranks.count > 1:
+        raise UserError("--compile: several ranks do not; drop it, or resume with --no_compile")
     model = make_model(args, start, config, batches(*chosen))
     distributed.share_model(model)
     run = Run(folder, model, make_optimizer(model, args.optimizer), config)

@@ -205,8 +205,15 @@ class ICudaEngine:
     def create_engine_inspector(self):
         return self._trt.EngineInspector()
 
-    def create_execution_context(self):
-        return None if self._trt._fails == "context" else self._trt.IExecutionContext()
+    def create_runtime_config(self):
+        return self._trt.IRuntimeConfig()
+
+    def create_execution_context(self, config=None):
+        if self._trt._fails == "context":
+            return None
+        context = self._trt.IExecutionContext()
+        context._config = config
+        return context
 
     def get_tensor_shape(self, name):
         return (-1, *IMAGE) if name == "images" else (-1, CLASSES)

@@ -47,10 +47,11 @@ def two_ranks(rank, ports, folder, data):
         batch_norm_equals_torchs(rank)
         steps_equal_the_textbook_loop(rank)
     assert not distributed.active()
-    os.environ["MASTER_PORT"] = str(ports[1])
-    with pytest.raises(UserError) as error:
-        train.main(["--m", "vanilla_cnn", "--data_dir", str(data), "--batch_size", "15", "--od", str(folder)])
-    assert str(error.value) == "--batch_size 15 is not a multiple of the 2 ranks"
+    refused = ((["--batch_size", "15"], "15 is not a multiple of the 2 ranks"), (["--compile"], "several ranks do not"))
+    for port, (flags, said) in zip(ports[1:], refused, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with pytest.raises(UserError, match=f"{flags[0]}.*{said}"):
+            train.main(["--m", "vanilla_cnn", "--data_dir", str(data), *flags, "--od", str(folder)])
 
 
 def batch_norm_equals_torchs(rank):
@@ -208,7 +209,7 @@ def gradients(checkpoint):
 
 
 def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_they_cannot_share(tmp_path, data):
-    torch.multiprocessing.spawn(two_ranks, (free_ports(2), tmp_path, data), nprocs=2)
+    torch.multiprocessing.spawn(two_ranks, (free_ports(3), tmp_path, data), nprocs=2)
     assert list(tmp_path.iterdir()) == []
 
 

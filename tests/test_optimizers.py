@@ -201,6 +201,17 @@ def test_its_state_continues_exactly():
         assert torch.equal(optimizer.state[one]["momentum_buffer"], resumed.state[other]["momentum_buffer"])
 
 
+def test_the_count_of_steps_of_a_cpus_run_comes_to_the_device_whose_optimizer_needs_it_there():
+    source, target = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))  # in a GPU's place
+    optimizer = torch.optim.AdamW([source], lr=0.5)
+    source.grad = torch.ones(3)
+    optimizer.step()
+    resumed = torch.optim.AdamW([target], lr=0.0, capturable=True)
+    load_optimizer(resumed, optimizer.state_dict())
+    assert {value.device.type for value in resumed.state[target].values()} == {"meta"}
+    assert (resumed.param_groups[0]["capturable"], resumed.param_groups[0]["lr"]) == (True, 0.5)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_state_from_another_device_does_not_change_how_the_optimizer_runs(fused):
     """torch takes "fused" from the state: a CPU's would make a GPU wait for the host in every step."""

@@ -386,7 +386,7 @@ def test_the_graphs_types_are_the_engines_where_the_version_can(trt, precision, 
     assert network._creation_flags == CREATION_BITS[trt._generation]
     assert engines.strongly_typed(trt, precision) == (trt._generation != "8.6")
     if trt._generation != "8.6":
-        assert config._flags == set()
+        assert config._flags == ({"REQUIRE_USER_ALLOCATION"} if trt._generation == "rtx" else set())
 
 
 @pytest.mark.parametrize("remainder", ["fp16", "fp32"])
@@ -584,8 +584,8 @@ def install_pycuda(install, capability):
     install({"pycuda": "", "pycuda.driver": DRIVER + device, "pycuda.autoprimaryctx": ""})
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (9, 0), (10, 0)])
-def test_tensorrt_rtx_on_a_data_centre_gpu_is_one_line(install, capability):
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (9, 0), (10, 0)])
+def test_tensorrt_rtx_on_a_gpu_that_is_too_old_or_of_a_data_centre_is_one_line(install, capability):
     install_pycuda(install, capability)
     line = line_of(engines.load_cuda, fake_tensorrt("rtx"))
     number = ".".join(map(str, capability))
@@ -904,6 +904,17 @@ def test_an_engine_runs_on_every_generations_api(load, generation):
     network, _ = load(generation)
     [images] = batches_of(8)
     assert np.array_equal(network(images), logits_of(images))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_graph_records_the_kernels_for_its_batch_size(load, generation):
+    network, _ = load(generation)
+    list(network.stream(iter(batches_of(8))))
+    strategies = getattr(network._trt, "DynamicShapesKernelSpecializationStrategy", None)
+    assert (strategies is not None) == (generation == "rtx")
+    for lane in network._lanes.values():
+        config = lane.context._config
+        assert (config and config.dynamic_shapes_kernel_specialization_strategy) is (strategies and strategies.EAGER)
 
 
 @pytest.mark.parametrize("eager", [(), (0,), (1,), (0, 1)], ids=["both late", "copies early", "compute early", "both early"])

@@ -784,6 +784,23 @@ def test_a_loss_that_is_not_finite_ends_the_first_epoch_without_a_checkpoint(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_run_leaves_no_recorded_step_behind(tmp_path, monkeypatch):
+    """NCCL's communicators wait for the graphs that they are in, and an exception keeps the frames that it came through."""
+    steps = []
+
+    class Recorded(training.Step):
+        def __call__(self, images, labels):
+            super().__call__(images, labels)
+            self.graph = "recorded"
+            steps.append(self)
+
+    monkeypatch.setattr(train, "Step", Recorded)
+    with pytest.raises(UserError, match="--lr than 1e"):
+        train.main([*arguments("float", None), "--lr", "1e30", "--od", str(tmp_path)])
+    assert steps
+    assert {step.graph for step in steps} == {None}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

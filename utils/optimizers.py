@@ -35,9 +35,8 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict, but for how the optimizer runs: that is for this device to say, not for the one it was saved on."""
     own = [{key: group[key] for key in ("fused", "capturable") if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, own, strict=True):
-        group.update(kept)
+    groups = [{**group, **kept} for group, kept in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})  # which says where a count of steps is to be
 
 
 class Muon(torch.optim.Optimizer):

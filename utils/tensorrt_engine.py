@@ -91,7 +91,8 @@ def load_cuda(trt: ModuleType) -> ModuleType:
         raise UserError(f"there is no usable NVIDIA GPU here ({error}); use --backend onnxruntime") from None
     device = cuda.Context.get_device()
     major, minor = device.compute_capability()
-    if trt.__name__.startswith("tensorrt_rtx") and f"SM{major}{minor}" not in trt.ComputeCapability.__members__:
+    rtx = trt.__name__.startswith("tensorrt_rtx")  # its engines do not run on Turing, 7.5, unless they are for that alone
+    if rtx and (major < 8 or f"SM{major}{minor}" not in trt.ComputeCapability.__members__):
         raise UserError(
             f"TensorRT-RTX {trt.__version__} does not run on {device.name()} (compute capability {major}.{minor}); "
             "install tensorrt there: pip install -r requirements-gpu.txt"
@@ -217,6 +218,8 @@ def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOption
     config.builder_optimization_level = options.level
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # else 8.6 runs only one batch size in each profile
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # or RTX may allocate while a CUDA graph is recorded
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     sources = [getattr(trt.TacticSource, name) for name in OWN_KERNELS if hasattr(trt.TacticSource, name)]
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
     if not strongly_typed(trt, options.precision):
@@ -403,10 +406,14 @@ class _Slot:
 class _Lane:
     """An execution context for one batch size. Two slots take turns, so that copies overlap with compute."""
 
-    def __init__(self, cuda: ModuleType, engine: Any, profile: int, batch_size: int):
+    def __init__(self, trt: ModuleType, cuda: ModuleType, engine: Any, profile: int, batch_size: int):
         self.cuda, self.batch_size = cuda, batch_size
         self.copies, self.compute = cuda.Stream(), cuda.Stream()
-        self.context = engine.create_execution_context()
+        config = []
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # or RTX starts with slow kernels, and a graph keeps them
+            config = [engine.create_runtime_config()]
+            config[0].dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self.context = engine.create_execution_context(*config)
         if self.context is None:
             raise UserError(TOO_LITTLE_MEMORY)
         self.context.set_optimization_profile_async(profile, self.compute.handle)
@@ -496,7 +503,7 @@ class TensorRTNetwork(Network):
             profile = next((i for i, size in enumerate(self._sizes) if size >= batch_size), None)
             if profile is None:
                 raise UserError(f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}")
-            self._lanes[batch_size] = _Lane(self._cuda, self._engine, profile, batch_size)
+            self._lanes[batch_size] = _Lane(self._trt, self._cuda, self._engine, profile, batch_size)
         return self._lanes[batch_size]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

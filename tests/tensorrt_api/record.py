@@ -18,10 +18,10 @@ import sys
 
 CLASSES = """Builder IBuilderConfig INetworkDefinition OnnxParser ParserError ICudaEngine IExecutionContext Runtime
     EngineInspector IOptimizationProfile ITimingCache IHostMemory ILogger Logger IInt8EntropyCalibrator2 IInt8Calibrator ILayer
-    ITensor IProgressMonitor"""
+    ITensor IProgressMonitor IRuntimeConfig"""
 ENUMS = """NetworkDefinitionCreationFlag BuilderFlag OnnxParserFlag LayerInformationFormat MemoryPoolType TacticSource
     ProfilingVerbosity DataType TensorIOMode LayerType ComputeCapability HardwareCompatibilityLevel RuntimePlatform
-    QuantizationFlag PreviewFeature"""
+    QuantizationFlag PreviewFeature DynamicShapesKernelSpecializationStrategy"""
 
 
 def public(thing: object) -> list[str]:
