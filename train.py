@@ -234,29 +234,29 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
     step, writer = None, train.share[0] == 0
     bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5, disable=not writer)
     try:
-        with bar:
-            for epoch in range(run.epoch, args.num_epochs):
-                bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
-                torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
-                set_mode(run.model, args, epoch >= last_part)
-                if step is None or epoch == last_part:
-                    step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
-                started = time.perf_counter()
-                loss, train_pct = train_epoch(step, train, rate, epoch, bar)
-                seconds = time.perf_counter() - started
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
-                held_out_loss, held_out_pct = evaluate(run.model, held_out)
-                run.require_finite(loss + held_out_loss, args.lr)
-                run.epoch = epoch + 1
-                past = {"loss": loss, "train_accuracy_pct": train_pct}
-                run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
-                if writer:
-                    run.save(held_out_loss)
-                    said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
-                    bar.write(f"{said}, {held_out_pct:.2f} %, {seconds:.2f} s", file=sys.stdout)
+        for epoch in range(run.epoch, args.num_epochs):
+            bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
+            torch.manual_seed(1_000_003 * (args.seed + 1) + epoch)
+            set_mode(run.model, args, epoch >= last_part)
+            if step is None or epoch == last_part:
+                step = make_step(run.model, run.optimizer, args, epoch >= last_part, compiled)
+            started = time.perf_counter()
+            loss, train_pct = train_epoch(step, train, rate, epoch, bar)
+            seconds = time.perf_counter() - started
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
+            held_out_loss, held_out_pct = evaluate(run.model, held_out)
+            run.require_finite(loss + held_out_loss, args.lr)
+            run.epoch = epoch + 1
+            past = {"loss": loss, "train_accuracy_pct": train_pct}
+            run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
+            if writer:
+                run.save(held_out_loss)
+                said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
+                bar.write(f"{said}, {held_out_pct:.2f} %, {seconds:.2f} s", file=sys.stdout)
     finally:
         if step is not None:
             step.graph = None  # an exception keeps this frame, and NCCL would wait for ever for a graph of its own to go
+        bar.close()
 
 
 def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:

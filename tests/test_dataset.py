@@ -202,33 +202,36 @@ class Response(io.BytesIO):
     headers = {}
 
 
-def test_cifar10_downloads_unpacks_and_reads(tmp_path, monkeypatch):
-    train_images, _ = write_batches(tmp_path / "made" / "cifar-10-batches-py")
+def made_archive(folder):
+    """What is in the archive's folder, written below `folder`: train images; and the archive's bytes."""
+    train_images, _ = write_batches(folder / "cifar-10-batches-py")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        archive.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(buffer.getvalue()))
+        archive.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    return train_images, buffer.getvalue()
+
+
+def test_cifar10_downloads_unpacks_and_reads(tmp_path, monkeypatch):
+    train_images, archive = made_archive(tmp_path / "made")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(archive))
     with pytest.raises(UserError, match="damaged"):
         dataset.load("cifar10", tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
-    monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(archive).hexdigest())
     assert np.array_equal(dataset.load("cifar10", tmp_path / "data").train_images, train_images)
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14")
 @pytest.mark.parametrize("python", ["newer", "3.11.3"])
 def test_of_processes_that_download_at_once_the_first_one_s_images_stay(tmp_path, monkeypatch, python):
-    train_images, _ = write_batches(tmp_path / "made" / "cifar-10-batches-py")
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        archive.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
+    train_images, archive = made_archive(tmp_path / "made")
 
     def urlopen(*_, **__):
         shutil.copytree(tmp_path / "made", tmp_path / "data", dirs_exist_ok=True)  # the other process is done meanwhile
-        return Response(buffer.getvalue())
+        return Response(archive)
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(archive).hexdigest())
     if python == "3.11.3":
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
     assert np.array_equal(dataset.load("cifar10", tmp_path / "data").train_images, train_images)

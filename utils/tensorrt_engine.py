@@ -409,11 +409,12 @@ class _Lane:
     def __init__(self, trt: ModuleType, cuda: ModuleType, engine: Any, profile: int, batch_size: int):
         self.cuda, self.batch_size = cuda, batch_size
         self.copies, self.compute = cuda.Stream(), cuda.Stream()
-        config = []
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # or RTX starts with slow kernels, and a graph keeps them
-            config = [engine.create_runtime_config()]
-            config[0].dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        self.context = engine.create_execution_context(*config)
+            config = engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self.context = engine.create_execution_context(config)
+        else:
+            self.context = engine.create_execution_context()
         if self.context is None:
             raise UserError(TOO_LITTLE_MEMORY)
         self.context.set_optimization_profile_async(profile, self.compute.handle)
