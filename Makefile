@@ -28,7 +28,7 @@ reproduce: install  ## the study behind the README's results; with MODEL=resnet1
 	$(BIN)/python benchmarks/reproduce.py --m $(MODEL) --seeds $(SEEDS) --results $(RESULTS) --data_dir $(DATA) $(ARGS)
 
 tables: install  ## write the README's tables and plots again from results/
-	$(BIN)/python -m utils.summary
+	$(BIN)/python benchmarks/tables.py
 
 install: .venv/installed
 

@@ -33,13 +33,18 @@ import infer
 import models
 from dataset.batches import Batches
 from utils import checkpoint as ckpt
-from utils import distributed, flags
+from utils import flags
 from utils.errors import UserError, run
 from utils.files import link, locked, new_folder
-from utils.optimizers import load_optimizer, make_optimizer
-from utils.training import Step, evaluate, freeze_batch_norm, make_schedule
+from utils.training import ranks as distributed
+from utils.training.optimizers import load_optimizer, make_optimizer
+from utils.training.step import Step, evaluate, freeze_batch_norm, make_schedule
 
-LEARNING_RATE = {"sgd": 0.05, "adamw": 2e-3, "muon": 0.0125}  # peak, at batch size 128; proportional to the batch size
+LEARNING_RATE = {
+    "sgd": 0.05,
+    "adamw": 2e-3,
+    "muon": 0.0125,
+}  # peak, at batch size 128; proportional to the batch size
 FINE_TUNE = 0.05  # of it when training starts from a checkpoint
 BATCH_SIZE = {"cpu": 128, "cuda": 512}
 LABEL_SMOOTHING = 0.1
@@ -50,23 +55,75 @@ MAX_SEED = 2**32 - 1  # a million times it, as `fit` needs, is a seed that torch
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_shared(parser, tuple(dataset.LOADERS))
     add = parser.add_argument
     add("--pretrain", action="store_true", help="start from torchvision's ImageNet weights")
-    add("--partial_ckpt", action="store_true", help="--load_ckpt is a float checkpoint: it fills all but the ranges")
-    add("--resume", type=Path, metavar="DIR", help="continue an interrupted run from its folder, with its own flags")
-    add("--num_epochs", type=int, help="default: 40, with --quantize 10; with --quantize, 0 calibrates only")
-    add("--batch_size", type=int, help="of all ranks together (default: 512 on a GPU, 128 on a CPU)")
-    add("--optimizer", choices=tuple(LEARNING_RATE), help="default: muon from scratch on a GPU, otherwise sgd")
-    add("--lr", type=float, help="peak learning rate (default: by optimizer and batch size; less from a checkpoint)")
-    add("--lrdt", type=int, metavar="N", help="divide the rate by 10 every N epochs (default: warm-up, then a line to 0)")
-    add("--compile", action="store_true", default=None, help="torch.compile on one GPU (default: where the run is long enough)")
+    add(
+        "--partial_ckpt",
+        action="store_true",
+        help="--load_ckpt is a float checkpoint: it fills all but the ranges",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="continue an interrupted run from its folder, with its own flags",
+    )
+    add(
+        "--num_epochs",
+        type=int,
+        help="default: 40, with --quantize 10; with --quantize, 0 calibrates only",
+    )
+    add(
+        "--batch_size", type=int, help="of all ranks together (default: 512 on a GPU, 128 on a CPU)"
+    )
+    add(
+        "--optimizer",
+        choices=tuple(LEARNING_RATE),
+        help="default: muon from scratch on a GPU, otherwise sgd",
+    )
+    add(
+        "--lr",
+        type=float,
+        help="peak learning rate (default: by optimizer and batch size; less from a checkpoint)",
+    )
+    add(
+        "--lrdt",
+        type=int,
+        metavar="N",
+        help="divide the rate by 10 every N epochs (default: warm-up, then a line to 0)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile on one GPU (default: where the run is long enough)",
+    )
     add("--no_compile", action="store_false", dest="compile", default=None, help="no torch.compile")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help="default: %(default)s")
-    add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help="default: %(default)s, then _1, _2, ...")
-    add("--test_trt", action="store_true", help="afterwards build and compare engines of the best checkpoint")
+    add(
+        "--od",
+        "--output_dir",
+        dest="output_dir",
+        type=Path,
+        default=Path("/tmp"),
+        help="default: %(default)s",
+    )
+    add(
+        "--en",
+        "--exp_name",
+        dest="exp_name",
+        default="pytorch_exp",
+        help="default: %(default)s, then _1, _2, ...",
+    )
+    add(
+        "--test_trt",
+        action="store_true",
+        help="afterwards build and compare engines of the best checkpoint",
+    )
     return parser
 
 
@@ -85,23 +142,41 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
         there = ckpt.by_epoch(path.parent)
         newest = max(there, default=0)
         if newest > start["epoch"]:
-            raise UserError(f"--resume {path}: {there[newest]} goes on from there; resume or delete that")
+            raise UserError(
+                f"--resume {path}: {there[newest]} goes on from there; resume or delete that"
+            )
         parser.set_defaults(**start["flags"])
         args = parser.parse_args(argv)
         if args.quantize != start["flags"]["quantize"]:
-            raise UserError("--resume goes on with a run as it was; QAT starts with --load_ckpt, --quantize and --partial_ckpt")
-        flags.agreed("--optimizer", args.optimizer, start["flags"].get("optimizer"))  # its state is of no use to another
+            raise UserError(
+                "--resume goes on with a run as it was; QAT starts with --load_ckpt, --quantize and --partial_ckpt"
+            )
+        flags.agreed(
+            "--optimizer", args.optimizer, start["flags"].get("optimizer")
+        )  # its state is of no use to another
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
     if args.quantize and not start:
         raise UserError("--quantize starts from a trained network: name it with --load_ckpt")
-    idle = [] if args.test_trt else [f"--{name}" for name in flags.QUANTIZATION if getattr(args, name) is not None]
+    idle = (
+        []
+        if args.test_trt
+        else [f"--{name}" for name in flags.QUANTIZATION if getattr(args, name) is not None]
+    )
     if (idle or args.partial_ckpt) and not args.quantize:
-        raise UserError(f"{', '.join(idle or ['--partial_ckpt'])}: this run trains in float; add --quantize, or drop it")
+        raise UserError(
+            f"{', '.join(idle or ['--partial_ckpt'])}: this run trains in float; add --quantize, or drop it"
+        )
     engines = [flags.PRECISIONS[precision] for precision in flags.named_precisions(args)]
-    engines += [f"--{name}" for name in ("backend", "ptc_mode") if getattr(args, name) != parser.get_default(name)]
+    engines += [
+        f"--{name}"
+        for name in ("backend", "ptc_mode")
+        if getattr(args, name) != parser.get_default(name)
+    ]
     if engines and not args.test_trt:
-        raise UserError(f"{', '.join(engines)}: nothing is exported here; add --test_trt, or drop it")
+        raise UserError(
+            f"{', '.join(engines)}: nothing is exported here; add --test_trt, or drop it"
+        )
     if args.test_trt and args.INT8QAT and not args.quantize:
         raise UserError(
             "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and build that engine then"
@@ -120,15 +195,32 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
     if args.optimizer is None:
         args.optimizer = "muon" if scratch and device == "cuda" else "sgd"
     if args.optimizer == "muon" and not (scratch or args.resume):
-        raise UserError("--optimizer muon sets the length of every kernel, so it trains from scratch only: use sgd")
+        raise UserError(
+            "--optimizer muon sets the length of every kernel, so it trains from scratch only: use sgd"
+        )
     if args.lr is None:
-        args.lr = LEARNING_RATE[args.optimizer] * args.batch_size / 128 * (FINE_TUNE if args.load_ckpt else 1)
-    least = {"num_epochs": 0 if args.quantize else 1, "batch_size": 2, "lr": 0, "lrdt": 1, "calib_images": 1, "seed": 0}
+        args.lr = (
+            LEARNING_RATE[args.optimizer]
+            * args.batch_size
+            / 128
+            * (FINE_TUNE if args.load_ckpt else 1)
+        )
+    least = {
+        "num_epochs": 0 if args.quantize else 1,
+        "batch_size": 2,
+        "lr": 0,
+        "lrdt": 1,
+        "calib_images": 1,
+        "seed": 0,
+    }
     for name, low in least.items():
         high = MAX_SEED if name == "seed" else math.inf
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value}: at least {low}" + (f", at most {high}" if high < math.inf else ""))
+            raise UserError(
+                f"--{name} {value}: at least {low}"
+                + (f", at most {high}" if high < math.inf else "")
+            )
     return args, start
 
 
@@ -152,8 +244,14 @@ class Run:
     def require_finite(self, loss: float, lr: float) -> None:
         """Raises UserError, which names the last good checkpoint, if the epoch's loss or a weight is not finite any more."""
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in self.model.parameters()):
-            left = f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was written yet"
-            raise UserError(f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; {left}")
+            left = (
+                f"the last good checkpoint is {self.path}"
+                if self.path.exists()
+                else "no checkpoint was written yet"
+            )
+            raise UserError(
+                f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; {left}"
+            )
 
     def save(self, held_out_loss: float) -> None:
         """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier epoch's loss on the held-out images was lower.
@@ -186,7 +284,9 @@ class Run:
             link(self.path, self.folder / "ckpt_best")
 
 
-def train_epoch(step: Step, batches: Batches, rate: Callable[[float], float], epoch: int, bar: tqdm) -> tuple[float, float]:
+def train_epoch(
+    step: Step, batches: Batches, rate: Callable[[float], float], epoch: int, bar: tqdm
+) -> tuple[float, float]:
     """Epoch number `epoch` in place, by the schedule `rate`; mean loss and accuracy in percent on augmented images."""
     for index, (images, labels) in enumerate(batches):
         step.set_rate(rate(epoch + index / len(batches)))
@@ -205,7 +305,13 @@ def set_mode(model: nn.Module, args: argparse.Namespace, last: bool) -> None:
         freeze_batch_norm(model)
 
 
-def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, last: bool, compiled: bool) -> Step:
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    last: bool,
+    compiled: bool,
+) -> Step:
     """The step of the last part of a run or of all before; the model is in its mode.
 
     Muon, which is for runs from scratch, ends with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373). SGD
@@ -226,13 +332,25 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
     """
     rate = make_schedule(args.lr, args.num_epochs, args.lrdt)
     last_part = args.num_epochs - int(args.num_epochs * LAST_PART)
-    total, done = (len(train) * train.batch_size * epochs for epochs in (args.num_epochs, run.epoch))
-    compiled = args.num_epochs * len(train) >= COMPILE_STEPS if args.compile is None else args.compile
+    total, done = (
+        len(train) * train.batch_size * epochs for epochs in (args.num_epochs, run.epoch)
+    )
+    compiled = (
+        args.num_epochs * len(train) >= COMPILE_STEPS if args.compile is None else args.compile
+    )
     compiled = compiled and train.device.type == "cuda" and train.share[1] == 1
     if compiled:
         torch.compiler.reset()  # a process that trains several networks would soon have compiled as often as it may
     step, writer = None, train.share[0] == 0
-    bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=0.5, disable=not writer)
+    bar = tqdm(
+        total=total,
+        initial=done,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not writer,
+    )
     try:
         for epoch in range(run.epoch, args.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
@@ -248,7 +366,9 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
             run.require_finite(loss + held_out_loss, args.lr)
             run.epoch = epoch + 1
             past = {"loss": loss, "train_accuracy_pct": train_pct}
-            run.history.append({**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct})
+            run.history.append(
+                {**past, "held_out_loss": held_out_loss, "held_out_accuracy_pct": held_out_pct}
+            )
             if writer:
                 run.save(held_out_loss)
                 said = f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, held-out loss {held_out_loss:.4f}"
@@ -259,7 +379,9 @@ def fit(run: Run, train: Batches, held_out: Batches, args: argparse.Namespace) -
         bar.close()
 
 
-def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData) -> dict[str, Any]:
+def make_config(
+    args: argparse.Namespace, start: dict[str, Any], data: dataset.ImageData
+) -> dict[str, Any]:
     """What a checkpoint holds besides weights: enough to rebuild the network, its images and the run without flags.
 
     A checkpoint's split and normalisation go on, so that its held-out images stay held out.
@@ -279,7 +401,9 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
     known = start.get("model", {})
     default_stem = "imagenet" if args.pretrain else "cifar"
     name, stem = flags.agreed_network(args, known.get("name"), known.get("stem"), default_stem)
-    quantization = infer.quantization_config(args, start.get("quantization")) if args.quantize else None
+    quantization = (
+        infer.quantization_config(args, start.get("quantization")) if args.quantize else None
+    )
     return {
         "model": {"name": name, "stem": stem, "num_classes": len(data.classes)},
         "data": info,
@@ -294,41 +418,66 @@ def make_config(args: argparse.Namespace, start: dict[str, Any], data: dataset.I
     }
 
 
-def make_model(args: argparse.Namespace, start: dict[str, Any], config: dict[str, Any], train: Batches) -> nn.Module:
+def make_model(
+    args: argparse.Namespace, start: dict[str, Any], config: dict[str, Any], train: Batches
+) -> nn.Module:
     """The network to train on the device of `train`: built, loaded, quantized and calibrated as the flags say."""
     torch.manual_seed(args.seed)
-    if args.quantize and "quantization" not in start and any(key.endswith(ckpt.RANGE_SUFFIX) for key in start["state"]):
-        raise UserError(f"--load_ckpt {args.load_ckpt}: ranges, but not what they are of; load train.py's checkpoint itself")
+    if (
+        args.quantize
+        and "quantization" not in start
+        and any(key.endswith(ckpt.RANGE_SUFFIX) for key in start["state"])
+    ):
+        raise UserError(
+            f"--load_ckpt {args.load_ckpt}: ranges, but not what they are of; load train.py's checkpoint itself"
+        )
     model = infer.build_quantized(config) if args.quantize else infer.build_float(config)
     if start:
-        print(ckpt.load_weights(model, start["state"], allow_missing_ranges=args.quantize and args.partial_ckpt))
+        print(
+            ckpt.load_weights(
+                model, start["state"], allow_missing_ranges=args.quantize and args.partial_ckpt
+            )
+        )
     elif args.pretrain:
         models.load_imagenet_weights(model, config["model"]["name"])
-    model.to(train.device, memory_format=torch.channels_last if train.device.type == "cuda" else torch.preserve_format)
+    model.to(
+        train.device,
+        memory_format=torch.channels_last if train.device.type == "cuda" else torch.preserve_format,
+    )
     if args.quantize:
         if not start.get("quantization"):
             infer.calibrate_model(model, config["quantization"], train)
-            config["start"] = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-        from utils.swap import audit  # float training needs no pytorch-quantization
+            config["start"] = {
+                key: value.detach().cpu().clone() for key, value in model.state_dict().items()
+            }
+        from utils.quantization.swap import audit  # float training needs no pytorch-quantization
 
         print(audit(model))
     return model
 
 
-def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: distributed.Ranks) -> None:
+def train(
+    args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: distributed.Ranks
+) -> None:
     """Train as the flags say and test the best checkpoint."""
     data = infer.load_data(args, start.get("data", {}))
     config = make_config(args, start, data)
     info = config["data"]
 
     def batches(images: np.ndarray, labels: np.ndarray, **options: Any) -> Batches:
-        return Batches(images, labels, info["mean"], info["std"], args.batch_size, ranks.device, **options)
+        return Batches(
+            images, labels, info["mean"], info["std"], args.batch_size, ranks.device, **options
+        )
 
     chosen, held_out = data.split(info["split_seed"])
     if not len(held_out[0]):
-        raise UserError(f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out")
+        raise UserError(
+            f"{args.data_dir}: every class has one train image; add images: one to train on, one to hold out"
+        )
     if args.batch_size % ranks.count:
-        raise UserError(f"--batch_size {args.batch_size} is not a multiple of the {ranks.count} ranks")
+        raise UserError(
+            f"--batch_size {args.batch_size} is not a multiple of the {ranks.count} ranks"
+        )
     if args.compile and ranks.count > 1:
         raise UserError("--compile: several ranks do not; drop it, or resume with --no_compile")
     model = make_model(args, start, config, batches(*chosen))
@@ -342,7 +491,12 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
     elif args.quantize and ranks.rank == 0:
         run.save(math.inf)  # ckpt_0: calibrated, not yet fine-tuned; any epoch is better
     share = (ranks.rank, ranks.count)
-    fit(run, batches(*chosen, augment=True, natural=data.natural, share=share), batches(*held_out), args)
+    fit(
+        run,
+        batches(*chosen, augment=True, natural=data.natural, share=share),
+        batches(*held_out),
+        args,
+    )
     if ranks.rank == 0:
         best = ckpt.load(folder / "ckpt_best")
         model.load_state_dict(best["state"])
@@ -353,7 +507,10 @@ def train(args: argparse.Namespace, start: dict[str, Any], folder: Path, ranks: 
 def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_flags(sys.argv[1:] if argv is None else argv)
     torch.backends.cudnn.benchmark = True
-    with distributed.joined() as ranks, contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
+    with (
+        distributed.joined() as ranks,
+        contextlib.redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()),
+    ):
         new = None if args.resume or ranks.rank else new_folder(args.output_dir, args.exp_name)
         folder = ckpt.latest(args.resume).parent if args.resume else distributed.from_first(new)
         print(f"experiment folder: {folder}", flush=True)
@@ -361,9 +518,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
                 train(args, start, folder, ranks)
         except (KeyboardInterrupt, torch.AcceleratorError) as error:
-            what = f"the GPU failed ({str(error).splitlines()[0]})" if str(error) else "interrupted"  # Ctrl-C says nothing
+            what = (
+                f"the GPU failed ({str(error).splitlines()[0]})" if str(error) else "interrupted"
+            )  # Ctrl-C says nothing
             saved = any(folder.glob("ckpt_*"))
-            mend = f"continue with: python train.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
+            mend = (
+                f"continue with: python train.py --resume {shlex.quote(str(folder))}"
+                if saved
+                else "nothing was saved yet"
+            )
             raise UserError(f"{what}; {mend}") from None
         finally:
             if ranks.rank == 0 and not any(folder.iterdir()):

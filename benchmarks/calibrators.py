@@ -33,12 +33,17 @@ def logits(model: nn.Module, batches: Batches) -> Tensor:
     return torch.cat([model(images) for images, _ in batches])
 
 
-def compare(path: Path, data_dir: Path, counts: list[int], device: torch.device) -> list[dict[str, Any]]:
+def compare(
+    path: Path, data_dir: Path, counts: list[int], device: torch.device
+) -> list[dict[str, Any]]:
     """One row for each calibrator and number of images."""
     checkpoint = ckpt.load_whole(path)
     info, name = checkpoint["data"], "{name} ({stem} stem)".format(**checkpoint["model"])
     data = infer.load_data(argparse.Namespace(dataset=None, img_size=None, data_dir=data_dir), info)
-    train, held_out = (Batches(*part, info["mean"], info["std"], 128, device) for part in data.split(info["split_seed"]))
+    train, held_out = (
+        Batches(*part, info["mean"], info["std"], 128, device)
+        for part in data.split(info["split_seed"])
+    )
     model = infer.build_float(checkpoint)
     ckpt.load_weights(model, checkpoint["state"])
     exact = logits(model.to(device), held_out)
@@ -46,7 +51,12 @@ def compare(path: Path, data_dir: Path, counts: list[int], device: torch.device)
     rows = []
     for method in flags.CALIBRATORS:
         for count in counts:
-            quantization = {"quant_layers": ["*"], "skip_layers": [], "calibrator": method, "calib_images": count}
+            quantization = {
+                "quant_layers": ["*"],
+                "skip_layers": [],
+                "calibrator": method,
+                "calib_images": count,
+            }
             quantized = infer.build_quantized({**checkpoint, "quantization": quantization})
             ckpt.load_weights(quantized, checkpoint["state"], allow_missing_ranges=True)
             start = time.perf_counter()
@@ -61,18 +71,28 @@ def compare(path: Path, data_dir: Path, counts: list[int], device: torch.device)
                 "calib_images": count,
                 "held_out_float_pct": float_pct,
                 "delta_pct": accuracy_pct - float_pct,
-                "agreement_pct": 100 * (rounded.argmax(1) == exact.argmax(1)).double().mean().item(),
+                "agreement_pct": 100
+                * (rounded.argmax(1) == exact.argmax(1)).double().mean().item(),
                 "logits_sqnr_db": -10 * noise.log10().item(),
                 "calibration_s": seconds,
             }
-            print("  ".join(f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items()))
+            print(
+                "  ".join(
+                    f"{key} {value:.2f}" if isinstance(value, float) else str(value)
+                    for key, value in row.items()
+                )
+            )
             rows.append(row)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_ckpt", type=Path, nargs="+", required=True, help="float checkpoints")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load_ckpt", type=Path, nargs="+", required=True, help="float checkpoints"
+    )
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
     parser.add_argument("--calib_images", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--record", type=Path)
@@ -80,9 +100,18 @@ def main() -> None:
     if min(args.calib_images) < 1:
         raise UserError("--calib_images: at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [row for path in args.load_ckpt for row in compare(path, args.data_dir, args.calib_images, device)]
+    rows = [
+        row
+        for path in args.load_ckpt
+        for row in compare(path, args.data_dir, args.calib_images, device)
+    ]
     if args.record:
-        record = {"kind": "calibrators", "commit": records.commit(), "environment": records.environment(), "rows": rows}
+        record = {
+            "kind": "calibrators",
+            "commit": records.commit(),
+            "environment": records.environment(),
+            "rows": rows,
+        }
         records.write(args.record, record)
 
 

@@ -112,7 +112,9 @@ class Row:
 class Images(Dataset):
     """PIL images from arrays, as torchvision's CIFAR10 serves them. Forked workers run it: it must not touch CUDA."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Image.Image], Tensor]):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Image.Image], Tensor]
+    ):
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
@@ -136,7 +138,9 @@ def reference_network(name: str, stem: str, num_classes: int, quantized: bool) -
 
 
 @torch.no_grad()
-def calibrate_by_maximum(model: nn.Module, images: Dataset, batch_size: int, device: torch.device) -> None:
+def calibrate_by_maximum(
+    model: nn.Module, images: Dataset, batch_size: int, device: torch.device
+) -> None:
     """Set the ranges of pytorch-quantization's layers from the first batches."""
     quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer)]
     for quantizer in quantizers:
@@ -151,17 +155,26 @@ def calibrate_by_maximum(model: nn.Module, images: Dataset, batch_size: int, dev
         quantizer.enable_quant()
 
 
-def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace) -> Training:
+def reference(
+    data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
+) -> Training:
     """The loop that people write first, starting from `state` if there is one."""
     torch.backends.cudnn.benchmark = False  # torch's default; `ours` changes it
     device, on_gpu = args.device, args.device.type == "cuda"
     chosen, _ = data.split(0)
     crop = transforms.RandomCrop(data.train_images.shape[1], padding=4)
     normalise = transforms.Normalize(*dataset.channel_stats(data.train_images))
-    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+    transform = transforms.Compose(
+        [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
+    )
     images = Images(*chosen, transform)
     loader = DataLoader(
-        images, args.reference_batch_size, shuffle=True, num_workers=WORKERS, pin_memory=on_gpu, persistent_workers=True
+        images,
+        args.reference_batch_size,
+        shuffle=True,
+        num_workers=WORKERS,
+        pin_memory=on_gpu,
+        persistent_workers=True,
     )
     model = reference_network(args.model, stem, len(data.classes), mode == "qat")
     if state:
@@ -169,13 +182,18 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
     model.to(device)
     if mode == "qat":
         calibrate_by_maximum(model, images, args.reference_batch_size, device)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE[mode], momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), LEARNING_RATE[mode], momentum=0.9, weight_decay=5e-4
+    )
 
     def epoch(_: int, bar: tqdm) -> float:
         model.train()
         loss_sum = 0.0
         for batch, labels in loader:
-            batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            batch, labels = (
+                batch.to(device, non_blocking=True),
+                labels.to(device, non_blocking=True),
+            )
             optimizer.zero_grad()
             loss = F.cross_entropy(model(batch), labels)
             loss.backward()
@@ -185,19 +203,31 @@ def reference(data: dataset.ImageData, mode: str, stem: str, state: State | None
         return loss_sum / len(images)
 
     arithmetic = "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "fp32"
-    return Training(model, [(1.0, lambda: epoch)], len(images), args.reference_batch_size, arithmetic)
+    return Training(
+        model, [(1.0, lambda: epoch)], len(images), args.reference_batch_size, arithmetic
+    )
 
 
-def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace) -> Training:
+def ours(
+    data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
+) -> Training:
     """The training of train.py with its defaults, wired as there, starting from `state` if there is one."""
     torch.backends.cudnn.benchmark = True
     on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
-    torch._inductor.config.force_disable_caches = on_gpu  # or an earlier run's compilation would be this one's
+    torch._inductor.config.force_disable_caches = (
+        on_gpu  # or an earlier run's compilation would be this one's
+    )
     argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
     argv += ["--batch_size", str(args.batch_size)] if args.batch_size is not None else []
-    argv += ["--optimizer", "sgd" if mode == "qat" else args.optimizer] if mode == "qat" or args.optimizer else []
+    argv += (
+        ["--optimizer", "sgd" if mode == "qat" else args.optimizer]
+        if mode == "qat" or args.optimizer
+        else []
+    )
     flags, _ = train.parse_flags(argv)
-    if mode == "qat":  # what parse_flags makes of --quantize with a float checkpoint, of which there is no file here
+    if (
+        mode == "qat"
+    ):  # what parse_flags makes of --quantize with a float checkpoint, of which there is no file here
         flags.quantize, flags.partial_ckpt, flags.lr = True, True, flags.lr * train.FINE_TUNE
     config = train.make_config(flags, {}, data)
     info = config["data"]
@@ -215,7 +245,13 @@ def ours(data: dataset.ImageData, mode: str, stem: str, state: State | None, arg
         return lambda epoch, bar: train.train_epoch(step, batches, rate, epoch, bar)[0]
 
     parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]
-    return Training(model, parts, len(batches) * batches.batch_size, batches.batch_size, "bf16" if on_gpu else "fp32")
+    return Training(
+        model,
+        parts,
+        len(batches) * batches.batch_size,
+        batches.batch_size,
+        "bf16" if on_gpu else "fp32",
+    )
 
 
 RECIPES = {"reference": reference, "ours": ours}
@@ -229,10 +265,18 @@ def flops_per_image(name: str, stem: str, num_classes: int, shape: tuple[int, ..
     return counter.get_total_flops() / 2
 
 
-def timed_epochs(epoch: Epoch, images: int, count: int, title: str, device: torch.device) -> tuple[list[float], float]:
+def timed_epochs(
+    epoch: Epoch, images: int, count: int, title: str, device: torch.device
+) -> tuple[list[float], float]:
     """Seconds of each epoch, and the last one's mean loss."""
     seconds = []
-    options = {"unit": "img", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "leave": False}
+    options = {
+        "unit": "img",
+        "unit_scale": True,
+        "dynamic_ncols": True,
+        "mininterval": 0.5,
+        "leave": False,
+    }
     with tqdm(total=images * count, desc=title, disable=None, **options) as bar:
         for index in range(count):
             synchronize(device)
@@ -251,7 +295,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(
-    recipe: str, mode: str, stem: str, state: State | None, data: dataset.ImageData, args: argparse.Namespace
+    recipe: str,
+    mode: str,
+    stem: str,
+    state: State | None,
+    data: dataset.ImageData,
+    args: argparse.Namespace,
 ) -> tuple[Row, State]:
     """Time one recipe; also the trained weights, from which QAT starts."""
     torch.manual_seed(0)
@@ -278,7 +327,14 @@ def measure(
         epoch_s=epoch_s,
         images_s=training.images / epoch_s,
         tflops=flops * training.images / epoch_s / 1e12,
-        peak_tflops=next((peak[training.arithmetic] for glob, peak in PEAK_TFLOPS.items() if fnmatchcase(gpu, glob)), None),
+        peak_tflops=next(
+            (
+                peak[training.arithmetic]
+                for glob, peak in PEAK_TFLOPS.items()
+                if fnmatchcase(gpu, glob)
+            ),
+            None,
+        ),
         compile_s=compile_s,
         warm_up_s=warm_up_s,
         epochs_s=epochs_s,
@@ -297,47 +353,103 @@ def free() -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows, and how their speeds compare, as text."""
-    cells = [["recipe", "mode", "stem", "batch", "epoch s", "images/s", "TFLOP/s", "chip's dense peak", "compile s"]]
+    cells = [
+        [
+            "recipe",
+            "mode",
+            "stem",
+            "batch",
+            "epoch s",
+            "images/s",
+            "TFLOP/s",
+            "chip's dense peak",
+            "compile s",
+        ]
+    ]
     for row in rows:
         peak = f"{row.peak_tflops or '-'} ({row.arithmetic})"
-        times = f"{row.epoch_s:.3f}", f"{row.images_s:,.0f}", f"{row.tflops:.2f}", peak, f"{row.compile_s:.1f}"
+        times = (
+            f"{row.epoch_s:.3f}",
+            f"{row.images_s:,.0f}",
+            f"{row.tflops:.2f}",
+            peak,
+            f"{row.compile_s:.1f}",
+        )
         cells.append([row.recipe, row.mode, row.stem, str(row.batch_size), *times])
     lines = [records.text_table(cells, names=3)]
     for stem in dict.fromkeys(row.stem for row in rows):
         speed = {(row.recipe, row.mode): row.images_s for row in rows if row.stem == stem}
-        pairs = [(f"{mode}, reference / ours", ("reference", mode), ("ours", mode)) for mode in MODES]
-        pairs += [(f"{recipe}, QAT / float", (recipe, "qat"), (recipe, "float")) for recipe in RECIPES]
+        pairs = [
+            (f"{mode}, reference / ours", ("reference", mode), ("ours", mode)) for mode in MODES
+        ]
+        pairs += [
+            (f"{recipe}, QAT / float", (recipe, "qat"), (recipe, "float")) for recipe in RECIPES
+        ]
         for what, slow, fast in pairs:
             if slow in speed and fast in speed:
-                lines.append(f"{stem} stem, time per image, {what}: {speed[fast] / speed[slow]:.2f}")
+                lines.append(
+                    f"{stem} stem, time per image, {what}: {speed[fast] / speed[slow]:.2f}"
+                )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--m", "--model", dest="model", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
+    add(
+        "--m",
+        "--model",
+        dest="model",
+        choices=("resnet18", "resnet34", "resnet50"),
+        default="resnet18",
+    )
     add("--stem", nargs="+", choices=("imagenet", "cifar"), default=["imagenet", "cifar"])
-    add("--modes", nargs="+", choices=MODES, default=MODES, help="qat starts from float's weights if both run")
+    add(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=MODES,
+        help="qat starts from float's weights if both run",
+    )
     add("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
     add("--batch_size", type=int, help="of ours (default: train.py's, 512 on a GPU)")
-    add("--optimizer", choices=tuple(train.LEARNING_RATE), help="of ours in float (default: train.py's, muon on a GPU)")
+    add(
+        "--optimizer",
+        choices=tuple(train.LEARNING_RATE),
+        help="of ours in float (default: train.py's, muon on a GPU)",
+    )
     add("--reference_batch_size", type=int, default=128, help="default: %(default)s")
     add("--epochs", type=int, default=3, help="timed ones (default: %(default)s)")
     add("--warm_up", type=int, default=1, help="epochs before them (default: %(default)s)")
     add("--dataset", choices=tuple(dataset.LOADERS), default="cifar10")
     add("--data_dir", type=Path, default=Path("data"))
     add("--no_compile", action="store_true", help="no torch.compile in ours")
-    add("--record", type=Path, metavar="FILE", help="written after each row, so that an early end loses little")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="written after each row, so that an early end loses little",
+    )
     args = parser.parse_args(argv)
     if min(args.epochs, args.warm_up, args.reference_batch_size) < 1:
         raise UserError("--epochs, --warm_up and --reference_batch_size: at least 1")
     data = dataset.load(args.dataset, args.data_dir)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = {"kind": "train_speed", "environment": records.environment(), "commit": records.commit(), "flags": settings}
+    record = {
+        "kind": "train_speed",
+        "environment": records.environment(),
+        "commit": records.commit(),
+        "flags": settings,
+    }
     rows: list[Row] = []
-    recipes = [recipe for recipe in RECIPES if recipe in args.recipes]  # references first: they fork, ours starts threads
+    recipes = [
+        recipe for recipe in RECIPES if recipe in args.recipes
+    ]  # references first: they fork, ours starts threads
     for recipe, stem in itertools.product(recipes, args.stem):
         state = None
         for mode in (mode for mode in MODES if mode in args.modes):

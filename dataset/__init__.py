@@ -49,9 +49,14 @@ class ImageData:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
-    def split(self, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def split(
+        self, seed: int
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Images and labels to train on, and those held out, as `split_train` draws them."""
-        chosen, held_out = ((self.train_images[part], self.train_labels[part]) for part in split_train(self.train_labels, seed))
+        chosen, held_out = (
+            (self.train_images[part], self.train_labels[part])
+            for part in split_train(self.train_labels, seed)
+        )
         return chosen, held_out
 
 
@@ -68,21 +73,39 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
     """
     if img_size < 8:
         raise UserError(f"--img_size {img_size}: at least 8")
-    train_images, train_labels, test_images, test_labels, classes = LOADERS[name](Path(data_dir), img_size)
-    for split, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+    train_images, train_labels, test_images, test_labels, classes = LOADERS[name](
+        Path(data_dir), img_size
+    )
+    for split, images, labels in (
+        ("train", train_images, train_labels),
+        ("test", test_images, test_labels),
+    ):
         _check(f"{name} ({split})", images, labels, len(classes))
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise UserError(f"{name}: train images are {train_images.shape[1:]}, test images {test_images.shape[1:]}")
-    return ImageData(name, classes, train_images, train_labels.astype(np.int64), test_images, test_labels.astype(np.int64))
+        raise UserError(
+            f"{name}: train images are {train_images.shape[1:]}, test images {test_images.shape[1:]}"
+        )
+    return ImageData(
+        name,
+        classes,
+        train_images,
+        train_labels.astype(np.int64),
+        test_images,
+        test_labels.astype(np.int64),
+    )
 
 
 def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{what}: images are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3)")
+        raise UserError(
+            f"{what}: images are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3)"
+        )
     if labels.shape != (len(images),) or len(images) == 0:
         raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
     integers = np.issubdtype(labels.dtype, np.integer)
-    low, high = (labels.min(), labels.max()) if integers else (labels[0], labels[-1])  # not everything has an order
+    low, high = (
+        (labels.min(), labels.max()) if integers else (labels[0], labels[-1])
+    )  # not everything has an order
     if not integers or low < 0 or high >= num_classes:
         raise UserError(f"{what}: labels {low}..{high} are not integers in 0..{num_classes - 1}")
 
@@ -96,7 +119,9 @@ def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held_out[members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]] = True
+        held_out[
+            members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]
+        ] = True
     return order[~held_out[order]], order[held_out[order]]
 
 
@@ -109,8 +134,12 @@ def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
     """
     levels, counts = np.arange(256), np.zeros((3, 256), dtype=np.int64)
     for part in np.array_split(images, 100):  # counting takes eight bytes for each value
-        counts += np.stack([np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(3)])
+        counts += np.stack(
+            [np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(3)]
+        )
     means = counts @ levels / counts.sum(1)
     variances = counts @ levels**2 / counts.sum(1) - means**2
-    scales = [2.0 ** round(math.log2(max(variance, 1.0)) / 2) / 255 for variance in variances.tolist()]
+    scales = [
+        2.0 ** round(math.log2(max(variance, 1.0)) / 2) / 255 for variance in variances.tolist()
+    ]
     return [round(mean) / 255 for mean in means.tolist()], scales

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHIFT = 4  # pixels, at most, in each direction
-HOLE = 3 / 8  # of the image's width: side of the square that a training image loses (DeVries and Taylor, 2017)
+HOLE = (
+    3 / 8
+)  # of the image's width: side of the square that a training image loses (DeVries and Taylor, 2017)
 
 
 class Batches:
@@ -37,10 +39,14 @@ class Batches:
         natural: bool = False,
         share: tuple[int, int] = (0, 1),
     ):
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)  # NHWC -> NCHW
+        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(
+            device
+        )  # NHWC -> NCHW
         self.labels = torch.from_numpy(labels).to(device)
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).reshape(1, 3, 1, 1)
-        self.offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).reshape(1, 3, 1, 1)
+        self.offset = torch.tensor(
+            [m / s for m, s in zip(mean, std, strict=True)], device=device
+        ).reshape(1, 3, 1, 1)
         self.batch_size = min(batch_size, len(images) // share[1] * share[1])
         self.augment, self.natural, self.share = augment, natural, share
 
@@ -51,7 +57,9 @@ class Batches:
     def first(self, count: int) -> Iterator[Tensor]:
         """The first `count` images in batches, for calibration."""
         for start in range(0, min(count, len(self.labels)), self.batch_size):
-            yield self.images[start : min(start + self.batch_size, count)] * self.scale - self.offset
+            yield (
+                self.images[start : min(start + self.batch_size, count)] * self.scale - self.offset
+            )
 
     def __len__(self) -> int:
         """Batches in an epoch. Training drops the last, incomplete one: the shuffle leaves out other images each time."""
@@ -76,8 +84,12 @@ class Batches:
         if self.natural:
             mirrored = torch.rand(count, 1, device=device) < 0.5
             side = round(HOLE * width)
-            row, column = (torch.randint(0, size, (count, 1), device=device) for size in (height, width))
-        padded = F.pad(self.images, [SHIFT] * 4).permute(0, 2, 3, 1).contiguous()  # -> (N, H + 8, W + 8, 3)
+            row, column = (
+                torch.randint(0, size, (count, 1), device=device) for size in (height, width)
+            )
+        padded = (
+            F.pad(self.images, [SHIFT] * 4).permute(0, 2, 3, 1).contiguous()
+        )  # -> (N, H + 8, W + 8, 3)
         rank, ranks = self.share
         for index in range(len(self)):
             start = index * self.batch_size + rank * (self.batch_size // ranks)
@@ -85,9 +97,14 @@ class Batches:
             from_rows, from_columns = rows + down[part], columns + right[part]  # (B, H), (B, W)
             if self.natural:
                 from_columns = torch.where(mirrored[part], from_columns.flip(1), from_columns)
-            images = padded[order[part, None, None], from_rows[:, :, None], from_columns[:, None, :]]  # (B, H, W, 3)
+            images = padded[
+                order[part, None, None], from_rows[:, :, None], from_columns[:, None, :]
+            ]  # (B, H, W, 3)
             images = images.permute(0, 3, 1, 2) * self.scale - self.offset  # (B, 3, H, W)
             if self.natural:
-                hit = [(2 * (at - centre[part]) + 1 - side % 2).abs() < side for at, centre in ((rows, row), (columns, column))]
+                hit = [
+                    (2 * (at - centre[part]) + 1 - side % 2).abs() < side
+                    for at, centre in ((rows, row), (columns, column))
+                ]
                 images = images.masked_fill((hit[0][:, :, None] & hit[1][:, None, :])[:, None], 0.0)
             yield images, self.labels[order[part]]

@@ -38,34 +38,53 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         if (data_dir / "train").is_dir():
             loaded = folder.load(data_dir, 32)
             if loaded[-1] != CLASSES:
-                raise UserError(f"{data_dir}/train holds other classes than CIFAR-10's: add --dataset folder")
+                raise UserError(
+                    f"{data_dir}/train holds other classes than CIFAR-10's: add --dataset folder"
+                )
             return loaded
         _download(batches)
     train = [_read_batch(batches / f"data_batch_{index}") for index in range(1, 6)]
     images, labels = zip(*train, strict=True)
-    return np.concatenate(images), np.concatenate(labels), *_read_batch(batches / "test_batch"), CLASSES
+    return (
+        np.concatenate(images),
+        np.concatenate(labels),
+        *_read_batch(batches / "test_batch"),
+        CLASSES,
+    )
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, ...]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            x_train, y_train, x_test, y_test = (arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+            x_train, y_train, x_test, y_test = (
+                arrays[key] for key in ("x_train", "y_train", "x_test", "y_test")
+            )
     except KeyError as error:
-        raise UserError(f"{path} lacks an array: {error.args[0]}; expected x_train, y_train, x_test, y_test") from None
+        raise UserError(
+            f"{path} lacks an array: {error.args[0]}; expected x_train, y_train, x_test, y_test"
+        ) from None
     except Exception as error:  # zipfile, zlib and NumPy raise anything on damaged bytes
-        raise UserError(f"{path} is truncated or corrupt ({error}); delete it and fetch it again") from None
+        raise UserError(
+            f"{path} is truncated or corrupt ({error}); delete it and fetch it again"
+        ) from None
     return x_train, y_train.squeeze(), x_test, y_test.squeeze()
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         batch = _ArraysOnly(path.open("rb"), encoding="bytes").load()
-        images = np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 3072) -> (N, 32, 32, 3)
+        images = (
+            np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        )  # (N, 3072) -> (N, 32, 32, 3)
         return images, np.asarray(batch[b"labels"])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; delete {path.parent} to have it downloaded again") from None
+        raise UserError(
+            f"{path} is missing; delete {path.parent} to have it downloaded again"
+        ) from None
     except Exception as error:  # so do unpicklers, even ModuleNotFoundError
-        raise UserError(f"{path} is truncated or corrupt ({error}); delete {path.parent} and fetch it again") from None
+        raise UserError(
+            f"{path} is truncated or corrupt ({error}); delete {path.parent} and fetch it again"
+        ) from None
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -73,7 +92,10 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
-        if array or (module, name) == ("_codecs", "encode"):  # the latter makes bytes where Python 3 wrote protocol 2
+        if array or (module, name) == (
+            "_codecs",
+            "encode",
+        ):  # the latter makes bytes where Python 3 wrote protocol 2
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"unexpected {module}.{name}")
 
@@ -93,7 +115,10 @@ def _download(batches: Path) -> None:
                 while chunk := response.read(1 << 20):
                     archive.write(chunk)
                     bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:  # refused, timed out or lost: all that a connection raises
+    except (
+        OSError,
+        http.client.HTTPException,
+    ) as error:  # refused, timed out or lost: all that a connection raises
         raise UserError(
             f"CIFAR-10 is not in {data_dir.resolve()} (looked for cifar10.npz, cifar-10-batches-py/, train/<class>/) and "
             f"cannot be downloaded ({getattr(error, 'reason', error)}); name its folder with --data_dir, or run on "
@@ -102,8 +127,13 @@ def _download(batches: Path) -> None:
     if hashlib.md5(archive.getbuffer(), usedforsecurity=False).hexdigest() != MD5:
         raise UserError(f"the download of {URL} is damaged (MD5 differs); run again")
     archive.seek(0)
-    with tempfile.TemporaryDirectory(prefix=".", dir=data_dir) as partial, tarfile.open(fileobj=archive) as files:
-        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.10.11, 3.11.3 and older have none
+    with (
+        tempfile.TemporaryDirectory(prefix=".", dir=data_dir) as partial,
+        tarfile.open(fileobj=archive) as files,
+    ):
+        files.extraction_filter = getattr(
+            tarfile, "data_filter", None
+        )  # Python 3.10.11, 3.11.3 and older have none
         files.extractall(partial)
         try:
             Path(partial, batches.name).rename(batches)

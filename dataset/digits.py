@@ -18,7 +18,15 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, .
 
     bunch = load_digits()
     gray = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 17 levels
-    images = gray.repeat(SCALE, axis=1).repeat(SCALE, axis=2)[..., None].repeat(3, axis=3)  # (N, 32, 32, 3)
+    images = (
+        gray.repeat(SCALE, axis=1).repeat(SCALE, axis=2)[..., None].repeat(3, axis=3)
+    )  # (N, 32, 32, 3)
     labels = bunch.target.astype(np.int64)
     test = np.arange(len(labels)) % round(1 / TEST_FRACTION) == 0
-    return images[~test], labels[~test], images[test], labels[test], tuple(str(name) for name in bunch.target_names)
+    return (
+        images[~test],
+        labels[~test],
+        images[test],
+        labels[test],
+        tuple(str(name) for name in bunch.target_names),
+    )

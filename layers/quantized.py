@@ -1,7 +1,7 @@
 """Quantized layers: float layers whose operands pass through a quantizer first.
 
 They subclass the float layers and keep their parameter names, so a float checkpoint loads by name. With `Quantizer` inside
-they are the training form; `layers.fold` puts `FrozenQuantizer` there and has the inference form.
+they are the training form; `utils.quantization.fold` puts `FrozenQuantizer` there and has the inference form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution of an INT8 input (one range) with an INT8 weight (one range for each output channel)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(
+            self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias
+        )
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):

@@ -16,7 +16,9 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
-absl.logging.set_verbosity(absl.logging.FATAL)  # the library reports every step of calibration as a warning
+absl.logging.set_verbosity(
+    absl.logging.FATAL
+)  # the library reports every step of calibration as a warning
 
 CODE_MAX = 127
 RANGE_FLOOR = 1e-12  # an all-zero channel gets this range instead of a division by zero
@@ -29,7 +31,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int) -
         x: any shape.
         scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0 of `x`.
     """
-    if torch.compiler.is_compiling() or (x.is_cuda and scale.ndim):  # torch's own for channels waits for the GPU
+    if torch.compiler.is_compiling() or (
+        x.is_cuda and scale.ndim
+    ):  # torch's own for channels waits for the GPU
         return StraightThrough.apply(x, scale.reshape(-1, *[1] * (x.ndim - 1)), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
@@ -44,7 +48,9 @@ class StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         ctx.code_min = code_min
         values = _codes(x, scale).clamp(code_min, CODE_MAX) * scale
-        return values if values.dtype == x.dtype else values.to(x.dtype)  # compiled, `.to` the same type loses the gradient
+        return (
+            values if values.dtype == x.dtype else values.to(x.dtype)
+        )  # compiled, `.to` the same type loses the gradient
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -101,7 +107,9 @@ class FrozenQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.zero_point, -CODE_MAX - 1)  # weights hold no code -128: see fold.py
+        return fake_quantize(
+            x, self.scale, self.zero_point, -CODE_MAX - 1
+        )  # weights hold no code -128: see utils.quantization.fold
 
     def extra_repr(self) -> str:
         granularity = "per-tensor" if self.scale.ndim == 0 else f"per-channel({len(self.scale)})"

@@ -1,4 +1,4 @@
-"""Float networks by name. None of them knows of quantization: `utils.swap` quantizes any of them afterwards."""
+"""Float networks by name. None of them knows of quantization: `utils.quantization.swap` quantizes any of them afterwards."""
 
 from __future__ import annotations
 
@@ -60,17 +60,23 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
         weights = get_model_weights(name).DEFAULT
     except ValueError:
         known = ", ".join(model for model in MODELS if model in list_models())
-        raise UserError(f"--pretrain: torchvision has no ImageNet weights for {name}, but for {known}") from None
+        raise UserError(
+            f"--pretrain: torchvision has no ImageNet weights for {name}, but for {known}"
+        ) from None
     try:
         state = weights.get_state_dict(progress=True)
         state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIERS)}
-    except Exception as error:  # the network's errors, and whatever torch.load raises on a damaged file
+    except (
+        Exception
+    ) as error:  # the network's errors, and whatever torch.load raises on a damaged file
         reason = getattr(error, "reason", error)
         raise UserError(
             f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); put that file into "
             f"{torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         ) from None
-    state |= {key: value for key, value in model.state_dict().items() if key.startswith(CLASSIFIERS)}
+    state |= {
+        key: value for key, value in model.state_dict().items() if key.startswith(CLASSIFIERS)
+    }
     try:
         load_weights(model, state)
     except UserError as error:

@@ -20,7 +20,10 @@ from torchvision.ops import SqueezeExcitation
 
 from layers import Add, Mul
 
-DROPOUT, STOCHASTIC_DEPTH = 0.2, 0.0  # of B0; torchvision drops blocks too, for ImageNet's hundreds of epochs: ours are few
+DROPOUT, STOCHASTIC_DEPTH = (
+    0.2,
+    0.0,
+)  # of B0; torchvision drops blocks too, for ImageNet's hundreds of epochs: ours are few
 
 
 class InvertedResidual(mobilenetv2.InvertedResidual):
@@ -44,7 +47,9 @@ class MobileNetV2(mobilenetv2.MobileNetV2):
         fit_strides(self, stem)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))  # (N, C, 1, 1) -> (N, C)
+        return self.classifier(
+            torch.flatten(self.avgpool(self.features(x)), 1)
+        )  # (N, C, 1, 1) -> (N, C)
 
 
 class SqueezeExcite(SqueezeExcitation):
@@ -67,7 +72,11 @@ class MBConv(efficientnet.MBConv):
             self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.stochastic_depth(self.block(x)), x) if self.use_res_connect else self.block(x)
+        return (
+            self.add(self.stochastic_depth(self.block(x)), x)
+            if self.use_res_connect
+            else self.block(x)
+        )
 
 
 class EfficientNetB0(efficientnet.EfficientNet):
@@ -84,13 +93,24 @@ class EfficientNetB0(efficientnet.EfficientNet):
             (6, 3, 1, 192, 320, 1),
         )
         configs = [efficientnet.MBConvConfig(*stage, block=MBConv) for stage in stages]
-        super().__init__(configs, dropout=DROPOUT, stochastic_depth_prob=STOCHASTIC_DEPTH, num_classes=num_classes)
-        self.classifier[1].reset_parameters()  # torchvision's range, 1 / sqrt(num_classes), is too wide for ten
+        super().__init__(
+            configs,
+            dropout=DROPOUT,
+            stochastic_depth_prob=STOCHASTIC_DEPTH,
+            num_classes=num_classes,
+        )
+        self.classifier[
+            1
+        ].reset_parameters()  # torchvision's range, 1 / sqrt(num_classes), is too wide for ten
         fit_strides(self, stem)
 
 
 def fit_strides(model: nn.Module, stem: str) -> None:
     """With the stem "cifar", let the first two convolutions of stride 2 have stride 1: the stem and a depthwise one."""
-    strided = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.stride == (2, 2)]
+    strided = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    ]
     for conv in strided[:2] if stem == "cifar" else ():
         conv.stride = (1, 1)

@@ -68,10 +68,20 @@ class ResNet(nn.Module):
             (3x3 convolution: they enter at 32x32).
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], num_classes: int, stem: str):
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: tuple[int, ...],
+        num_classes: int,
+        stem: str,
+    ):
         super().__init__()
         imagenet = stem == "imagenet"
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False) if imagenet else nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.conv1 = (
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+            if imagenet
+            else nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        )
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
@@ -81,7 +91,14 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width, stride, _shortcut(channels, width * block.expansion, stride)))
+                blocks.append(
+                    block(
+                        channels,
+                        width,
+                        stride,
+                        _shortcut(channels, width * block.expansion, stride),
+                    )
+                )
                 channels = width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -108,4 +125,6 @@ def _joined(add: Add, x: Tensor, identity: Tensor, downsample: nn.Module | None)
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+    )

@@ -3,7 +3,9 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down wherever cores are shared
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin slow each other down wherever cores are shared
 
 import resource
 import subprocess
@@ -19,11 +21,15 @@ from torch import nn
 
 import dataset
 from models.resnet import BasicBlock
-from utils import errors, measure
+from utils import errors
+from utils.backends import network as measure
 
 ROOT = Path(__file__).parent.parent
 STEMMED = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "efficientnet_b0")
-NETWORKS = [("vanilla_cnn", "cifar"), *((name, stem) for name in STEMMED for stem in ("imagenet", "cifar"))]
+NETWORKS = [
+    ("vanilla_cnn", "cifar"),
+    *((name, stem) for name in STEMMED for stem in ("imagenet", "cifar")),
+]
 """Every model with every stem that it has."""
 
 BLOCK = """
@@ -44,18 +50,28 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.conv, self.bn, self.relu = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+        )
         self.layer1 = BasicBlock(6, 6, 1, None)
-        self.layer2 = BasicBlock(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4)))
+        self.layer2 = BasicBlock(
+            6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+        )
         self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
 
     def forward(self, x):
-        return self.fc(self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn(self.conv(x))))))))
+        return self.fc(
+            self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn(self.conv(x)))))))
+        )
 
 
 def normalised(images, mean, std):
     """Images (N, H, W, 3) uint8 -> (N, 3, H, W) float32 by the textbook formula."""
-    return torch.from_numpy(((images / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)).contiguous()
+    return torch.from_numpy(
+        ((images / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    ).contiguous()
 
 
 @torch.no_grad()
@@ -74,7 +90,9 @@ def randomise_batch_norm(model):
     model.train(training)
     for norm in norms:
         norm.momentum = 0.1
-        norm.running_var.clamp_(min=0.5 * norm.running_var.mean())  # or a channel that hardly moves becomes the loudest
+        norm.running_var.clamp_(
+            min=0.5 * norm.running_var.mean()
+        )  # or a channel that hardly moves becomes the loudest
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +104,12 @@ def digits():
 @contextmanager
 def digits_cut_to(train, test, digits, width=32):
     """Meanwhile, `--dataset digits` is its first `train` train and `test` test images, `width` pixels wide."""
-    few = (digits.train_images[:train], digits.train_labels[:train], digits.test_images[:test], digits.test_labels[:test])
+    few = (
+        digits.train_images[:train],
+        digits.train_labels[:train],
+        digits.test_images[:test],
+        digits.test_labels[:test],
+    )
     few = [array[:, :: 32 // width, :: 32 // width] if array.ndim == 4 else array for array in few]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset.digits, "load", lambda: (*few, digits.classes))
@@ -108,7 +131,12 @@ def small_cifar10(digits, tmp_path_factory):
     """Folder with 160 train and 40 test digits as a CIFAR-10 archive: few images for other processes."""
     folder = tmp_path_factory.mktemp("cifar10")
     train = {"x_train": digits.train_images[:160], "y_train": digits.train_labels[:160]}
-    np.savez(folder / "cifar10.npz", **train, x_test=digits.test_images[:40], y_test=digits.test_labels[:40])
+    np.savez(
+        folder / "cifar10.npz",
+        **train,
+        x_test=digits.test_images[:40],
+        y_test=digits.test_labels[:40],
+    )
     return folder
 
 
@@ -127,7 +155,18 @@ def float_checkpoint(tmp_path_factory):
     import train
 
     folder = tmp_path_factory.mktemp("float")
-    flags = ["--m", "resnet18", "--stem", "imagenet", "--dataset", "digits", "--num_epochs", "1", "--batch_size", "64"]
+    flags = [
+        "--m",
+        "resnet18",
+        "--stem",
+        "imagenet",
+        "--dataset",
+        "digits",
+        "--num_epochs",
+        "1",
+        "--batch_size",
+        "64",
+    ]
     train.main([*flags, "--lr", "0.005", "--od", str(folder), "--en", "run"])
     return folder / "run" / "ckpt_best"
 
@@ -138,7 +177,16 @@ def qat_checkpoint(float_checkpoint, tmp_path_factory):
     import train
 
     folder = tmp_path_factory.mktemp("qat")
-    flags = ["--quantize", "--partial_ckpt", "--load_ckpt", str(float_checkpoint), "--num_epochs", "1", "--batch_size", "64"]
+    flags = [
+        "--quantize",
+        "--partial_ckpt",
+        "--load_ckpt",
+        str(float_checkpoint),
+        "--num_epochs",
+        "1",
+        "--batch_size",
+        "64",
+    ]
     train.main([*flags, "--od", str(folder), "--en", "run"])
     return folder / "run" / "ckpt_best"
 

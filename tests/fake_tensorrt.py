@@ -70,7 +70,11 @@ class Builder:
 
     def build_serialized_network(self, network, config):
         self._trt._built.append((network, config))
-        for severity, text in (("ERROR", "an older error"), ("ERROR", "no tactic\nfor /conv1/Conv"), ("WARNING", "slow")):
+        for severity, text in (
+            ("ERROR", "an older error"),
+            ("ERROR", "no tactic\nfor /conv1/Conv"),
+            ("WARNING", "slow"),
+        ):
             self._log.log(getattr(self._trt.ILogger, severity), text)
         if self._trt._fails == "build":
             return None
@@ -275,7 +279,15 @@ class IExecutionContext:
 
 
 BEHAVIOURS = (
-    *(Builder, INetworkDefinition, OnnxParser, ParserError, IBuilderConfig, IOptimizationProfile, ITimingCache),
+    *(
+        Builder,
+        INetworkDefinition,
+        OnnxParser,
+        ParserError,
+        IBuilderConfig,
+        IOptimizationProfile,
+        ITimingCache,
+    ),
     *(Runtime, ICudaEngine, EngineInspector, IExecutionContext),
 )
 
@@ -300,8 +312,14 @@ def fake_tensorrt(generation):
             made = type(name, (BaseOfPython,), {key: key for key in attributes if key.isupper()})
         else:
             known = {"__init__", *attributes}
-            behaviour = {k: v for k, v in behaviours.get(name, {}).items() if k in known or re.match("_[a-z]", k)}
-            made = type(name, (Recorded,), {**behaviour, "_recorded": frozenset(attributes), "_trt": module})
+            behaviour = {
+                k: v
+                for k, v in behaviours.get(name, {}).items()
+                if k in known or re.match("_[a-z]", k)
+            }
+            made = type(
+                name, (Recorded,), {**behaviour, "_recorded": frozenset(attributes), "_trt": module}
+            )
         setattr(module, name, made)
     module.IProfiler = type("IProfiler", (BaseOfPython,), {})
     for name, members in recording["enums"].items():
@@ -375,7 +393,7 @@ class FakeMemory:
 
 
 class FakeGraph:
-    """In place of `utils.tensorrt_engine._CudaGraph`."""
+    """In place of `utils.backends.tensorrt._CudaGraph`."""
 
     def __init__(self, stream, enqueue):
         self.stream, stream.captured = stream, []
@@ -407,7 +425,9 @@ class FakeCuda:
         return FakeEvent(self, flags)
 
     def mem_alloc(self, size):
-        assert all(stream.captured is None for stream in self.streams), "memory allocated while a CUDA graph is recorded"
+        assert all(stream.captured is None for stream in self.streams), (
+            "memory allocated while a CUDA graph is recorded"
+        )
         self.free -= size
         if self.free < 0:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
@@ -426,4 +446,6 @@ class FakeCuda:
 
     @staticmethod
     def memcpy_dtoh_async(target, source, stream):
-        stream.enqueue("out", lambda: target.view(np.uint8).ravel().__setitem__(slice(None), source.content))
+        stream.enqueue(
+            "out", lambda: target.view(np.uint8).ravel().__setitem__(slice(None), source.content)
+        )

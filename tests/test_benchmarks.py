@@ -18,8 +18,9 @@ from torch import nn
 import infer
 import train
 from benchmarks import reproduce, train_speed
+from benchmarks import tables as summary
 from utils import checkpoint as ckpt
-from utils import records, summary
+from utils import records
 from utils.errors import UserError
 from utils.files import locked
 
@@ -29,31 +30,57 @@ def test_train_speed_times_both_recipes_in_both_modes(tmp_path, monkeypatch, cap
     monkeypatch.setattr(train_speed, "WORKERS", 2)
     left = []
     free = train_speed.free
-    monkeypatch.setattr(train_speed, "free", lambda: (free(), left.append(multiprocessing.active_children())))
+    monkeypatch.setattr(
+        train_speed, "free", lambda: (free(), left.append(multiprocessing.active_children()))
+    )
     threads = threading.active_count()
     path = tmp_path / "record.json"
-    argv = ["--dataset", "digits", "--stem", "imagenet", "--batch_size", "16", "--reference_batch_size", "20", "--epochs", "2"]
+    argv = [
+        "--dataset",
+        "digits",
+        "--stem",
+        "imagenet",
+        "--batch_size",
+        "16",
+        "--reference_batch_size",
+        "20",
+        "--epochs",
+        "2",
+    ]
     train_speed.main([*argv, "--record", str(path)])
     record = json.loads(path.read_text())
-    assert (set(record), record["kind"]) == ({"kind", "environment", "commit", "flags", "rows"}, "train_speed")
+    assert (set(record), record["kind"]) == (
+        {"kind", "environment", "commit", "flags", "rows"},
+        "train_speed",
+    )
     rows = record["rows"]
     cases = [(row["recipe"], row["mode"], row["batch_size"], row["images"]) for row in rows]
     assert cases == [
-        (recipe, mode, *sizes) for recipe, *sizes in (("reference", 20, 50), ("ours", 16, 48)) for mode in ("float", "qat")
+        (recipe, mode, *sizes)
+        for recipe, *sizes in (("reference", 20, 50), ("ours", 16, 48))
+        for mode in ("float", "qat")
     ]
     flops = train_speed.flops_per_image("resnet18", "imagenet", 10, (16, 16, 3))
     for row in rows:
         assert set(row) == {field.name for field in fields(train_speed.Row)}
-        shares = [1.0] if row["recipe"] == "reference" else [2 / 3, 1 / 3]  # of an epoch in each part of a run
+        shares = (
+            [1.0] if row["recipe"] == "reference" else [2 / 3, 1 / 3]
+        )  # of an epoch in each part of a run
         assert [len(seconds) for seconds in row["epochs_s"]] == [2] * len(shares)
         assert [len(seconds) for seconds in row["warm_up_s"]] == [1] * len(shares)
         assert (row["arithmetic"], row["peak_tflops"]) == ("fp32", None)
         medians = [sum(seconds) / 2 for seconds in row["epochs_s"]]
-        assert row["epoch_s"] == pytest.approx(sum(share * median for share, median in zip(shares, medians, strict=True)))
-        assert row["compile_s"] == pytest.approx(sum(seconds[0] for seconds in row["warm_up_s"]) - sum(medians))
+        assert row["epoch_s"] == pytest.approx(
+            sum(share * median for share, median in zip(shares, medians, strict=True))
+        )
+        assert row["compile_s"] == pytest.approx(
+            sum(seconds[0] for seconds in row["warm_up_s"]) - sum(medians)
+        )
         assert row["images_s"] == pytest.approx(row["images"] / row["epoch_s"])
         assert row["tflops"] == pytest.approx(flops * row["images_s"] / 1e12)
-        assert 0 < row["loss"] < (20 if row["mode"] == "qat" else math.inf)  # on so few images float may diverge
+        assert (
+            0 < row["loss"] < (20 if row["mode"] == "qat" else math.inf)
+        )  # on so few images float may diverge
     printed = capsys.readouterr().out
     ratio = rows[0]["epoch_s"] / 50 / (rows[2]["epoch_s"] / 48)
     assert f"imagenet stem, time per image, float, reference / ours: {ratio:.2f}" in printed
@@ -72,7 +99,9 @@ def test_train_speed_counts_the_products_of_the_reference_network():
     model, shapes = train_speed.reference_network("resnet18", "cifar", 10, False), {}
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda module, _, out: shapes.update({module: out.shape[2:].numel()}))
+            module.register_forward_hook(
+                lambda module, _, out: shapes.update({module: out.shape[2:].numel()})
+            )
     model(torch.zeros(2, 3, 32, 32))
     products = {module: pixels * module.weight.numel() for module, pixels in shapes.items()}
     expected = 2 * (3 * sum(products.values()) - products[model.conv1])
@@ -86,13 +115,21 @@ def test_the_quantized_reference_has_the_librarys_layers_and_ranges():
     assert sum(isinstance(module, QuantConv2d) for module in model.modules()) == 20
     assert isinstance(model.conv1, QuantConv2d)
     assert model.conv1.stride == (1, 1)
-    model.load_state_dict(train_speed.reference_network("resnet18", "cifar", 10, False).state_dict())
+    model.load_state_dict(
+        train_speed.reference_network("resnet18", "cifar", 10, False).state_dict()
+    )
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     data = train_speed.Images(images, np.arange(6), torchvision.transforms.ToTensor())
     train_speed.calibrate_by_maximum(model, data, 4, torch.device("cpu"))
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
+    quantizers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    }
     assert len(quantizers) == 2 * (20 + 1) + 1  # the pool has no weight
-    assert all(q.amax.isfinite().all() and q._if_quant and not q._if_calib for q in quantizers.values())
+    assert all(
+        q.amax.isfinite().all() and q._if_quant and not q._if_calib for q in quantizers.values()
+    )
     assert model.conv1._input_quantizer.amax.item() == pytest.approx(images.max() / 255)
     assert model.conv1._weight_quantizer.amax.numel() == 64
 
@@ -109,26 +146,55 @@ def test_train_speed_wants_at_least_one(flag):
 @pytest.fixture
 def arguments(tmp_path):
     """Of a study so small that it takes seconds."""
-    words = ["--m", "vanilla_cnn", "--dataset", "digits", "--num_epochs", "2", "--tune_epochs", "1", "--no_engines"]
+    words = [
+        "--m",
+        "vanilla_cnn",
+        "--dataset",
+        "digits",
+        "--num_epochs",
+        "2",
+        "--tune_epochs",
+        "1",
+        "--no_engines",
+    ]
     return [*words, "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
 
 
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
-def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tmp_path, monkeypatch, capsys):
-    reproduce.main([*arguments, "--seeds", "2", "--train_flags", "--batch_size 64", "--infer_flags=--FP32"])
+def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    reproduce.main(
+        [*arguments, "--seeds", "2", "--train_flags", "--batch_size 64", "--infer_flags=--FP32"]
+    )
     paths = sorted((tmp_path / "results").glob("*.json"))
-    assert [path.name for path in paths] == ["vanilla_cnn_cifar_seed0.json", "vanilla_cnn_cifar_seed1.json"]
+    assert [path.name for path in paths] == [
+        "vanilla_cnn_cifar_seed0.json",
+        "vanilla_cnn_cifar_seed1.json",
+    ]
     for seed, path in enumerate(paths):
         record = json.loads(path.read_text())
-        assert (record["kind"], record["model"], record["seed"]) == ("inference", "vanilla_cnn", seed)
+        assert (record["kind"], record["model"], record["seed"]) == (
+            "inference",
+            "vanilla_cnn",
+            seed,
+        )
         precisions = list(dict.fromkeys(row["precision"] for row in record["rows"]))
         assert precisions == ["FP32", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT", "FP32-TUNED"]
-        assert all(row["batch_size"] is None for row in record["rows"])  # nothing to compare a speed with
+        assert all(
+            row["batch_size"] is None for row in record["rows"]
+        )  # nothing to compare a speed with
         tuned, fp32 = record["rows"][-1], record["rows"][0]
         assert tuned["delta_pct"] == pytest.approx(tuned["accuracy_pct"] - fp32["accuracy_pct"])
         assert (record["dataset"], record["epochs"]) == ("digits", {"float": 2, "fine-tuning": 1})
         assert record["train_flags"] == ["--batch_size", "64"]
-        assert set(record["seconds"]) == {"float", "fine-tuning", "qat", "evaluation of the fine-tuned", "evaluation"}
+        assert set(record["seconds"]) == {
+            "float",
+            "fine-tuning",
+            "qat",
+            "evaluation of the fine-tuned",
+            "evaluation",
+        }
         assert not any(str(tmp_path) in value for value in record["flags"].values())
     assert list((tmp_path / "work").iterdir()) == []
     assert "| vanilla_cnn, cifar stem | 2 |" in capsys.readouterr().out
@@ -144,7 +210,9 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
     arguments.remove("--no_engines")
     with pytest.raises(UserError, match="no engines"):
         reproduce.main(arguments)
-    paths[0].write_text(paths[0].read_text().replace('"sqnr"', '"entropy"'))  # made when that was the default
+    paths[0].write_text(
+        paths[0].read_text().replace('"sqnr"', '"entropy"')
+    )  # made when that was the default
     with pytest.raises(UserError, match="another study .*'entropy'.*choose other --results"):
         reproduce.main(arguments)
 
@@ -152,9 +220,20 @@ def test_a_study_leaves_one_record_for_each_seed_and_nothing_to_do(arguments, tm
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
 def test_work_done_with_other_flags_is_not_taken_over(arguments, tmp_path):
     for rate in ("1e-9", "0.01"):
-        extra = ["--results", str(tmp_path / rate), "--keep", "--seeds", "1", "--train_flags", f"--lr {rate}"]
+        extra = [
+            "--results",
+            str(tmp_path / rate),
+            "--keep",
+            "--seeds",
+            "1",
+            "--train_flags",
+            f"--lr {rate}",
+        ]
         reproduce.main([*arguments, *extra])
-    rates = [ckpt.load(path)["flags"]["lr"] for path in sorted((tmp_path / "work").glob("*/float/ckpt_2"))]
+    rates = [
+        ckpt.load(path)["flags"]["lr"]
+        for path in sorted((tmp_path / "work").glob("*/float/ckpt_2"))
+    ]
     assert sorted(rates) == [1e-9, 0.01]
 
 
@@ -178,9 +257,15 @@ def test_an_interrupted_stage_goes_on_with_the_images_where_they_are_now(tmp_pat
     assert given[:4] == ["--resume", str(tmp_path / "float"), "--data_dir", str(tmp_path / "moved")]
 
 
-def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(arguments, monkeypatch):
+def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(
+    arguments, monkeypatch
+):
     asked = []
-    monkeypatch.setattr(reproduce, "study", lambda _, model, stem, seed, engines: asked.append((model, seed, engines)))
+    monkeypatch.setattr(
+        reproduce,
+        "study",
+        lambda _, model, stem, seed, engines: asked.append((model, seed, engines)),
+    )
     monkeypatch.setattr(reproduce, "calibration_mode", lambda _: "explicit")
     arguments[1:2] = ["vanilla_cnn", "resnet18"]
     few = ["--stem", "cifar", "--first_seed", "3", "--seeds", "2"]
@@ -188,7 +273,12 @@ def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(arg
     assert not any(engines for *_, engines in asked)
     arguments.remove("--no_engines")
     reproduce.main([*arguments, *few])
-    expected = [("vanilla_cnn", 3, True), ("resnet18", 3, True), ("vanilla_cnn", 4, False), ("resnet18", 4, True)]
+    expected = [
+        ("vanilla_cnn", 3, True),
+        ("resnet18", 3, True),
+        ("vanilla_cnn", 4, False),
+        ("resnet18", 4, True),
+    ]
     assert asked[4:] == expected
 
 
@@ -211,11 +301,17 @@ def test_two_processes_cannot_make_one_record(arguments, tmp_path):
 @pytest.mark.parametrize("stage", ["float", "tuned", "qat"])
 def test_an_interrupted_study_goes_on_where_it_was(arguments, tmp_path, monkeypatch, stage):
     """Interrupted in the last epoch of a stage, it trains that epoch and the later stages, and nothing again."""
-    folder, epochs = tmp_path / "work" / "vanilla_cnn_cifar_seed0_digits_2_1", {"float": 2, "tuned": 1, "qat": 1}
+    folder, epochs = (
+        tmp_path / "work" / "vanilla_cnn_cifar_seed0_digits_2_1",
+        {"float": 2, "tuned": 1, "qat": 1},
+    )
     trained, real = [], train.train_epoch
 
     def train_epoch(*args):
-        name = max((path for path in folder.iterdir() if path.name in epochs), key=lambda path: path.stat().st_ctime_ns).name
+        name = max(
+            (path for path in folder.iterdir() if path.name in epochs),
+            key=lambda path: path.stat().st_ctime_ns,
+        ).name
         trained.append(name)
         if not resumed and name == stage and trained.count(name) == epochs[name]:
             raise KeyboardInterrupt
@@ -246,7 +342,11 @@ def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, code):
     python, log, record = tmp_path / "python", tmp_path / "log", tmp_path / "record.json"
     python.write_text(ENGINE_PYTHON.format(log=log, code=code))
     python.chmod(0o755)
-    flags = {"opt_level": 4, "ptc_mode": "implicit", "infer_flags": ["--audit", "--batch_size", "8"]}
+    flags = {
+        "opt_level": 4,
+        "ptc_mode": "implicit",
+        "infer_flags": ["--audit", "--batch_size", "8"],
+    }
     args = SimpleNamespace(engine_python=python, data_dir=tmp_path, work=tmp_path / "work", **flags)
     if code:
         with pytest.raises(UserError, match="engines of .* failed"):
@@ -264,33 +364,67 @@ def test_engines_are_built_by_the_python_that_has_tensorrt(tmp_path, code):
 
 def test_a_study_with_engines_says_first_that_there_can_be_none(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
-    (tmp_path / "python").write_text("#!/bin/sh\necho 'a warning\nerror: no GPU here' >&2\nexit 1\n")
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\necho 'a warning\nerror: no GPU here' >&2\nexit 1\n"
+    )
     (tmp_path / "python").chmod(0o755)
-    with pytest.raises(UserError, match=f"no engines with {tmp_path}/python: no GPU here; or leave them out with --no_engines"):
-        reproduce.main([*(word for word in arguments if word != "--no_engines"), "--engine_python", str(tmp_path / "python")])
+    with pytest.raises(
+        UserError,
+        match=f"no engines with {tmp_path}/python: no GPU here; or leave them out with --no_engines",
+    ):
+        reproduce.main(
+            [
+                *(word for word in arguments if word != "--no_engines"),
+                "--engine_python",
+                str(tmp_path / "python"),
+            ]
+        )
 
 
 def test_flags_that_say_how_to_quantize_are_not_for_training_in_float():
-    words = ["--batch_size", "64", "--skip_layers", "fc", "*.add", "--compile", "--calibrator", "entropy", "--lr", "0.1"]
+    words = [
+        "--batch_size",
+        "64",
+        "--skip_layers",
+        "fc",
+        "*.add",
+        "--compile",
+        "--calibrator",
+        "entropy",
+        "--lr",
+        "0.1",
+    ]
     assert reproduce.in_float(words) == ["--batch_size", "64", "--compile", "--lr", "0.1"]
 
 
-@pytest.mark.parametrize("words", ["--test_trt", "--optimizer muon", "--seed 7", "--od x --m resnet18", "--pretr"])
+@pytest.mark.parametrize(
+    "words", ["--test_trt", "--optimizer muon", "--seed 7", "--od x --m resnet18", "--pretr"]
+)
 def test_flags_that_not_every_training_can_have_are_refused_first(arguments, words, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
-    refusal = " are for all three trainings: no muon" if "muon" in words else ": --.* must be left to the study"
+    refusal = (
+        " are for all three trainings: no muon"
+        if "muon" in words
+        else ": --.* must be left to the study"
+    )
     with pytest.raises(UserError, match=f"--train_flags{refusal}"):
         reproduce.main([*arguments, f"--train_flags={words}"])
 
 
-@pytest.mark.parametrize("words", ["--calib_images 512", "--record x.json", "--onnx_dir x", "--data_dir x --audit"])
+@pytest.mark.parametrize(
+    "words", ["--calib_images 512", "--record x.json", "--onnx_dir x", "--data_dir x --audit"]
+)
 def test_flags_that_a_study_gives_itself_are_refused_first(arguments, words, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
-    with pytest.raises(UserError, match=f"--infer_flags: {words.split()[0]} must be left to the study"):
+    with pytest.raises(
+        UserError, match=f"--infer_flags: {words.split()[0]} must be left to the study"
+    ):
         reproduce.main([*arguments, f"--infer_flags={words}"])
 
 
-@pytest.mark.parametrize("flags", ["--train_flags=--nonsense", "--infer_flags=--batch_size x", "--opt_level=9"])
+@pytest.mark.parametrize(
+    "flags", ["--train_flags=--nonsense", "--infer_flags=--batch_size x", "--opt_level=9"]
+)
 def test_flags_with_typing_errors_are_refused_first(arguments, flags, monkeypatch):
     monkeypatch.setattr(train, "main", None)  # would fail if it was called
     with pytest.raises(SystemExit, match="2"):
@@ -311,13 +445,31 @@ def record_of(seed, fp32, qat, engines=()):
     """A record of a network with these accuracies; `engines` are (precision, batch size, ms)."""
     rows = [records.make_row("pytorch", "FP32", fp32, 0.0, 100.0, batch, 1.0) for batch in (1, 64)]
     for kind, loss in (("QAT", 0), ("PTC", 2)):
-        rows.append(records.make_row("pytorch", f"FAKE-QUANT-{kind}", qat - loss, qat - loss - fp32, 99.0))
+        rows.append(
+            records.make_row("pytorch", f"FAKE-QUANT-{kind}", qat - loss, qat - loss - fp32, 99.0)
+        )
     rows.append(records.make_row("pytorch", "FP32-TUNED", fp32 + 0.5, 0.5, 99.0))
     for precision, batch_size, ms in engines:
-        shared = {"accuracy_pct": qat, "delta_pct": qat - fp32, "agreement_pct": 99.5, "file_mb": 3.0, "layers": 9}
-        rows.append(records.make_row("tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms))
+        shared = {
+            "accuracy_pct": qat,
+            "delta_pct": qat - fp32,
+            "agreement_pct": 99.5,
+            "file_mb": 3.0,
+            "layers": 9,
+        }
+        rows.append(
+            records.make_row(
+                "tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms
+            )
+        )
         rows.append(records.make_row("tensorrt end-to-end", precision, **shared, batch_size=64))
-    about = {"kind": "inference", "model": "net", "stem": "cifar", "seed": seed, "quantization": {"calibrator": "sqnr"}}
+    about = {
+        "kind": "inference",
+        "model": "net",
+        "stem": "cifar",
+        "seed": seed,
+        "quantization": {"calibrator": "sqnr"},
+    }
     return {**about, "rows": rows, "seconds": {"a": 60, "b": 30}}
 
 
@@ -332,35 +484,57 @@ def results(tmp_path):
 
 def test_a_damaged_record_is_named(results):
     (results / "seed0.json").write_text('{"kind": "infer')
-    with pytest.raises(UserError, match=r"seed0.json is damaged \(.*\): delete it, it will be made again"):
+    with pytest.raises(
+        UserError, match=r"seed0.json is damaged \(.*\): delete it, it will be made again"
+    ):
         summary.load(results)
 
 
-@pytest.mark.parametrize("change", [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}],
+)
 def test_a_mean_is_of_the_seeds_of_one_study(results, change):
     records.write(results / "seed2.json", {**record_of(2, 90.0, 90.0), **change})
-    with pytest.raises(UserError, match="seed2.json is not of one study with the records beside it"):
+    with pytest.raises(
+        UserError, match="seed2.json is not of one study with the records beside it"
+    ):
         summary.load(results)
 
 
 def cells(table):
-    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    titles, _, *lines = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    )
     return [dict(zip(titles, line, strict=True)) for line in lines]
 
 
 def test_accuracies_are_means_over_seeds_with_their_spread(results):
     (line,) = cells(summary.accuracy_table(summary.load(results)))
     assert (line["network"], line["seeds"]) == ("net, cifar stem", "2")
-    assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == ("91.00 ± 1.41", "90.50 ± 2.12", "-0.50 ± 0.71")
+    assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == (
+        "91.00 ± 1.41",
+        "90.50 ± 2.12",
+        "-0.50 ± 0.71",
+    )
     assert (line["INT8-PTC"], line["QAT − fine-tuned"]) == ("88.50 ± 2.12", "-1.00 ± 0.71")
 
 
 def test_records_of_unlike_calibrators_are_not_averaged(results):
-    other, old = ({**record_of(0, 80.0, 79.0), "quantization": known} for known in ({"calibrator": "max"}, {}))
+    other, old = (
+        {**record_of(0, 80.0, 79.0), "quantization": known} for known in ({"calibrator": "max"}, {})
+    )
     records.write(results / "other.json", other)
     records.write(results / "old.json", old)
-    found = {line["network"]: line["seeds"] for line in cells(summary.accuracy_table(summary.load(results)))}
-    assert found == {"net, cifar stem": "2", "net, cifar stem, max": "1", "net, cifar stem, calibrator not recorded": "1"}
+    found = {
+        line["network"]: line["seeds"]
+        for line in cells(summary.accuracy_table(summary.load(results)))
+    }
+    assert found == {
+        "net, cifar stem": "2",
+        "net, cifar stem, max": "1",
+        "net, cifar stem, calibrator not recorded": "1",
+    }
 
 
 def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):
@@ -374,14 +548,32 @@ def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):
 
 def test_engines_are_compared_with_pytorch_of_the_same_seeds(results):
     (line,) = cells(summary.engines_table(summary.load(results)))
-    assert (line["network"], line["seeds"], line["FP32 in PyTorch"]) == ("net, cifar stem", "1", "90.00")
-    assert (line["FP16"], line["INT8-QAT"], line["INT8-PTC"], line["QAT agreement"]) == ("89.00", "89.00", "-", "99.50")
+    assert (line["network"], line["seeds"], line["FP32 in PyTorch"]) == (
+        "net, cifar stem",
+        "1",
+        "90.00",
+    )
+    assert (line["FP16"], line["INT8-QAT"], line["INT8-PTC"], line["QAT agreement"]) == (
+        "89.00",
+        "89.00",
+        "-",
+        "99.50",
+    )
 
 
 def test_speeds_are_of_the_records_with_engines(results):
     single, batch = cells(summary.speed_table(summary.load(results)))
-    assert (single["batch"], single["FP16 ms"], single["INT8-QAT ms"], single["speed-up"]) == ("1", "0.500", "0.400", "1.25")
-    assert (batch["batch"], batch["INT8-QAT images/s"], batch["speed-up"]) == ("64", "32,000", "2.00")
+    assert (single["batch"], single["FP16 ms"], single["INT8-QAT ms"], single["speed-up"]) == (
+        "1",
+        "0.500",
+        "0.400",
+        "1.25",
+    )
+    assert (batch["batch"], batch["INT8-QAT images/s"], batch["speed-up"]) == (
+        "64",
+        "32,000",
+        "2.00",
+    )
     assert batch["INT8 layers"] == "7 of 9"
 
 

@@ -14,7 +14,7 @@ import train
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 from utils.files import new_folder
-from utils.swap import quantize_modules
+from utils.quantization.swap import quantize_modules
 
 
 class Runs:
@@ -64,7 +64,13 @@ def weights_error(model, state, **options):
 
 
 def test_a_saved_checkpoint_loads_back(tmp_path):
-    content = {"state": {"w": torch.randn(3, 2)}, "epoch": 4, "model": {"name": "x"}, "history": [{"loss": 0.5}], "start": None}
+    content = {
+        "state": {"w": torch.randn(3, 2)},
+        "epoch": 4,
+        "model": {"name": "x"},
+        "history": [{"loss": 0.5}],
+        "start": None,
+    }
     ckpt.save(tmp_path / "new" / "ckpt_4", content)
     loaded = ckpt.load(tmp_path / "new" / "ckpt_4")
     assert torch.equal(loaded.pop("state")["w"], content.pop("state")["w"])
@@ -72,7 +78,9 @@ def test_a_saved_checkpoint_loads_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ckpt_4"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_a_write_that_fails_halfway_leaves_the_old_file_alone(tmp_path, monkeypatch, error):
     path = tmp_path / "ckpt_1"
     ckpt.save(path, {"epoch": 1})
@@ -108,8 +116,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, small_disk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(tmp_path, float_checkpoint, small_disk, error_line):
-    argv = ["--quantize", "--partial_ckpt", "--load_ckpt", float_checkpoint, "--num_epochs", "0", "--od", tmp_path]
+def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(
+    tmp_path, float_checkpoint, small_disk, error_line
+):
+    argv = [
+        "--quantize",
+        "--partial_ckpt",
+        "--load_ckpt",
+        float_checkpoint,
+        "--num_epochs",
+        "0",
+        "--od",
+        tmp_path,
+    ]
     line = error_line(train.main, [*argv, "--calib_images", "64"])
     assert line.startswith("error: cannot write ")
     assert "ckpt_0" in line
@@ -122,7 +141,10 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(tmp_path, fl
 def test_missing_checkpoint_lists_what_is_there(tmp_path):
     for name in ("ckpt_1", "ckpt_best", "other"):
         (tmp_path / name).touch()
-    assert load_error(tmp_path / "ckpt_7") == f"no checkpoint at {tmp_path}/ckpt_7; {tmp_path} holds ckpt_1, ckpt_best"
+    assert (
+        load_error(tmp_path / "ckpt_7")
+        == f"no checkpoint at {tmp_path}/ckpt_7; {tmp_path} holds ckpt_1, ckpt_best"
+    )
     assert load_error(tmp_path / "none" / "ckpt_7") == f"no checkpoint at {tmp_path}/none/ckpt_7"
 
 
@@ -131,14 +153,18 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
     data = bytearray((tmp_path / "ckpt_1").read_bytes())
     data[data.index(torch.full((100,), 0.7).numpy().tobytes()) + 6] ^= 1
     (tmp_path / "ckpt_1").write_bytes(data)
-    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(tmp_path / "ckpt_1")
+    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(
+        tmp_path / "ckpt_1"
+    )
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.999])
 def test_truncated_checkpoint_is_named(tmp_path, qat_checkpoint, part):
     data = qat_checkpoint.read_bytes()
     (tmp_path / "ckpt_1").write_bytes(data[: int(part * len(data))])
-    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(tmp_path / "ckpt_1")
+    assert f"{tmp_path}/ckpt_1 is truncated, damaged or not a checkpoint" in load_error(
+        tmp_path / "ckpt_1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +185,9 @@ def test_something_else_is_not_a_checkpoint(tmp_path, content):
     assert f"{tmp_path}/ckpt_1 is " in load_error(tmp_path / "ckpt_1")
 
 
-@pytest.mark.parametrize("content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 2, "state": {}}])
+@pytest.mark.parametrize(
+    "content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 2, "state": {}}]
+)
 def test_torch_file_of_something_else_is_not_a_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "ckpt_1")
     assert "not a checkpoint of this project" in load_error(tmp_path / "ckpt_1")
@@ -221,7 +249,9 @@ def test_quantized_state_lands_with_its_ranges():
     message = ckpt.load_weights(target, snapshot(source))
     assert_equal_states(target.state_dict(), source.state_dict())
     count = sum(key.endswith("_amax") for key in source.state_dict())
-    assert message.startswith(f"{len(source.state_dict()) - count} float tensors and {count} ranges loaded")
+    assert message.startswith(
+        f"{len(source.state_dict()) - count} float tensors and {count} ranges loaded"
+    )
     assert message.endswith("0 ranges left to calibrate")
 
 
@@ -281,10 +311,15 @@ def test_long_lists_are_cut():
     [
         (["--m", "resnet34"], "--m resnet34 contradicts the checkpoint, which says resnet18"),
         (["--stem", "cifar"], "--stem cifar contradicts the checkpoint, which says imagenet"),
-        (["--dataset", "cifar10"], "--dataset cifar10 contradicts the checkpoint, which says digits"),
+        (
+            ["--dataset", "cifar10"],
+            "--dataset cifar10 contradicts the checkpoint, which says digits",
+        ),
     ],
 )
-def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path, float_checkpoint, error_line, main, flags, said):
+def test_flags_that_contradict_the_checkpoint_are_refused(
+    tmp_path, float_checkpoint, error_line, main, flags, said
+):
     output = ["--od", tmp_path] if main is train.main else ["--onnx_dir", tmp_path / "onnx"]
     assert said in error_line(main, ["--load_ckpt", float_checkpoint, *flags, *output])
     assert list(tmp_path.iterdir()) == []
@@ -296,13 +331,27 @@ def test_ranges_in_a_bare_state_dict_are_not_calibrated_anew(tmp_path, error_lin
         if key.endswith("_amax"):
             value.fill_(1.0)
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    flags = ["--m", "resnet18", "--stem", "imagenet", "--dataset", "digits", "--quantize", "--num_epochs", "0"]
-    line = error_line(train.main, [*flags, "--load_ckpt", tmp_path / "state.pt", "--od", tmp_path / "out"])
+    flags = [
+        "--m",
+        "resnet18",
+        "--stem",
+        "imagenet",
+        "--dataset",
+        "digits",
+        "--quantize",
+        "--num_epochs",
+        "0",
+    ]
+    line = error_line(
+        train.main, [*flags, "--load_ckpt", tmp_path / "state.pt", "--od", tmp_path / "out"]
+    )
     assert "load train.py's checkpoint itself" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_float_checkpoint_into_quantized_training_names_partial_ckpt(tmp_path, float_checkpoint, error_line):
+def test_float_checkpoint_into_quantized_training_names_partial_ckpt(
+    tmp_path, float_checkpoint, error_line
+):
     line = error_line(train.main, ["--quantize", "--load_ckpt", float_checkpoint, "--od", tmp_path])
     assert "--partial_ckpt" in line
     assert list(tmp_path.iterdir()) == []
@@ -325,7 +374,9 @@ def test_truncated_checkpoint_ends_training_in_one_line(tmp_path, float_checkpoi
 def test_plain_state_dict_is_no_checkpoint_for_infer_or_resume(tmp_path, error_line):
     torch.save(network().state_dict(), tmp_path / "weights.pt")
     assert "bare state dict" in error_line(infer.main, ["--load_ckpt", tmp_path / "weights.pt"])
-    assert "not a checkpoint of train.py" in error_line(train.main, ["--resume", tmp_path / "weights.pt"])
+    assert "not a checkpoint of train.py" in error_line(
+        train.main, ["--resume", tmp_path / "weights.pt"]
+    )
 
 
 # folders
@@ -352,8 +403,13 @@ def test_failed_run_leaves_no_folder_and_its_number_free(tmp_path, error_line, f
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_exp"]
 
 
-@pytest.mark.parametrize("flags", [["--od", "{}/file"], ["--od", "{}/file/below"], ["--od", "{}", "--en", "a/b"]])
+@pytest.mark.parametrize(
+    "flags", [["--od", "{}/file"], ["--od", "{}/file/below"], ["--od", "{}", "--en", "a/b"]]
+)
 def test_impossible_output_folder_is_one_line(tmp_path, error_line, flags):
     (tmp_path / "file").touch()
-    line = error_line(train.main, ["--m", "resnet18", "--dataset", "digits", *(flag.format(tmp_path) for flag in flags)])
+    line = error_line(
+        train.main,
+        ["--m", "resnet18", "--dataset", "digits", *(flag.format(tmp_path) for flag in flags)],
+    )
     assert str(tmp_path) in line

@@ -18,8 +18,8 @@ from PIL import Image
 import dataset
 from dataset import cifar10
 from dataset.batches import SHIFT, Batches
+from utils.backends.pytorch import FromImages
 from utils.errors import UserError
-from utils.torch_network import FromImages
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,12 @@ def made_images(count, seed=0, size=32):
 
 def keras_arrays():
     labels = (np.arange(20, dtype=np.uint8) % 10)[:, None]  # (N, 1), as Keras has them
-    return {"x_train": made_images(20), "y_train": labels, "x_test": made_images(10, 1), "y_test": labels[:10]}
+    return {
+        "x_train": made_images(20),
+        "y_train": labels,
+        "x_test": made_images(10, 1),
+        "y_test": labels[:10],
+    }
 
 
 class Python2Pickler(pickle._Pickler):
@@ -54,7 +59,12 @@ def python2_pickle(content):
 
 def batch_content(images, labels):
     rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
-    return {b"batch_label": b"made", b"labels": [int(label) for label in labels], b"data": rows, b"filenames": [b"a.png"]}
+    return {
+        b"batch_label": b"made",
+        b"labels": [int(label) for label in labels],
+        b"data": rows,
+        b"filenames": [b"a.png"],
+    }
 
 
 def write_batches(folder, dump=python2_pickle):
@@ -127,7 +137,9 @@ def test_digits_are_the_archive_enlarged_four_times_in_three_equal_channels(digi
 @pytest.mark.parametrize("flat", [False, True])
 def test_cifar10_reads_a_keras_archive(tmp_path, save, flat):
     arrays = keras_arrays()
-    stored = {key: value.ravel() if flat and key[0] == "y" else value for key, value in arrays.items()}
+    stored = {
+        key: value.ravel() if flat and key[0] == "y" else value for key, value in arrays.items()
+    }
     save(tmp_path / "cifar10.npz", **stored)
     data = dataset.load("cifar10", tmp_path)
     assert np.array_equal(data.train_images, arrays["x_train"])
@@ -143,7 +155,9 @@ def test_cifar10_reads_a_keras_archive(tmp_path, save, flat):
     "dump",
     [
         python2_pickle,
-        lambda content: pickle.dumps(content, protocol=2),  # bytes are written as a call of _codecs.encode
+        lambda content: pickle.dumps(
+            content, protocol=2
+        ),  # bytes are written as a call of _codecs.encode
         lambda content: pickle.dumps(content, protocol=4),
     ],
     ids=["python2", "python3-protocol2", "python3-protocol4"],
@@ -223,11 +237,15 @@ def test_cifar10_downloads_unpacks_and_reads(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Python 3.14")
 @pytest.mark.parametrize("python", ["newer", "3.11.3"])
-def test_of_processes_that_download_at_once_the_first_one_s_images_stay(tmp_path, monkeypatch, python):
+def test_of_processes_that_download_at_once_the_first_one_s_images_stay(
+    tmp_path, monkeypatch, python
+):
     train_images, archive = made_archive(tmp_path / "made")
 
     def urlopen(*_, **__):
-        shutil.copytree(tmp_path / "made", tmp_path / "data", dirs_exist_ok=True)  # the other process is done meanwhile
+        shutil.copytree(
+            tmp_path / "made", tmp_path / "data", dirs_exist_ok=True
+        )  # the other process is done meanwhile
         return Response(archive)
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
@@ -289,7 +307,9 @@ def test_corrupt_archive_is_named(tmp_path, content):
 
 
 def test_archive_of_python_objects_is_refused(tmp_path):
-    np.savez(tmp_path / "cifar10.npz", **{**keras_arrays(), "y_train": np.array([{}] * 20, dtype=object)})
+    np.savez(
+        tmp_path / "cifar10.npz", **{**keras_arrays(), "y_train": np.array([{}] * 20, dtype=object)}
+    )
     assert "truncated or corrupt" in load_error("cifar10", tmp_path)
 
 
@@ -360,7 +380,9 @@ class Runs:
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_batch_that_would_run_code_is_refused_and_does_not_run(tmp_path, protocol):
     write_batches(tmp_path / "cifar-10-batches-py")
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps([Runs(tmp_path / "ran")], protocol))
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(
+        pickle.dumps([Runs(tmp_path / "ran")], protocol)
+    )
     assert "unexpected posix.mkdir" in load_error("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -440,7 +462,9 @@ def huge_bitmap():
     return bytes(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", "cut", huge_bitmap()], ids=["empty", "text", "cut", "huge"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", "cut", huge_bitmap()], ids=["empty", "text", "cut", "huge"]
+)
 def test_unreadable_image_is_named(tmp_path, content):
     write_classes(tmp_path, ("a", "b"))
     path = tmp_path / "train" / "a" / "1.png"
@@ -472,7 +496,9 @@ def test_dataset_package_works_without_torch():
         "dataset.split_train(labels, 0)\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] == 'torch'))"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (process.returncode, process.stdout) == (0, "['torch']\n"), process.stderr
 
 
@@ -546,7 +572,9 @@ def test_plain_batches_are_the_normalised_images_in_order(digits):
     np.testing.assert_allclose(images, normalised(digits.test_images, mean, std), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (4, [4]), (7, [4, 3]), (10, [4, 4, 2]), (99, [4, 4, 2])])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (4, [4]), (7, [4, 3]), (10, [4, 4, 2]), (99, [4, 4, 2])]
+)
 def test_first_serves_exactly_that_many_images(count, sizes):
     images = made_images(10, size=8)
     served = list(Batches(images, np.arange(10), [0.0] * 3, [1.0] * 3, 4, CPU).first(count))
@@ -561,7 +589,9 @@ GREY = 127.5 / 255  # a mean that no pixel has: normalised, only blanked pixels 
 def epoch_of(images, seed, batch_size=32, **options):
     """Images (N, 3, H, W), normalised around GREY, and labels of one augmented epoch; labels are the originals' indices."""
     options = {"augment": True, "natural": True, **options}
-    batches = Batches(images, np.arange(len(images)), [GREY] * 3, [0.5] * 3, batch_size, CPU, **options)
+    batches = Batches(
+        images, np.arange(len(images)), [GREY] * 3, [0.5] * 3, batch_size, CPU, **options
+    )
     torch.manual_seed(seed)
     return list(batches)
 
@@ -592,13 +622,20 @@ def found_moves(image, blank, original):
 
 @pytest.mark.parametrize("natural", [False, True])
 def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(natural):
-    originals = np.random.default_rng(0).integers(1, 256, (320, 12, 10, 3), dtype=np.uint8)  # not square, no black
+    originals = np.random.default_rng(0).integers(
+        1, 256, (320, 12, 10, 3), dtype=np.uint8
+    )  # not square, no black
     images, blank, indices = augmented(originals, natural, seed=0)
-    moves = [found_moves(*found, originals[index]) for *found, index in zip(images, blank, indices, strict=True)]
+    moves = [
+        found_moves(*found, originals[index])
+        for *found, index in zip(images, blank, indices, strict=True)
+    ]
     assert all(len(found) == 1 for found in moves)
     downs, rights, mirrored = zip(*(found.pop() for found in moves), strict=True)
     assert set(downs) == set(rights) == set(range(-SHIFT, SHIFT + 1))
-    assert len(set(zip(downs, rights, strict=True))) > 2 * (2 * SHIFT + 1)  # neither follows from the other
+    assert len(set(zip(downs, rights, strict=True))) > 2 * (
+        2 * SHIFT + 1
+    )  # neither follows from the other
     assert set(mirrored) == ({False, True} if natural else {False})
     assert not natural or 0.4 < np.mean(mirrored) < 0.6
 
@@ -613,7 +650,9 @@ def test_each_natural_image_loses_one_square_of_three_eighths_of_its_width(size,
         assert mask.sum() == len(spans[0]) * len(spans[1])  # a filled rectangle
         for span, length in zip(spans, size, strict=True):
             assert len(span) == span[-1] - span[0] + 1
-            clipped = span[0] == 0 or span[-1] == length - 1  # its centre is in the image, its edges need not be
+            clipped = (
+                span[0] == 0 or span[-1] == length - 1
+            )  # its centre is in the image, its edges need not be
             assert side // 2 <= len(span) <= side if clipped else len(span) == side
         corners.add((spans[0][0], spans[1][0]))
     assert len(corners) > min(200, size[0] * size[1] // 3)
@@ -643,7 +682,9 @@ def test_augmentation_is_a_function_of_torch_seed():
 
 
 def test_epochs_leave_out_different_images():
-    batches = Batches(made_images(40, size=8), np.arange(40), [0.0] * 3, [1.0] * 3, 32, CPU, augment=True)
+    batches = Batches(
+        made_images(40, size=8), np.arange(40), [0.0] * 3, [1.0] * 3, 32, CPU, augment=True
+    )
     torch.manual_seed(0)
     epochs = [set(torch.cat([labels for _, labels in batches]).tolist()) for _ in range(2)]
     assert epochs[0] != epochs[1]

@@ -19,12 +19,17 @@ from torch import nn
 import train
 from dataset.batches import Batches
 from utils import checkpoint as ckpt
-from utils import distributed
 from utils.errors import UserError
-from utils.optimizers import make_optimizer
-from utils.training import Step
+from utils.training import ranks as distributed
+from utils.training.optimizers import make_optimizer
+from utils.training.step import Step
 
-FLAGS = ["--batch_size", "16", "--lr", "1e-5"]  # a rate so low that later steps do not amplify the rounding of earlier ones
+FLAGS = [
+    "--batch_size",
+    "16",
+    "--lr",
+    "1e-5",
+]  # a rate so low that later steps do not amplify the rounding of earlier ones
 OUTPUTS = ("output_dir", "exp_name")
 
 
@@ -47,7 +52,10 @@ def two_ranks(rank, ports, folder, data):
         batch_norm_equals_torchs(rank)
         steps_equal_the_textbook_loop(rank)
     assert not distributed.active()
-    refused = ((["--batch_size", "15"], "15 is not a multiple of the 2 ranks"), (["--compile"], "several ranks do not"))
+    refused = (
+        (["--batch_size", "15"], "15 is not a multiple of the 2 ranks"),
+        (["--compile"], "several ranks do not"),
+    )
     for port, (flags, said) in zip(ports[1:], refused, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         with pytest.raises(UserError, match=f"{flags[0]}.*{said}"):
@@ -64,7 +72,10 @@ def batch_norm_equals_torchs(rank):
         ranked = copy.deepcopy(whole).float()
         ranked.__class__ = distributed.RankedBatchNorm2d
         for _ in range(3):  # the halves of a batch differ
-            x = offset + spread * torch.randn(8, 4, 5, 6) * torch.arange(1.0, 9)[:, None, None, None]
+            x = (
+                offset
+                + spread * torch.randn(8, 4, 5, 6) * torch.arange(1.0, 9)[:, None, None, None]
+            )
             upstream = torch.randn_like(x)
             x64, x32 = x.double().requires_grad_(), part(x, rank).clone().requires_grad_()
             expected, result = whole(x64), ranked(x32)
@@ -76,19 +87,38 @@ def batch_norm_equals_torchs(rank):
             for one, other in ((ranked.weight, whole.weight), (ranked.bias, whole.bias)):
                 total = one.grad.clone()
                 dist.all_reduce(total)
-                torch.testing.assert_close(total, other.grad, rtol=tolerance, atol=100 * tolerance, check_dtype=False)
+                torch.testing.assert_close(
+                    total, other.grad, rtol=tolerance, atol=100 * tolerance, check_dtype=False
+                )
                 one.grad = other.grad = None
             for name in ("running_mean", "running_var", "num_batches_tracked"):
-                torch.testing.assert_close(getattr(ranked, name), getattr(whole, name), rtol=1e-5, atol=1e-6, check_dtype=False)
+                torch.testing.assert_close(
+                    getattr(ranked, name),
+                    getattr(whole, name),
+                    rtol=1e-5,
+                    atol=1e-6,
+                    check_dtype=False,
+                )
         seen = ranked.state_dict()
-        statistics = {name: seen[name].clone() for name in ("running_mean", "running_var", "num_batches_tracked")}
-        torch.testing.assert_close(ranked.eval()(x), whole.eval()(x.double()), **close)  # plain BatchNorm then
+        statistics = {
+            name: seen[name].clone()
+            for name in ("running_mean", "running_var", "num_batches_tracked")
+        }
+        torch.testing.assert_close(
+            ranked.eval()(x), whole.eval()(x.double()), **close
+        )  # plain BatchNorm then
         assert all(torch.equal(seen[name], value) for name, value in statistics.items())
     assert ranked.train()(part(x, rank).bfloat16()).dtype == torch.bfloat16
 
 
 def small_net():
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    layers = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+    ]
     return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
@@ -99,12 +129,27 @@ def steps_equal_the_textbook_loop(rank):
     torch.manual_seed(rank)
     model = small_net()  # rank 1's own weights give way to rank 0's
     distributed.share_model(model)
-    assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [distributed.RankedBatchNorm2d] * 2
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), single.parameters(), strict=True))
+    assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [
+        distributed.RankedBatchNorm2d
+    ] * 2
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), single.parameters(), strict=True)
+    )
     optimizer = make_optimizer(model, "sgd")
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     served = [
-        Batches(images, np.arange(40) % 4, [0.5] * 3, [0.25] * 3, 12, torch.device("cpu"), augment=True, natural=True, share=s)
+        Batches(
+            images,
+            np.arange(40) % 4,
+            [0.5] * 3,
+            [0.25] * 3,
+            12,
+            torch.device("cpu"),
+            augment=True,
+            natural=True,
+            share=s,
+        )
         for s in ((rank, 2), (0, 1))
     ]
     for rate, sharpness in ((0.05, 0.0), (0.02, 0.0), (0.02, 0.01)):
@@ -127,7 +172,9 @@ def steps_equal_the_textbook_loop(rank):
                     p.data += (p.ndim > 1) * sharpness * p.norm() * p.grad / p.grad.norm()
                 reference.zero_grad()
                 F.cross_entropy(single(images), labels, label_smoothing=0.1).backward()
-                single.load_state_dict(before)  # weights, and the statistics that the second pass moved
+                single.load_state_dict(
+                    before
+                )  # weights, and the statistics that the second pass moved
             reference.step()
             reference.zero_grad()
             losses.append(loss.item())
@@ -135,8 +182,12 @@ def steps_equal_the_textbook_loop(rank):
         loss, accuracy = step.totals()
         assert loss == pytest.approx(sum(losses) / 3, rel=1e-5)
         assert accuracy == pytest.approx(100 * hits / 36)
-        for (key, one), other in zip(model.state_dict().items(), single.state_dict().values(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        for (key, one), other in zip(
+            model.state_dict().items(), single.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(
+                one, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
             copies = [torch.empty_like(one) for _ in range(2)]
             dist.all_gather(copies, one)
             assert torch.equal(*copies)  # to the last bit, or ranks would drift apart
@@ -160,16 +211,37 @@ def data(digits, tmp_path_factory):
     """Folder with 74 train and 20 test digits as a CIFAR-10 archive: 64 train images after the split."""
     folder = tmp_path_factory.mktemp("cifar10")
     arrays = {"x_train": digits.train_images[:74], "y_train": digits.train_labels[:74]}
-    np.savez(folder / "cifar10.npz", **arrays, x_test=digits.test_images[:20], y_test=digits.test_labels[:20])
+    np.savez(
+        folder / "cifar10.npz",
+        **arrays,
+        x_test=digits.test_images[:20],
+        y_test=digits.test_labels[:20],
+    )
     return folder
 
 
 def start_torchrun(*argv):
     """Two ranks with one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *map(str, argv)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *map(str, argv),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +250,23 @@ def runs(tmp_path_factory, data):
     parent = tmp_path_factory.mktemp("runs")
     float_flags = ["--model", "vanilla_cnn", "--data_dir", data, *FLAGS, "--num_epochs", "1"]
     start = parent / "float_1" / "ckpt_best"
-    qat_flags = ["--quantize", "--partial_ckpt", "--load_ckpt", start, "--data_dir", data, *FLAGS, "--num_epochs", "3"]
+    qat_flags = [
+        "--quantize",
+        "--partial_ckpt",
+        "--load_ckpt",
+        start,
+        "--data_dir",
+        data,
+        *FLAGS,
+        "--num_epochs",
+        "3",
+    ]
     processes = []
     try:
-        for mode, flags in (("float", float_flags), ("qat", qat_flags)):  # at the same time: they spend it on starting
+        for mode, flags in (
+            ("float", float_flags),
+            ("qat", qat_flags),
+        ):  # at the same time: they spend it on starting
             processes.append(start_torchrun(*flags, "--od", parent, "--en", f"{mode}_2"))
             train.main([*map(str, flags), "--od", str(parent), "--en", f"{mode}_1"])
         for process in processes:
@@ -192,7 +277,9 @@ def runs(tmp_path_factory, data):
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-    return {(ranks, mode): parent / f"{mode}_{ranks}" for ranks in (1, 2) for mode in ("float", "qat")}
+    return {
+        (ranks, mode): parent / f"{mode}_{ranks}" for ranks in (1, 2) for mode in ("float", "qat")
+    }
 
 
 def assert_close(mine, theirs, tolerance):
@@ -205,10 +292,15 @@ def assert_close(mine, theirs, tolerance):
 
 def gradients(checkpoint):
     """The momentum, which says far more of the gradients than weights that a low rate hardly moves."""
-    return {str(key): value["momentum_buffer"] for key, value in checkpoint["optimizer"]["state"].items()}
+    return {
+        str(key): value["momentum_buffer"]
+        for key, value in checkpoint["optimizer"]["state"].items()
+    }
 
 
-def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_they_cannot_share(tmp_path, data):
+def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_they_cannot_share(
+    tmp_path, data
+):
     torch.multiprocessing.spawn(two_ranks, (free_ports(3), tmp_path, data), nprocs=2)
     assert list(tmp_path.iterdir()) == []
 
@@ -217,14 +309,21 @@ def test_only_the_first_rank_writes(runs):
     parent = runs[1, "float"].parent
     assert {path.name for path in parent.iterdir()} == {"float_1", "float_2", "qat_1", "qat_2"}
     for mode in ("float", "qat"):
-        assert {path.name for path in runs[2, mode].iterdir()} == {path.name for path in runs[1, mode].iterdir()}
+        assert {path.name for path in runs[2, mode].iterdir()} == {
+            path.name for path in runs[1, mode].iterdir()
+        }
 
 
 def test_two_ranks_train_what_one_process_does(runs):
     one, two = (ckpt.load(runs[ranks, "float"] / "ckpt_1") for ranks in (1, 2))
     assert len(gradients(one)) == 20
-    assert_close(gradients(two), gradients(one), 1e-2)  # roundings grow through steps; a wrong mean would be off by far more
-    for biases, tolerance in ((False, 1e-5), (True, 1e-2)):  # biases start at 0: they are their gradients, and no more exact
+    assert_close(
+        gradients(two), gradients(one), 1e-2
+    )  # roundings grow through steps; a wrong mean would be off by far more
+    for biases, tolerance in (
+        (False, 1e-5),
+        (True, 1e-2),
+    ):  # biases start at 0: they are their gradients, and no more exact
         part = {key: value for key, value in one["state"].items() if key.endswith("bias") == biases}
         assert_close({key: two["state"][key] for key in part}, part, tolerance)
     assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
@@ -242,15 +341,31 @@ def test_two_ranks_fine_tune_a_quantized_network_as_one_process_does(runs):
     for epoch in range(4):
         one, two = (ckpt.load(runs[ranks, "qat"] / f"ckpt_{epoch}") for ranks in (1, 2))
         ranges = {key for key in one["state"] if key.endswith("_amax")}
-        assert_close({key: two["state"][key] for key in ranges}, {key: one["state"][key] for key in ranges}, 1e-6)
-        rest = {key for key in one["state"] if key.endswith(("weight", "running_mean", "running_var"))}
-        assert_close({key: two["state"][key] for key in rest}, {key: one["state"][key] for key in rest}, 1e-2)
+        assert_close(
+            {key: two["state"][key] for key in ranges},
+            {key: one["state"][key] for key in ranges},
+            1e-6,
+        )
+        rest = {
+            key for key in one["state"] if key.endswith(("weight", "running_mean", "running_var"))
+        }
+        assert_close(
+            {key: two["state"][key] for key in rest}, {key: one["state"][key] for key in rest}, 1e-2
+        )
         if epoch:
-            a, b = (torch.cat([value.flatten() for value in gradients(run).values()]) for run in (two, one))
-            assert torch.cosine_similarity(a, b, dim=0) > 0.5  # exactness is the float test's: roundings beside ties spread
+            a, b = (
+                torch.cat([value.flatten() for value in gradients(run).values()])
+                for run in (two, one)
+            )
+            assert (
+                torch.cosine_similarity(a, b, dim=0) > 0.5
+            )  # exactness is the float test's: roundings beside ties spread
             assert 0.7 < a.norm() / b.norm() < 1.4
             assert two["history"][-1]["loss"] == pytest.approx(one["history"][-1]["loss"], rel=1e-3)
     states = [ckpt.load(runs[2, "qat"] / f"ckpt_{epoch}")["state"] for epoch in (1, 2, 3)]
-    means = [torch.cat([value for key, value in state.items() if key.endswith("running_mean")]) for state in states]
+    means = [
+        torch.cat([value for key, value in state.items() if key.endswith("running_mean")])
+        for state in states
+    ]
     assert not torch.equal(means[0], means[1])
     assert torch.equal(means[1], means[2])  # frozen in the last third

@@ -16,16 +16,30 @@ from torch import nn
 import infer
 import models
 from utils import checkpoint as ckpt
-from utils.calibrate import calibrate
-from utils.export import export_onnx, merge_shared_quantizers
-from utils.onnx_runtime import OnnxRuntimeNetwork
-from utils.swap import quantizable_modules, quantize_modules
-from utils.torch_network import FromImages, TorchNetwork
+from utils.backends.onnxruntime import OnnxRuntimeNetwork
+from utils.backends.pytorch import FromImages, TorchNetwork
+from utils.quantization.calibrate import calibrate
+from utils.quantization.export import export_onnx, merge_shared_quantizers
+from utils.quantization.swap import quantizable_modules, quantize_modules
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-SHORTCUTS = {"resnet18": 3, "resnet34": 3, "resnet50": 4}  # convolutions whose output is an identity
-ADDITIONS = {**{name: sum(depths) for name, depths in DEPTHS.items()}, "mobilenet_v2": 10, "efficientnet_b0": 9}
-COMPUTING = ("Conv", "Gemm", "Add", "Mul", "GlobalAveragePool")  # the node of each quantizable layer
+SHORTCUTS = {
+    "resnet18": 3,
+    "resnet34": 3,
+    "resnet50": 4,
+}  # convolutions whose output is an identity
+ADDITIONS = {
+    **{name: sum(depths) for name, depths in DEPTHS.items()},
+    "mobilenet_v2": 10,
+    "efficientnet_b0": 9,
+}
+COMPUTING = (
+    "Conv",
+    "Gemm",
+    "Add",
+    "Mul",
+    "GlobalAveragePool",
+)  # the node of each quantizable layer
 STATS = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])  # mean and standard deviation of the images
 
 
@@ -35,9 +49,15 @@ class Graph:
     def __init__(self, path):
         self.proto = onnx.load(path)
         self.nodes = list(self.proto.graph.node)
-        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.proto.graph.initializer}
+        self.constants = {
+            tensor.name: numpy_helper.to_array(tensor) for tensor in self.proto.graph.initializer
+        }
         self.maker = {name: node for node in self.nodes for name in node.output}
-        layers = [node for node in self.nodes if node.op_type in COMPUTING and layer_name(node) and not self.is_silu(node)]
+        layers = [
+            node
+            for node in self.nodes
+            if node.op_type in COMPUTING and layer_name(node) and not self.is_silu(node)
+        ]
         self.layers = {layer_name(node): node for node in layers}
 
     def count(self, *kinds):
@@ -46,7 +66,11 @@ class Graph:
     def is_silu(self, node):
         """The node multiplies something with its own sigmoid."""
         sigmoid = self.maker.get(node.input[1]) if node.op_type == "Mul" else None
-        return sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == node.input[0]
+        return (
+            sigmoid is not None
+            and sigmoid.op_type == "Sigmoid"
+            and sigmoid.input[0] == node.input[0]
+        )
 
     def is_quantized(self, name):
         return name in self.maker and self.maker[name].op_type == "DequantizeLinear"
@@ -70,7 +94,12 @@ class Graph:
             assert np.isfinite(scale).all()
             assert (scale > 0).all()
         assert list(quantize.input[1:]) == list(dequantize.input[1:])
-        axes = [attribute.i for node in (quantize, dequantize) for attribute in node.attribute if attribute.name == "axis"]
+        axes = [
+            attribute.i
+            for node in (quantize, dequantize)
+            for attribute in node.attribute
+            if attribute.name == "axis"
+        ]
         assert axes == ([] if scale.ndim == 0 else [0, 0])
         return quantize.input[0], scale, axes[0] if axes else None
 
@@ -102,11 +131,16 @@ def quantizer_pairs(name):
     if name == "mobilenet_v2":
         return 52 + 2, 52 + 1  # an addition's identity is a convolution's input
     if name == "efficientnet_b0":
-        return 81 + 2 * 16 + 2, 81 + 1  # and what a squeeze and excitation multiplies; its pool reads one of them
+        return (
+            81 + 2 * 16 + 2,
+            81 + 1,
+        )  # and what a squeeze and excitation multiplies; its pool reads one of them
     convolutions = 3 if name == "resnet50" else 2
     blocks = sum(DEPTHS[name])
     # the stem, in each block the input (for conv1, shortcut or addition) and what follows conv1, the identities, pool and fc
-    return 1 + blocks * convolutions + SHORTCUTS[name] + 2, 1 + blocks * convolutions + SHORTCUTS[name] + 1
+    return 1 + blocks * convolutions + SHORTCUTS[name] + 2, 1 + blocks * convolutions + SHORTCUTS[
+        name
+    ] + 1
 
 
 def export(model, path, size=8):
@@ -129,12 +163,16 @@ def exported(request, tmp_path_factory):
     torch.manual_seed(0)
     model = models.build(name, 10, stem).eval()
     randomise_batch_norm(model)
-    size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8  # what the last stage sees as one pixel
+    size = (
+        4 if stem == "cifar" and name != "vanilla_cnn" else 8
+    )  # what the last stage sees as one pixel
     images = random_images(4, size)
     quantize_modules(model)
     calibrate(model, [normalised(images, *STATS)], "max")
     path = tmp_path_factory.mktemp("export") / "model.onnx"
-    return SimpleNamespace(name=name, model=model, path=path, graph=export(model, path, size), images=images)
+    return SimpleNamespace(
+        name=name, model=model, path=path, graph=export(model, path, size), images=images
+    )
 
 
 def small(**layers):
@@ -155,17 +193,27 @@ def test_graph_is_valid_opset_17_with_named_ends_and_a_free_batch(exported):
     onnx.checker.check_model(proto, full_check=True)
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 17)]
     ends = [
-        (value.name, value.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim])
+        (
+            value.name,
+            value.type.tensor_type.elem_type,
+            [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+        )
         for value in (*proto.graph.input, *proto.graph.output)
     ]
     size = exported.images.shape[1]
-    assert ends == [("images", TensorProto.UINT8, ["batch", size, size, 3]), ("logits", TensorProto.FLOAT, ["batch", 10])]
+    assert ends == [
+        ("images", TensorProto.UINT8, ["batch", size, size, 3]),
+        ("logits", TensorProto.FLOAT, ["batch", 10]),
+    ]
 
 
 def test_graph_has_no_node_too_many_and_none_dangling(exported):
     graph = exported.graph
     assert [node.op_type for node in graph.nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
-    assert graph.count("BatchNormalization", "Identity", "Dropout", "Bernoulli", "RandomUniformLike") == 0
+    assert (
+        graph.count("BatchNormalization", "Identity", "Dropout", "Bernoulli", "RandomUniformLike")
+        == 0
+    )
     assert graph.count("Cast") == 1
     known = {"images", *graph.constants}
     for node in graph.nodes:
@@ -179,13 +227,22 @@ def test_graph_has_no_node_too_many_and_none_dangling(exported):
 
 
 def test_every_layer_is_there_once(exported):
-    kinds = {"QuantConv2d": "Conv", "QuantLinear": "Conv", "QuantAdaptiveAvgPool2d": "GlobalAveragePool"}
+    kinds = {
+        "QuantConv2d": "Conv",
+        "QuantLinear": "Conv",
+        "QuantAdaptiveAvgPool2d": "GlobalAveragePool",
+    }
     kinds |= {"QuantAdd": "Add", "QuantMul": "Mul"}
-    expected = {name: kinds[type(module).__name__] for name, module in quantizable_modules(exported.model).items()}
+    expected = {
+        name: kinds[type(module).__name__]
+        for name, module in quantizable_modules(exported.model).items()
+    }
     graph = exported.graph
     assert {name: node.op_type for name, node in graph.layers.items()} == expected
     activations = sum(isinstance(module, nn.SiLU) for module in exported.model.modules())
-    assert graph.count(*COMPUTING) == len(expected) + activations + 2  # and the two that normalise the images
+    assert (
+        graph.count(*COMPUTING) == len(expected) + activations + 2
+    )  # and the two that normalise the images
 
 
 def test_number_of_quantizers_follows_from_the_structure(exported):
@@ -214,7 +271,12 @@ def test_every_input_and_weight_is_quantized_with_its_calibrated_range(exported)
             expected = layer.weight_quantizer.amax.double() / 127
             bn = batch_norm_of(exported.model, name)
             if bn is not None:
-                expected = expected * (bn.weight.detach().double() * (bn.running_var.double() + bn.eps).rsqrt()).abs()
+                expected = (
+                    expected
+                    * (
+                        bn.weight.detach().double() * (bn.running_var.double() + bn.eps).rsqrt()
+                    ).abs()
+                )
             np.testing.assert_allclose(scale, expected.numpy(), rtol=1e-6, err_msg=name)
 
 
@@ -233,7 +295,9 @@ def test_weights_in_the_file_are_the_trained_codes(exported):
             amax = layer.weight_quantizer.amax.double().numpy()[:16].reshape(shape)
             steps = layer.weight.detach().double().numpy()[:16] / amax * 127
             clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
-            assert np.array_equal((np.rint(codes) * sign[:16].reshape(shape))[clear], np.rint(steps)[clear]), name
+            assert np.array_equal(
+                (np.rint(codes) * sign[:16].reshape(shape))[clear], np.rint(steps)[clear]
+            ), name
 
 
 def test_of_an_addition_only_the_second_operand_is_quantized(exported):
@@ -244,7 +308,11 @@ def test_of_an_addition_only_the_second_operand_is_quantized(exported):
     for name, node in additions.items():
         block = name.removesuffix("add")
         shortcut = graph.layers.get(f"{block}downsample.0")
-        inside = [layer for layer_name, layer in graph.layers.items() if layer_name.startswith(block) and layer is not shortcut]
+        inside = [
+            layer
+            for layer_name, layer in graph.layers.items()
+            if layer_name.startswith(block) and layer is not shortcut
+        ]
         first, *_, last, _ = inside
         assert first.op_type == last.op_type == "Conv"
         adding, other = node.input
@@ -266,7 +334,9 @@ def test_of_a_multiplication_both_operands_are_quantized(exported):
         assert graph.maker[factors].op_type == "Sigmoid"
         assert step == (exported.model.get_submodule(name).factor_quantizer.amax / 127).numpy()
         graph.quantized(x)
-        assert x == graph.layers[name.replace("mul", "avgpool")].input[0]  # one pair of nodes serves both
+        assert (
+            x == graph.layers[name.replace("mul", "avgpool")].input[0]
+        )  # one pair of nodes serves both
 
 
 def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):
@@ -274,7 +344,10 @@ def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):
     shortcuts = [name for name in graph.layers if name.endswith("downsample.0")]
     assert len(shortcuts) == SHORTCUTS.get(exported.name, 0)
     for name in shortcuts:
-        assert graph.layers[name].input[0] == graph.layers[name.replace("downsample.0", "conv1")].input[0]
+        assert (
+            graph.layers[name].input[0]
+            == graph.layers[name.replace("downsample.0", "conv1")].input[0]
+        )
 
 
 def test_onnx_runtime_agrees_with_pytorch_at_every_batch_size(exported):
@@ -285,7 +358,9 @@ def test_onnx_runtime_agrees_with_pytorch_at_every_batch_size(exported):
         result = network(images[:batch])
         assert result.shape == (batch, 10)
         assert result.dtype == np.float32
-        errors = np.linalg.norm(result - expected[:batch], axis=1) / np.linalg.norm(expected[:batch], axis=1)
+        errors = np.linalg.norm(result - expected[:batch], axis=1) / np.linalg.norm(
+            expected[:batch], axis=1
+        )
         assert errors.max() < 0.5
     assert (errors < 1e-3).sum() >= 2
     assert (result.argmax(1) == expected.argmax(1)).sum() >= 3
@@ -294,7 +369,10 @@ def test_onnx_runtime_agrees_with_pytorch_at_every_batch_size(exported):
 # float networks, and float layers in quantized ones
 
 
-@pytest.mark.parametrize(("name", "stem"), [network for network in NETWORKS if network[0] not in ("resnet34", "resnet50")])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [network for network in NETWORKS if network[0] not in ("resnet34", "resnet50")],
+)
 def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem):
     torch.manual_seed(0)
     model = models.build(name, 7, stem).eval()
@@ -308,12 +386,22 @@ def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem
     network = OnnxRuntimeNetwork(tmp_path / "model.onnx")
     for batch in (1, 5):
         # a random network amplifies what float rounds
-        np.testing.assert_allclose(network(images[:batch]), expected[:batch], atol=1e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            network(images[:batch]), expected[:batch], atol=1e-3 * np.abs(expected).max()
+        )
 
 
 @pytest.mark.parametrize(
     "skip_layers",
-    [["conv"], ["fc"], ["*.add"], ["avgpool"], ["layer1.*"], ["layer2.conv1", "layer2.downsample.0"], ["layer*", "avgpool"]],
+    [
+        ["conv"],
+        ["fc"],
+        ["*.add"],
+        ["avgpool"],
+        ["layer1.*"],
+        ["layer2.conv1", "layer2.downsample.0"],
+        ["layer*", "avgpool"],
+    ],
     ids=str,
 )
 def test_skipped_layers_are_float(tmp_path, skip_layers):
@@ -322,7 +410,11 @@ def test_skipped_layers_are_float(tmp_path, skip_layers):
     skipped = 0
     for name, layer in quantizable_modules(model).items():
         node = graph.layers[name]
-        operands = [node.input[1]] if node.op_type == "Add" else [operand for operand in node.input if "bias" not in operand]
+        operands = (
+            [node.input[1]]
+            if node.op_type == "Add"
+            else [operand for operand in node.input if "bias" not in operand]
+        )
         floats = [not graph.is_quantized(operand) for operand in operands]
         assert set(floats) == {not type(layer).__name__.startswith("Quant")}, name
         skipped += floats[0]
@@ -343,7 +435,8 @@ def test_equal_ranges_of_one_tensor_share_a_quantizer_and_different_ones_do_not(
     assert different.count("QuantizeLinear") == equal.count("QuantizeLinear") + 1
     assert different.count("DequantizeLinear") == equal.count("DequantizeLinear") + 1
     sources = [
-        different.quantized(different.layers[f"layer1.{part}"].input[index]) for part, index in (("conv1", 0), ("add", 1))
+        different.quantized(different.layers[f"layer1.{part}"].input[index])
+        for part, index in (("conv1", 0), ("add", 1))
     ]
     assert sources[0][0] == sources[1][0]
     assert sources[1][1] == 2 * sources[0][1]
@@ -358,7 +451,9 @@ def test_equal_ranges_of_different_tensors_keep_their_quantizers(tmp_path):
     assert after.count("QuantizeLinear") == before.count("QuantizeLinear")
     assert after.count("Identity") == 0
     for node in after.layers.values():
-        assert after.quantized(node.input[1 if node.op_type == "Add" else 0])[1] == np.float32(3) / np.float32(127)
+        assert after.quantized(node.input[1 if node.op_type == "Add" else 0])[1] == np.float32(
+            3
+        ) / np.float32(127)
 
 
 # trained networks
@@ -380,11 +475,17 @@ def test_trained_int8_graph_predicts_what_pytorch_predicts(qat_checkpoint, digit
     expected = run(in_torch(model, stats_of(content)), digits.test_images)
     result = run(OnnxRuntimeNetwork(tmp_path / "int8.onnx"), digits.test_images)
     assert len(result) == len(digits.test_labels) == 360
-    assert (result.argmax(1) != expected.argmax(1)).sum() <= 2  # of 360: 99.4 %, on a network of one epoch
+    assert (
+        result.argmax(1) != expected.argmax(1)
+    ).sum() <= 2  # of 360: 99.4 %, on a network of one epoch
     errors = np.linalg.norm(result - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert (errors < 1e-4).mean() > 0.75  # no code differs at all; one that does moves everything after it
+    assert (
+        errors < 1e-4
+    ).mean() > 0.75  # no code differs at all; one that does moves everything after it
     assert errors.max() < 0.5
-    assert (expected.argmax(1) == digits.test_labels).mean() > 0.5  # it is trained: the comparison means something
+    assert (
+        expected.argmax(1) == digits.test_labels
+    ).mean() > 0.5  # it is trained: the comparison means something
 
 
 def test_trained_float_graph_computes_what_pytorch_computes(float_checkpoint, digits, tmp_path):
@@ -406,7 +507,10 @@ def test_trained_float_graph_computes_what_pytorch_computes(float_checkpoint, di
 def test_the_model_passed_in_stays_as_it_is(tmp_path, training, quantized):
     model = small() if quantized else Small()
     model.train(training)
-    modules, state = dict(model.named_modules()), {key: value.clone() for key, value in model.state_dict().items()}
+    modules, state = (
+        dict(model.named_modules()),
+        {key: value.clone() for key, value in model.state_dict().items()},
+    )
     parameters = dict(model.named_parameters())
     export(model, tmp_path / "model.onnx")
     assert dict(model.named_modules()) == modules
@@ -414,7 +518,10 @@ def test_the_model_passed_in_stays_as_it_is(tmp_path, training, quantized):
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], value) for key, value in state.items())
-    assert all(p is parameters[name] and p.requires_grad and p.grad is None for name, p in model.named_parameters())
+    assert all(
+        p is parameters[name] and p.requires_grad and p.grad is None
+        for name, p in model.named_parameters()
+    )
 
 
 def test_a_model_in_training_mode_is_exported_in_evaluation_mode(tmp_path):
@@ -443,7 +550,9 @@ def refuse(*_, **__):
     ids=["writing", "checking"],
 )
 @pytest.mark.parametrize("exists", [True, False], ids=["old file", "no file"])
-def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, target, name, failure, error, exists):
+def test_a_failure_leaves_the_old_file_alone(
+    tmp_path, monkeypatch, target, name, failure, error, exists
+):
     path = tmp_path / "model.onnx"
     if exists:
         path.write_bytes(b"old")
@@ -459,7 +568,9 @@ def test_a_model_that_cannot_run_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError):
-        export_onnx(nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS)  # it has 5 logits
+        export_onnx(
+            nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS
+        )  # it has 5 logits
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -487,8 +598,13 @@ def test_fp16_graph_computes_in_fp16_and_quantizes_as_before(exported):
     assert half.constants.keys() == exported.graph.constants.keys()
     for name, tensor in exported.graph.constants.items():
         if tensor.dtype == np.float32:
-            np.testing.assert_allclose(half.constants[name], tensor, rtol=2**-10, atol=6e-8, err_msg=name)
-    ends = [value.type.tensor_type.elem_type for value in (*half.proto.graph.input, *half.proto.graph.output)]
+            np.testing.assert_allclose(
+                half.constants[name], tensor, rtol=2**-10, atol=6e-8, err_msg=name
+            )
+    ends = [
+        value.type.tensor_type.elem_type
+        for value in (*half.proto.graph.input, *half.proto.graph.output)
+    ]
     assert ends == [TensorProto.UINT8, TensorProto.FLOAT]
 
 
@@ -498,7 +614,10 @@ def test_fp16_graph_of_a_trained_network_agrees_with_fp32(float_checkpoint, digi
     model = infer.build_float(content)
     model.load_state_dict(content["state"])
     export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats_of(content))
-    full, half = (run(OnnxRuntimeNetwork(tmp_path / name), digits.test_images) for name in ("fp32.onnx", "fp16.onnx"))
+    full, half = (
+        run(OnnxRuntimeNetwork(tmp_path / name), digits.test_images)
+        for name in ("fp32.onnx", "fp16.onnx")
+    )
     assert half.dtype == np.float32
     assert (full.argmax(1) != half.argmax(1)).sum() <= 3  # of 360; the network is barely trained
     assert np.abs(full - half).max() > 0
@@ -516,7 +635,14 @@ def test_weights_whose_scale_is_subnormal_in_fp16_keep_their_codes(tmp_path):
             model.conv.weight_quantizer.amax[channel] *= factor
     whole = export(model, tmp_path / "model.onnx")
     half = Graph(tmp_path / "model_fp16.onnx")
-    assert min(scale.min() for scale in half.constants.values() if scale.dtype == np.float16 and scale.ndim == 1) < 6e-5
+    assert (
+        min(
+            scale.min()
+            for scale in half.constants.values()
+            if scale.dtype == np.float16 and scale.ndim == 1
+        )
+        < 6e-5
+    )
     assert_same_codes(half, whole)
 
 
@@ -535,7 +661,9 @@ def test_a_scale_too_small_for_fp16_stays_above_zero(tmp_path):
     model.conv.weight_quantizer.amax[2] = 1e-9
     export(model, tmp_path / "model.onnx")
     half = Graph(tmp_path / "model_fp16.onnx")
-    scales = [half.constants[node.input[1]] for node in half.nodes if node.op_type == "QuantizeLinear"]
+    scales = [
+        half.constants[node.input[1]] for node in half.nodes if node.op_type == "QuantizeLinear"
+    ]
     assert all((scale > 0).all() and scale.dtype == np.float16 for scale in scales)
 
 
@@ -561,7 +689,10 @@ def merged(lines, outputs=("logits",)):
         output, _, operation = line.partition(" = ")
         kind, *inputs = operation.split()
         nodes.append(helper.make_node(kind, inputs, [output]))
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y", *outputs)]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"])
+        for name in ("x", "y", *outputs)
+    ]
     constants = [constant(name, value) for name, value in CONSTANTS.items()]
     graph = helper.make_graph(nodes, "test", values[:2], values[2:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -570,20 +701,33 @@ def merged(lines, outputs=("logits",)):
     onnx.checker.check_model(model, full_check=True)
     for old, new in zip(before, evaluate(model, outputs), strict=True):
         assert np.array_equal(old, new)
-    return [f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in model.graph.node]
+    return [
+        f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in model.graph.node
+    ]
 
 
 def evaluate(model, outputs):
-    feeds = {"x": np.linspace(-3, 3, 11, dtype=np.float32), "y": np.linspace(5, -70, 11, dtype=np.float32)}
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(list(outputs), feeds)
+    feeds = {
+        "x": np.linspace(-3, 3, 11, dtype=np.float32),
+        "y": np.linspace(5, -70, 11, dtype=np.float32),
+    }
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    ).run(list(outputs), feeds)
 
 
 def pair(name, source, scale="scale", zero="zero"):
-    return [f"{name}_q = QuantizeLinear {source} {scale} {zero}", f"{name} = DequantizeLinear {name}_q {scale} {zero}"]
+    return [
+        f"{name}_q = QuantizeLinear {source} {scale} {zero}",
+        f"{name} = DequantizeLinear {name}_q {scale} {zero}",
+    ]
 
 
 def test_equal_pairs_on_one_tensor_become_one():
-    assert merged([*pair("a", "x"), *pair("b", "x"), "logits = Add a b"]) == [*pair("a", "x"), "logits = Add a a"]
+    assert merged([*pair("a", "x"), *pair("b", "x"), "logits = Add a b"]) == [
+        *pair("a", "x"),
+        "logits = Add a a",
+    ]
 
 
 def test_three_equal_pairs_become_one():
@@ -602,7 +746,11 @@ def test_pairs_that_differ_stay(second):
 
 
 def test_one_rounding_read_in_two_scales_is_rounded_once():
-    lines = ["a_q = QuantizeLinear x scale zero", "a = DequantizeLinear a_q scale zero", "b_q = QuantizeLinear x scale zero"]
+    lines = [
+        "a_q = QuantizeLinear x scale zero",
+        "a = DequantizeLinear a_q scale zero",
+        "b_q = QuantizeLinear x scale zero",
+    ]
     lines += ["b = DequantizeLinear b_q other_scale zero", "logits = Add a b"]
     assert merged(lines) == [*lines[:2], "b = DequantizeLinear a_q other_scale zero", lines[4]]
 
@@ -636,7 +784,10 @@ def test_pairs_after_merged_pairs_merge_too():
 
 
 def test_a_copy_that_is_the_graphs_output_stays():
-    assert merged([*pair("a", "x"), "logits = Identity a"]) == [*pair("a", "x"), "logits = Identity a"]
+    assert merged([*pair("a", "x"), "logits = Identity a"]) == [
+        *pair("a", "x"),
+        "logits = Identity a",
+    ]
 
 
 def test_equal_nodes_of_other_kinds_stay():

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
 import infer
-from utils import measure
-from utils import tensorrt_engine as engines
+from utils.backends import network as measure
+from utils.backends import tensorrt as engines
 from utils.errors import UserError
 from utils.files import atomic_path
 
@@ -54,7 +54,9 @@ class Export:
         info = self.manifest["data"]
         data = dataset.load(info["dataset"], data_dir, info["img_size"])
         chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
-        self.calibration = data.train_images[chosen[: self.manifest["quantization"]["calib_images"]]]
+        self.calibration = data.train_images[
+            chosen[: self.manifest["quantization"]["calib_images"]]
+        ]
         self.images, self.labels = data.test_images, data.test_labels
         self.references = {name: in_torch[infer.FAKE.get(name, "FP32")] for name in self.precisions}
         if (folder / REFERENCE).is_file():
@@ -68,7 +70,9 @@ class Export:
     @property
     def precisions(self) -> list[str]:
         return [
-            name for name in PARAMETERS["precision"] if (name if name in infer.FAKE else "FP32") in self.manifest["int8_nodes"]
+            name
+            for name in PARAMETERS["precision"]
+            if (name if name in infer.FAKE else "FP32") in self.manifest["int8_nodes"]
         ]
 
     def load(self, precision: str) -> engines.TensorRTNetwork:
@@ -76,7 +80,9 @@ class Export:
         if precision not in (*self.precisions, IMPLICIT):
             raise SkipTest(f"{precision} is not in this export")
         options = engines.EngineOptions(precision, SIZES, level=LEVEL)
-        return engines.TensorRTNetwork(Path(self._temporary.name), options, self.calibration, self._timings)
+        return engines.TensorRTNetwork(
+            Path(self._temporary.name), options, self.calibration, self._timings
+        )
 
     def network(self, precision: str) -> engines.TensorRTNetwork:
         """The engine, loaded once."""
@@ -87,7 +93,9 @@ class Export:
     def predictions(self, precision: str) -> np.ndarray:
         """Of the whole test set, at the largest batch size."""
         if precision not in self._predictions:
-            self._predictions[precision] = measure.predict(self.network(precision), self.images, SIZES[-1])
+            self._predictions[precision] = measure.predict(
+                self.network(precision), self.images, SIZES[-1]
+            )
         return self._predictions[precision]
 
     def accuracy_pct(self, predictions: np.ndarray) -> float:
@@ -100,7 +108,9 @@ def in_batches(images: np.ndarray) -> list[np.ndarray]:
 
 def assert_agree(predictions: np.ndarray, reference: np.ndarray, least_pct: float) -> None:
     agreement_pct = measure.percent_equal(predictions, reference)
-    assert agreement_pct >= least_pct, f"{agreement_pct:.2f} % of the predictions agree, less than {least_pct} %"
+    assert agreement_pct >= least_pct, (
+        f"{agreement_pct:.2f} % of the predictions agree, less than {least_pct} %"
+    )
 
 
 def test_predictions_agree_with_the_reference(export, precision):
@@ -108,8 +118,12 @@ def test_predictions_agree_with_the_reference(export, precision):
 
 
 def test_accuracy_is_that_of_the_reference(export, precision):
-    engine_pct, reference_pct = map(export.accuracy_pct, (export.predictions(precision), export.references[precision]))
-    assert abs(engine_pct - reference_pct) <= ACCURACY_POINTS, f"{engine_pct:.2f} %, the reference has {reference_pct:.2f} %"
+    engine_pct, reference_pct = map(
+        export.accuracy_pct, (export.predictions(precision), export.references[precision])
+    )
+    assert abs(engine_pct - reference_pct) <= ACCURACY_POINTS, (
+        f"{engine_pct:.2f} %, the reference has {reference_pct:.2f} %"
+    )
 
 
 def test_every_node_that_is_meant_for_int8_runs_in_it(export, int8):
@@ -132,7 +146,11 @@ def test_a_cached_engine_gives_the_logits_of_the_one_just_built(export, precisio
 def damaged(content: bytes, damage: str, other: bytes) -> bytes:
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    return {"a flipped bit": flipped, "a lost end": content[:middle], "another engine's file": other}[damage]
+    return {
+        "a flipped bit": flipped,
+        "a lost end": content[:middle],
+        "another engine's file": other,
+    }[damage]
 
 
 def test_a_damaged_engine_file_is_built_again(export, damage):
@@ -163,7 +181,9 @@ def test_a_stream_with_a_ragged_end_gives_what_single_batches_give(export, preci
 
 def test_batch_1_predicts_what_batch_128_does(export, precision):
     assert_agree(
-        measure.predict(export.network(precision), export.images, 1), export.predictions(precision), BATCH_AGREEMENT_PCT
+        measure.predict(export.network(precision), export.images, 1),
+        export.predictions(precision),
+        BATCH_AGREEMENT_PCT,
     )
 
 
@@ -178,23 +198,31 @@ def test_implicit_calibration_keeps_the_accuracy_where_the_version_has_it(export
     try:
         export.network(IMPLICIT)
     except UserError as error:
-        if "has no calibrators any more" not in str(error) or hasattr(engines.load_tensorrt(), "IInt8EntropyCalibrator2"):
+        if "has no calibrators any more" not in str(error) or hasattr(
+            engines.load_tensorrt(), "IInt8EntropyCalibrator2"
+        ):
             raise
         return
-    implicit_pct, fp32_pct = map(export.accuracy_pct, (export.predictions(IMPLICIT), export.predictions("FP32")))
-    assert abs(implicit_pct - fp32_pct) <= IMPLICIT_POINTS, f"{implicit_pct:.2f} %, FP32 has {fp32_pct:.2f} %"
+    implicit_pct, fp32_pct = map(
+        export.accuracy_pct, (export.predictions(IMPLICIT), export.predictions("FP32"))
+    )
+    assert abs(implicit_pct - fp32_pct) <= IMPLICIT_POINTS, (
+        f"{implicit_pct:.2f} %, FP32 has {fp32_pct:.2f} %"
+    )
     with mock.patch.object(engines, "build_plan", side_effect=AssertionError("it was built again")):
         export.load(IMPLICIT)
 
 
 def write_reference(folder: Path, data_dir: Path) -> None:
     """ONNX Runtime's predictions for each precision, to `onnxruntime.npz` in the export."""
-    from utils.onnx_runtime import OnnxRuntimeNetwork
+    from utils.backends.onnxruntime import OnnxRuntimeNetwork
 
     export, predictions = Export(folder, data_dir), {}
     for name in export.precisions:
         network = OnnxRuntimeNetwork(folder / infer.graph_file(name))
-        predictions[name] = measure.predict(network, export.images, REFERENCE_BATCH, f"onnxruntime {name}")
+        predictions[name] = measure.predict(
+            network, export.images, REFERENCE_BATCH, f"onnxruntime {name}"
+        )
         print(f"{name}: {export.accuracy_pct(predictions[name]):.2f} %")
     with atomic_path(folder / REFERENCE) as partial, partial.open("wb") as file:
         np.savez(file, **predictions)
@@ -202,7 +230,9 @@ def write_reference(folder: Path, data_dir: Path) -> None:
 
 def run_one(test, **arguments) -> str:
     """Run a test and print a line of it; returns passed, failed or skipped."""
-    name = f"{test.__name__}[{', '.join(value for value in arguments.values() if isinstance(value, str))}]".replace("[]", "")
+    name = f"{test.__name__}[{', '.join(value for value in arguments.values() if isinstance(value, str))}]".replace(
+        "[]", ""
+    )
     start, outcome, reason = time.perf_counter(), "passed", ""
     try:
         test(**arguments)
@@ -223,16 +253,31 @@ def run_all(export: Export) -> int:
         values = [{names[0]: value} for value in PARAMETERS[names[0]]] if names else [{}]
         outcomes += [run_one(test, export=export, **arguments) for arguments in values]
     counts = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count or outcome != "skipped"))
+    print(
+        ", ".join(
+            f"{count} {outcome}"
+            for outcome, count in counts.items()
+            if count or outcome != "skipped"
+        )
+    )
     return int(counts["failed"] > 0)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("export", type=Path, metavar="EXPORT_DIR")
     parser.add_argument("data", type=Path, metavar="DATA_DIR")
-    parser.add_argument("--timing_cache", type=Path, metavar="DIR", help="kernel timings of earlier builds, to build faster")
-    parser.add_argument("--reference", action="store_true", help="write ONNX Runtime's predictions into EXPORT_DIR")
+    parser.add_argument(
+        "--timing_cache",
+        type=Path,
+        metavar="DIR",
+        help="kernel timings of earlier builds, to build faster",
+    )
+    parser.add_argument(
+        "--reference", action="store_true", help="write ONNX Runtime's predictions into EXPORT_DIR"
+    )
     args = parser.parse_args()
     if args.reference:
         write_reference(args.export, args.data)

@@ -11,21 +11,27 @@ from torch import nn
 
 import models
 from layers.add import Add
-from layers.fold import conv_bn_pairs, to_inference
 from layers.mul import Mul
 from layers.quantized import QuantAdaptiveAvgPool2d, QuantAdd, QuantConv2d, QuantLinear, QuantMul
 from layers.quantizers import FrozenQuantizer, Quantizer, StraightThrough, fake_quantize
-from utils.calibrate import calibrate
-from utils.swap import quantizable_modules, quantize_modules
+from utils.quantization.calibrate import calibrate
+from utils.quantization.fold import conv_bn_pairs, to_inference
+from utils.quantization.swap import quantizable_modules, quantize_modules
 
 SCALES = [1.0, 2.0**-7, 0.1, 0.0371, 3e-5, 127.0]
-EXACT_SCALES = [1.0, 2.0**-7, 2.0**5]  # powers of two: dividing by them and multiplying by their inverse are both exact
+EXACT_SCALES = [
+    1.0,
+    2.0**-7,
+    2.0**5,
+]  # powers of two: dividing by them and multiplying by their inverse are both exact
 CODE_MIN = {"activation": -128, "weight": -127}
 
 
 def reference_codes(x, scale, code_min):
     """Independent of torch: float64 division, rounding half to even, saturation."""
-    return np.clip(np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)), code_min, 127)
+    return np.clip(
+        np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)), code_min, 127
+    )
 
 
 def steps_from_tie(x, scale):
@@ -43,8 +49,12 @@ def samples(scale, seed=0):
     generator = torch.Generator().manual_seed(seed)
     spread = 2.0 ** (20 * torch.rand(20_000, generator=generator) - 10)
     codes = torch.arange(-130.0, 131.0)
-    huge = torch.tensor([2.0**20, 2.0**31, 2.0**32, 2.0**62, 1e-20, 0.0])  # torch's per-channel kernel ends at 2**63 steps
-    return torch.cat([torch.randn(20_000, generator=generator) * spread, codes, huge, -huge]) * scale
+    huge = torch.tensor(
+        [2.0**20, 2.0**31, 2.0**32, 2.0**62, 1e-20, 0.0]
+    )  # torch's per-channel kernel ends at 2**63 steps
+    return (
+        torch.cat([torch.randn(20_000, generator=generator) * spread, codes, huge, -huge]) * scale
+    )
 
 
 def quantizer_of(operand, amax, channels=3):
@@ -68,7 +78,9 @@ def test_fake_quantization_of_a_tensor_is_torchs(scale, code_min):
 def test_fake_quantization_of_channels_is_torchs(code_min):
     scale = torch.tensor(SCALES)
     x = torch.stack([samples(value, seed) for seed, value in enumerate(SCALES)])
-    expected = torch.fake_quantize_per_channel_affine(x, scale, zero_point(len(scale)), 0, code_min, 127)
+    expected = torch.fake_quantize_per_channel_affine(
+        x, scale, zero_point(len(scale)), 0, code_min, 127
+    )
     assert torch.equal(fake_quantize(x, scale, zero_point(len(scale)), code_min), expected)
 
 
@@ -80,7 +92,9 @@ def test_fake_quantization_is_the_definition(scale, code_min, channels):
     if channels:  # the second channel has twice the scale, so that a mixed-up axis shows
         x, scale = torch.stack([x, x.flip(0)]), torch.stack([scale, 2 * scale])
     column = scale.reshape(-1, *[1] * (x.ndim - 1)).numpy() if channels else scale.numpy()
-    expected = (reference_codes(x.numpy(), column, code_min) * column.astype(np.float64)).astype(np.float32)
+    expected = (reference_codes(x.numpy(), column, code_min) * column.astype(np.float64)).astype(
+        np.float32
+    )
     result = fake_quantize(x, scale, zero_point(scale.shape), code_min).numpy()
     # torch multiplies by the float32 inverse of the scale: within 2e-5 steps of a tie it may round to the other side
     clear = (steps_from_tie(x, column) > 2e-5) | (np.abs(x.numpy()) > 129 * column)
@@ -93,7 +107,9 @@ def test_fake_quantization_is_the_definition(scale, code_min, channels):
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_halves_round_to_even(scale, operand):
     halves = np.arange(-130, 130) + 0.5
-    even = np.array([int(half - 0.5) if int(half - 0.5) % 2 == 0 else int(half + 0.5) for half in halves])
+    even = np.array(
+        [int(half - 0.5) if int(half - 0.5) % 2 == 0 else int(half + 0.5) for half in halves]
+    )
     expected = even.clip(CODE_MIN[operand], 127) * scale
     x = torch.from_numpy(halves * scale).float()
     x = x if operand == "activation" else x.repeat(3, 1)
@@ -117,7 +133,11 @@ def test_infinite_activations_saturate(sign):
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_quantizer_is_fake_quantization_with_a_127th_of_its_range(operand):
     amax = torch.tensor(2.9) if operand == "activation" else torch.tensor([0.01, 2.9, 500.0])
-    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) * 2 * amax.reshape(-1, 1, 1)
+    x = (
+        torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+        * 2
+        * amax.reshape(-1, 1, 1)
+    )
     expected = fake_quantize(x, amax / 127, zero_point(amax.shape), CODE_MIN[operand])
     assert torch.equal(quantizer_of(operand, amax)(x), expected)
 
@@ -146,7 +166,9 @@ def test_gradient_is_one_up_to_the_end_codes_and_zero_beyond(operand):
     outside = [127.51, 128.0, 1e9, least - 0.51, least - 1.0, -1e9]
     x = torch.tensor([inside + outside] * 3).mul_(0.25).requires_grad_()
     upstream = torch.randn(x.shape)
-    quantizer_of(operand, 0.25 * 127 if operand == "activation" else [0.25 * 127] * 3)(x).backward(upstream)
+    quantizer_of(operand, 0.25 * 127 if operand == "activation" else [0.25 * 127] * 3)(x).backward(
+        upstream
+    )
     assert torch.equal(x.grad[:, : len(inside)], upstream[:, : len(inside)])
     assert (x.grad[:, len(inside) :] == 0).all()
 
@@ -193,7 +215,9 @@ def test_codes_are_the_librarys(operand):
     generator = torch.Generator().manual_seed(0)
     amax = torch.tensor(2.7) if operand == "activation" else torch.tensor([0.01, 2.7, 33.0])
     column = amax.reshape(-1, 1)
-    x = 1.5 * column * torch.randn(3, 50_000, generator=generator)  # the tails are beyond the range, on both sides
+    x = (
+        1.5 * column * torch.randn(3, 50_000, generator=generator)
+    )  # the tails are beyond the range, on both sides
     library = fake_tensor_quant(x, column, 8, False, operand == "weight")
     ours = quantizer_of(operand, amax)(x)
     scale = (column / 127).numpy()
@@ -201,7 +225,9 @@ def test_codes_are_the_librarys(operand):
     assert clear.mean() > 0.99
     codes = (ours.double() / (column / 127)).round()
     assert codes.min() == CODE_MIN[operand]
-    assert np.array_equal(codes.numpy()[clear], (library.double() / (column / 127)).round().numpy()[clear])
+    assert np.array_equal(
+        codes.numpy()[clear], (library.double() / (column / 127)).round().numpy()[clear]
+    )
     np.testing.assert_allclose(ours.numpy()[clear], library.numpy()[clear], rtol=3e-7)
     assert np.all((ours - library).abs().numpy() <= 1.001 * scale)
 
@@ -210,9 +236,19 @@ def test_the_library_by_default_has_no_code_minus_128():
     """The one setting of the library that `Quantizer` differs from: the function's default is narrow_range=True."""
     x = torch.tensor([-200.0, -128.0, -127.0, 200.0])
     assert fake_tensor_quant(x, torch.tensor(127.0)).tolist() == [-127.0, -127.0, -127.0, 127.0]
-    assert fake_tensor_quant(x, torch.tensor(127.0), 8, False, False).tolist() == [-128.0, -128.0, -127.0, 127.0]
+    assert fake_tensor_quant(x, torch.tensor(127.0), 8, False, False).tolist() == [
+        -128.0,
+        -128.0,
+        -127.0,
+        127.0,
+    ]
     assert quantizer_of("activation", 127.0)(x).tolist() == [-128.0, -128.0, -127.0, 127.0]
-    assert quantizer_of("weight", [127.0], channels=1)(x[None])[0].tolist() == [-127.0, -127.0, -127.0, 127.0]
+    assert quantizer_of("weight", [127.0], channels=1)(x[None])[0].tolist() == [
+        -127.0,
+        -127.0,
+        -127.0,
+        127.0,
+    ]
 
 
 @pytest.mark.parametrize("operand", ["activation", "weight"])
@@ -344,7 +380,9 @@ def calibrated(layer, *inputs):
 def fake_quantized(x, scale, code_min):
     """By torch's kernel for one scale, slice by slice of axis 0 where each has its own."""
     if scale.ndim:
-        return torch.stack([fake_quantized(part, own, code_min) for part, own in zip(x, scale, strict=True)])
+        return torch.stack(
+            [fake_quantized(part, own, code_min) for part, own in zip(x, scale, strict=True)]
+        )
     return torch.fake_quantize_per_tensor_affine(x, scale, zero_point(), code_min, 127)
 
 
@@ -362,7 +400,12 @@ def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, 
     if "padding_mode" in geometry:
         rows, columns = (padding, padding) if isinstance(padding, int) else padding
         inputs, padding = F.pad(inputs, (columns, columns, rows, rows), geometry["padding_mode"]), 0
-    rest = geometry.get("stride", 1), padding, geometry.get("dilation", 1), geometry.get("groups", 1)
+    rest = (
+        geometry.get("stride", 1),
+        padding,
+        geometry.get("dilation", 1),
+        geometry.get("groups", 1),
+    )
     expected = F.conv2d(inputs, weight, conv.bias, *rest)
     assert torch.equal(quant(x), expected)
     assert quant(x).shape == conv(x).shape
@@ -373,8 +416,19 @@ def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, 
 def test_geometry_is_taken_over(geometry):
     conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **geometry})
     quant = QuantConv2d.from_float(conv)
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    assert {name: getattr(quant, name) for name in names} == {name: getattr(conv, name) for name in names}
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    assert {name: getattr(quant, name) for name in names} == {
+        name: getattr(conv, name) for name in names
+    }
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -392,13 +446,18 @@ def test_quantized_linear_layer_is_a_product_of_quantized_operands(shape, bias):
     assert (quant.in_features, quant.out_features) == (6, 4)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1, bias=False), nn.Linear(2, 3)])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1, bias=False), nn.Linear(2, 3)]
+)
 def test_parameters_are_shared_and_only_ranges_are_new(layer):
     quant = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear).from_float(layer)
     before, after = dict(layer.named_parameters()), dict(quant.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert quant.state_dict().keys() - layer.state_dict().keys() == {"input_quantizer._amax", "weight_quantizer._amax"}
+    assert quant.state_dict().keys() - layer.state_dict().keys() == {
+        "input_quantizer._amax",
+        "weight_quantizer._amax",
+    }
 
 
 def test_gradients_reach_the_weight_through_the_rounding():
@@ -410,7 +469,9 @@ def test_gradients_reach_the_weight_through_the_rounding():
     quant.weight_quantizer.set_range(conv.weight.abs().flatten(1).amax(1))
     quant(x).sum().backward()
     rounded = quant.input_quantizer(x)
-    expected = rounded.unfold(2, 4, 1).unfold(3, 4, 1).sum((0, 4, 5))  # of each kernel position (2, 3, 3), for every channel
+    expected = (
+        rounded.unfold(2, 4, 1).unfold(3, 4, 1).sum((0, 4, 5))
+    )  # of each kernel position (2, 3, 3), for every channel
     torch.testing.assert_close(conv.weight.grad, expected.expand(3, 2, 3, 3))
 
 
@@ -425,7 +486,9 @@ def test_quantized_addition_rounds_only_the_second_operand():
 def test_quantized_multiplication_rounds_both_operands():
     scale, x = torch.rand(2, 3, 1, 1), torch.randn(2, 3, 4, 4)
     quant = calibrated(QuantMul.from_float(Mul()), scale, x)
-    expected = [fake_quantized(operand, 0.8 * operand.abs().max() / 127, -128) for operand in (scale, x)]
+    expected = [
+        fake_quantized(operand, 0.8 * operand.abs().max() / 127, -128) for operand in (scale, x)
+    ]
     assert torch.equal(quant(scale, x), expected[0] * expected[1])
     assert list(quant.state_dict()) == ["input_quantizer._amax", "factor_quantizer._amax"]
 
@@ -492,7 +555,9 @@ def assert_codes_stay(frozen, layer, factor=None, channels=None):
 
 def factors(bn):
     """What BatchNorm multiplies each channel with, in float64."""
-    return (bn.running_var.double() + bn.eps).rsqrt() * (bn.weight.detach().double() if bn.affine else 1)
+    return (bn.running_var.double() + bn.eps).rsqrt() * (
+        bn.weight.detach().double() if bn.affine else 1
+    )
 
 
 def assert_channels_close(result, expected, tolerance=1e-4):
@@ -518,7 +583,16 @@ def test_folding_keeps_every_weight_code_but_for_its_sign(options):
     inference = to_inference(model)
     assert_codes_stay(inference[0], model[0], factors(model[1]))
     weights, scale = inference[0].weight, inference[0].weight_quantizer.scale
-    assert (weights.abs().flatten(1).amax(1) / scale).round().tolist() == [127, 127, 127, 127, 127, 0, 127, 127]
+    assert (weights.abs().flatten(1).amax(1) / scale).round().tolist() == [
+        127,
+        127,
+        127,
+        127,
+        127,
+        0,
+        127,
+        127,
+    ]
 
 
 @pytest.mark.parametrize("options", FOLDS.values(), ids=FOLDS)
@@ -534,7 +608,8 @@ def test_folding_keeps_the_outputs(options):
 def test_folding_a_float_convolution_keeps_the_outputs(options):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=options.get("bias", False)), batch_norm(**{k: v for k, v in options.items() if k != "bias"})
+        nn.Conv2d(3, 8, 3, bias=options.get("bias", False)),
+        batch_norm(**{k: v for k, v in options.items() if k != "bias"}),
     ).eval()
     images = torch.randn(4, 3, 7, 7)
     inference = to_inference(model)
@@ -563,7 +638,9 @@ def test_frozen_weights_lie_on_their_grid():
 
 def test_without_batch_norm_codes_and_ranges_stay():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    ).train()
     quantize_modules(model)
     images = torch.randn(2, 3, 6, 6)
     calibrate(model, [images], "max")
@@ -609,7 +686,13 @@ class Reused(nn.Module):
         (lambda model, x: model.bn(model.conv(x)) * model.bn.weight.mean(), False),
         (lambda model, x: model.bn(input=model.conv(x)), True),
     ],
-    ids=["convolution called twice", "BatchNorm called twice", "weight read", "gamma read", "called by keyword"],
+    ids=[
+        "convolution called twice",
+        "BatchNorm called twice",
+        "weight read",
+        "gamma read",
+        "called by keyword",
+    ],
 )
 def test_only_what_is_called_once_is_folded(forward, folded):
     model, x = Reused(forward).eval(), torch.randn(2, 8, 5, 5)
@@ -637,7 +720,9 @@ def test_convolution_with_another_reader_is_not_folded(quantized):
     assert torch.equal(inference.conv.bias, model.conv.bias)
     if quantized:
         assert_codes_stay(inference.conv, model.conv)
-        assert torch.equal(inference.conv.weight_quantizer.scale, model.conv.weight_quantizer.amax / 127)
+        assert torch.equal(
+            inference.conv.weight_quantizer.scale, model.conv.weight_quantizer.amax / 127
+        )
     with torch.no_grad():
         assert_channels_close(inference(images), model(images))
 
@@ -649,7 +734,10 @@ def test_the_model_passed_in_stays_as_it_is(training, quantized):
     if not quantized:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), batch_norm())
     model.train(training)
-    modules, state = dict(model.named_modules()), {key: value.clone() for key, value in model.state_dict().items()}
+    modules, state = (
+        dict(model.named_modules()),
+        {key: value.clone() for key, value in model.state_dict().items()},
+    )
     parameters = dict(model.named_parameters())
     inference = to_inference(model)
     assert not inference.training
@@ -677,7 +765,9 @@ def network(request):
     model = models.build(name, 10, stem)
     randomise_batch_norm(model)
     model.eval()
-    size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8  # what the last stage sees as one pixel
+    size = (
+        4 if stem == "cifar" and name != "vanilla_cnn" else 8
+    )  # what the last stage sees as one pixel
     images = torch.randn(8, 3, size, size)
     float_inference = to_inference(model)
     with torch.no_grad():
@@ -694,8 +784,12 @@ def relative_errors(result, expected):
 
 def test_float_network_computes_the_same_when_folded(network):
     expected, result = network[3]
-    assert relative_errors(result, expected).max() < 1e-3  # a random network amplifies what float rounds
-    assert relative_errors(expected.mean(0), expected).mean() > 0.01  # and tells images apart: all comparisons mean something
+    assert (
+        relative_errors(result, expected).max() < 1e-3
+    )  # a random network amplifies what float rounds
+    assert (
+        relative_errors(expected.mean(0), expected).mean() > 0.01
+    )  # and tells images apart: all comparisons mean something
 
 
 @torch.no_grad()
@@ -718,7 +812,10 @@ def test_every_folded_layer_computes_the_same_from_the_same_input(network):
     seen = {}
 
     def record(name, args, output):
-        seen[name] = [arg.clone() for arg in args], output.clone()  # activations are overwritten in place
+        seen[name] = (
+            [arg.clone() for arg in args],
+            output.clone(),
+        )  # activations are overwritten in place
 
     hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: record(name, args, output))
@@ -729,7 +826,11 @@ def test_every_folded_layer_computes_the_same_from_the_same_input(network):
     for hook in hooks:
         hook.remove()
     pairs = dict(conv_bn_pairs(model))
-    without_bias = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.bias is None]
+    without_bias = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.bias is None
+    ]
     assert sorted(pairs) == sorted(without_bias)  # all but those of squeeze and excitation
     assert len(pairs) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for name in quantizable_modules(model):
@@ -745,10 +846,16 @@ def test_codes_and_ranges_of_every_layer_stay(network):
         frozen = inference.get_submodule(name)
         assert torch.equal(frozen.input_quantizer.scale, layer.input_quantizer.amax / 127)
         if hasattr(layer, "weight"):
-            factor = factors(model.get_submodule(pairs[name])) if name in pairs else torch.ones(len(layer.weight))
+            factor = (
+                factors(model.get_submodule(pairs[name]))
+                if name in pairs
+                else torch.ones(len(layer.weight))
+            )
             assert_codes_stay(frozen, layer, factor, channels=16)
             expected = layer.weight_quantizer.amax.double() / 127 * factor.abs()
-            torch.testing.assert_close(frozen.weight_quantizer.scale.double(), expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                frozen.weight_quantizer.scale.double(), expected, rtol=1e-6, atol=0
+            )
 
 
 def test_nothing_of_the_library_is_left_in_the_inference_form(network):

@@ -8,16 +8,20 @@ import torch
 from conftest import ROOT, STEMMED, randomise_batch_norm
 
 import models
-from utils.training import freeze_batch_norm
+from utils.training.step import freeze_batch_norm
 
 
 @pytest.mark.parametrize("name", STEMMED)
 def test_names_and_shapes_of_all_weights_are_torchvisions(name):
     from torchvision.models import get_model
 
-    expected = {key: value.shape for key, value in get_model(name, num_classes=10).state_dict().items()}
+    expected = {
+        key: value.shape for key, value in get_model(name, num_classes=10).state_dict().items()
+    }
     for stem in ("imagenet", "cifar"):
-        shapes = {key: value.shape for key, value in models.build(name, 10, stem).state_dict().items()}
+        shapes = {
+            key: value.shape for key, value in models.build(name, 10, stem).state_dict().items()
+        }
         differing = {key for key in expected if shapes.get(key) != expected[key]}
         assert shapes.keys() == expected.keys()
         assert differing == ({"conv1.weight"} if (name[:6], stem) == ("resnet", "cifar") else set())
@@ -29,7 +33,10 @@ def test_the_imagenet_stem_computes_what_torchvision_computes(name):
     from torchvision.models import get_model
 
     torch.manual_seed(0)
-    model, reference = models.build(name, 10, "imagenet").eval(), get_model(name, num_classes=10).eval()
+    model, reference = (
+        models.build(name, 10, "imagenet").eval(),
+        get_model(name, num_classes=10).eval(),
+    )
     randomise_batch_norm(model)
     reference.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 40, 32)

@@ -9,14 +9,23 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from utils.optimizers import REST, Muon, load_optimizer, make_optimizer, orthogonalised
+from utils.training.optimizers import REST, Muon, load_optimizer, make_optimizer, orthogonalised
 
-WIDE_AND_TALL = [(16, 8, 3, 3), (64, 64, 3, 3), (64, 3, 3, 3), (96, 48, 1, 1), (10, 40, 1, 1), (128, 16, 1, 3)]
+WIDE_AND_TALL = [
+    (16, 8, 3, 3),
+    (64, 64, 3, 3),
+    (64, 3, 3, 3),
+    (96, 48, 1, 1),
+    (10, 40, 1, 1),
+    (128, 16, 1, 3),
+]
 
 
 def kernels(shapes, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes
+    ]
 
 
 def net():
@@ -68,12 +77,16 @@ def test_singular_values_become_about_one(shape, scale):
     assert len(values) == min(matrix.shape)
     assert 0.6 <= values.min() <= values.max() <= 1.3
     left, _, right = torch.linalg.svd(before, full_matrices=False)
-    aligned = (left.T @ matrix @ right.T).diagonal()  # along the singular vectors that the kernel has
+    aligned = (
+        left.T @ matrix @ right.T
+    ).diagonal()  # along the singular vectors that the kernel has
     assert 0.6 <= aligned.min() <= aligned.max() <= 1.3
 
 
 def test_five_iterations_are_enough_for_a_direction_two_hundred_times_weaker_than_another():
-    left, right = (torch.linalg.qr(k.flatten(1)).Q for k in kernels([(32, 32, 1, 1), (288, 32, 1, 1)]))
+    left, right = (
+        torch.linalg.qr(k.flatten(1)).Q for k in kernels([(32, 32, 1, 1), (288, 32, 1, 1)])
+    )
     kernel = (left @ torch.diag(torch.logspace(0, -2.3, 32)) @ right.T).reshape(32, 32, 3, 3)
     values = torch.linalg.svdvals(orthogonalised([kernel])[0].flatten(1))
     assert 0.6 <= values.min() <= values.max() <= 1.3
@@ -85,7 +98,9 @@ def test_kernels_of_a_shape_go_together_and_equal_each_alone():
     given = kernels(shapes)
     copies = [kernel.clone() for kernel in given]
     for together, kernel in zip(orthogonalised(given), given, strict=True):
-        torch.testing.assert_close(together, orthogonalised([kernel])[0], rtol=0, atol=4e-3)  # bf16's rounding
+        torch.testing.assert_close(
+            together, orthogonalised([kernel])[0], rtol=0, atol=4e-3
+        )  # bf16's rounding
     assert all(torch.equal(kernel, before) for kernel, before in zip(given, copies, strict=True))
 
 
@@ -108,7 +123,9 @@ def test_only_plain_convolutions_without_bias_are_orthogonalised():
     model = net()
     orthogonal, rest = make_optimizer(model, "muon").param_groups
     assert [id(p) for p in orthogonal["params"]] == [id(model[0].weight)]
-    assert {id(p) for p in rest["params"]} == {id(p) for p in model.parameters()} - {id(model[0].weight)}
+    assert {id(p) for p in rest["params"]} == {id(p) for p in model.parameters()} - {
+        id(model[0].weight)
+    }
     assert (orthogonal["orthogonal"], rest["orthogonal"]) == (True, False)
     assert (orthogonal["scale"], rest["scale"]) == (1.0, REST)
 
@@ -141,15 +158,21 @@ def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum():
             (update,) = orthogonalised([gradient + 0.9 * buffer])
             fixed = old * len(old) ** 0.5 / old.norm()
             assert fixed.norm().item() == pytest.approx(len(old) ** 0.5)
-            torch.testing.assert_close(weight.detach(), fixed - rate * update, rtol=1e-5, atol=rate * 4e-3 + 1e-6)
+            torch.testing.assert_close(
+                weight.detach(), fixed - rate * update, rtol=1e-5, atol=rate * 4e-3 + 1e-6
+            )
             torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
 
 
 def test_the_rest_is_trained_by_sgd_with_nesterov_momentum():
     model = net().double()
     theirs = copy.deepcopy(model)
-    mine = Muon([{"params": list(model.parameters()), "orthogonal": False, "scale": 1.0}], momentum=0.9)
-    sgd = torch.optim.SGD([{"params": theirs.parameters(), "scale": 1.0}], lr=0.0, momentum=0.9, nesterov=True)
+    mine = Muon(
+        [{"params": list(model.parameters()), "orthogonal": False, "scale": 1.0}], momentum=0.9
+    )
+    sgd = torch.optim.SGD(
+        [{"params": theirs.parameters(), "scale": 1.0}], lr=0.0, momentum=0.9, nesterov=True
+    )
     images, labels = problem()
     for rate in (0.1, 0.2, 0.05, 0.1, 0.0, 0.1):
         for network, optimizer in ((model, mine), (theirs, sgd)):
@@ -198,11 +221,16 @@ def test_its_state_continues_exactly():
     assert train(again, resumed, 3) == whole
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-        assert torch.equal(optimizer.state[one]["momentum_buffer"], resumed.state[other]["momentum_buffer"])
+        assert torch.equal(
+            optimizer.state[one]["momentum_buffer"], resumed.state[other]["momentum_buffer"]
+        )
 
 
 def test_the_count_of_steps_of_a_cpus_run_comes_to_the_device_whose_optimizer_needs_it_there():
-    source, target = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))  # in a GPU's place
+    source, target = (
+        nn.Parameter(torch.ones(3)),
+        nn.Parameter(torch.ones(3, device="meta")),
+    )  # in a GPU's place
     optimizer = torch.optim.AdamW([source], lr=0.5)
     source.grad = torch.ones(3)
     optimizer.step()
@@ -216,7 +244,10 @@ def test_the_count_of_steps_of_a_cpus_run_comes_to_the_device_whose_optimizer_ne
 def test_a_state_from_another_device_does_not_change_how_the_optimizer_runs(fused):
     """torch takes "fused" from the state: a CPU's would make a GPU wait for the host in every step."""
     weight = nn.Parameter(torch.ones(3))
-    source, target = (torch.optim.SGD([weight], lr=rate, momentum=0.9, fused=f) for rate, f in ((0.5, not fused), (0.0, fused)))
+    source, target = (
+        torch.optim.SGD([weight], lr=rate, momentum=0.9, fused=f)
+        for rate, f in ((0.5, not fused), (0.0, fused))
+    )
     weight.grad = torch.ones(3)
     source.step()
     load_optimizer(target, source.state_dict())

@@ -14,23 +14,41 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fake_tensorrt import GENERATIONS, IMAGE, RECORDINGS, FakeCuda, FakeGraph, fake_tensorrt, logits_of
+from fake_tensorrt import (
+    GENERATIONS,
+    IMAGE,
+    RECORDINGS,
+    FakeCuda,
+    FakeGraph,
+    fake_tensorrt,
+    logits_of,
+)
 from torch import nn
 
 import models
-from utils import tensorrt_engine as engines
-from utils.calibrate import calibrate
+from utils.backends import tensorrt as engines
+from utils.backends.tensorrt import EngineOptions, Store, TensorRTNetwork
 from utils.errors import UserError
-from utils.export import export_onnx, int8_nodes
-from utils.swap import quantizable_modules, quantize_modules
-from utils.tensorrt_engine import EngineOptions, Store, TensorRTNetwork
+from utils.quantization.calibrate import calibrate
+from utils.quantization.export import export_onnx, int8_nodes
+from utils.quantization.swap import quantizable_modules, quantize_modules
 
 MODELS = (
     *(("vanilla_cnn", "cifar"), ("resnet18", "imagenet"), ("resnet18", "cifar")),
-    *(("resnet34", "imagenet"), ("resnet50", "imagenet"), ("mobilenet_v2", "imagenet"), ("efficientnet_b0", "imagenet")),
+    *(
+        ("resnet34", "imagenet"),
+        ("resnet50", "imagenet"),
+        ("mobilenet_v2", "imagenet"),
+        ("efficientnet_b0", "imagenet"),
+    ),
 )
 LAYERS = {
-    **{"vanilla_cnn": (6, 0, 0), "resnet18": (20, 8, 0), "resnet34": (36, 16, 0), "resnet50": (53, 16, 0)},
+    **{
+        "vanilla_cnn": (6, 0, 0),
+        "resnet18": (20, 8, 0),
+        "resnet34": (36, 16, 0),
+        "resnet50": (53, 16, 0),
+    },
     **{"mobilenet_v2": (52, 10, 0), "efficientnet_b0": (81, 9, 16)},
 }
 """Convolutions, residual additions, and multiplications, each with a pool before it, of each model."""
@@ -69,7 +87,9 @@ def thin(model):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(module, name).data = getattr(module, name).data[::4].clone()
         elif isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data[::4, :: 4 if module.in_channels > 3 else 1].clone()
+            module.weight.data = module.weight.data[
+                ::4, :: 4 if module.in_channels > 3 else 1
+            ].clone()
             if module.bias is not None:
                 module.bias.data = module.bias.data[::4].clone()
             module.out_channels, channels = module.weight.shape[:2]
@@ -141,7 +161,11 @@ def parsed(rtx, graph, precision="FP32"):
 def quantized_readers(rtx, layers):
     """Layers that read a tensor which was quantized while the network runs: name -> that tensor."""
     kind = rtx.LayerType
-    source = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+    source = {
+        layer.get_output(index).name: layer
+        for layer in layers
+        for index in range(layer.num_outputs)
+    }
 
     def is_quantized(tensor):
         dequantize = tensor and source.get(tensor.name)
@@ -150,7 +174,11 @@ def quantized_readers(rtx, layers):
         values = source[source[dequantize.get_input(0).name].get_input(0).name]
         return values.type != kind.CONSTANT
 
-    inputs = [(layer.name, layer.get_input(index)) for layer in layers for index in range(layer.num_inputs)]
+    inputs = [
+        (layer.name, layer.get_input(index))
+        for layer in layers
+        for index in range(layer.num_inputs)
+    ]
     return {name: tensor for name, tensor in inputs if is_quantized(tensor)}
 
 
@@ -160,17 +188,33 @@ def test_every_graph_builds_strongly_typed(rtx, export, stem):
     builder, network, _ = parsed(rtx, export.read(stem), precision)
     assert network.get_flag(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     images, logits = network.get_input(0), network.get_output(0)
-    assert (network.num_inputs, images.name, images.dtype, tuple(images.shape)) == (1, "images", rtx.uint8, (-1, 32, 32, 3))
-    assert (network.num_outputs, logits.name, logits.dtype, tuple(logits.shape)) == (1, "logits", rtx.float32, (-1, 10))
+    assert (network.num_inputs, images.name, images.dtype, tuple(images.shape)) == (
+        1,
+        "images",
+        rtx.uint8,
+        (-1, 32, 32, 3),
+    )
+    assert (network.num_outputs, logits.name, logits.dtype, tuple(logits.shape)) == (
+        1,
+        "logits",
+        rtx.float32,
+        (-1, 10),
+    )
     config = engines.configure(rtx, builder, network, EngineOptions(precision, (8,), level=2))
-    assert builder.build_serialized_network(network, for_an_ampere_gpu(rtx, config)).nbytes > 100_000
+    assert (
+        builder.build_serialized_network(network, for_an_ampere_gpu(rtx, config)).nbytes > 100_000
+    )
 
 
 @pytest.mark.parametrize("stem", INT8_GRAPHS)
 def test_the_parsed_network_quantizes_exactly_the_nodes_that_are_meant_for_int8(rtx, export, stem):
     _, _, layers = parsed(rtx, export.read(stem), "INT8-PTC")
     readers = quantized_readers(rtx, layers)
-    idle = [name for name, x in readers.items() if name.endswith("GlobalAveragePool") and tuple(x.shape)[2:] == (1, 1)]
+    idle = [
+        name
+        for name, x in readers.items()
+        if name.endswith("GlobalAveragePool") and tuple(x.shape)[2:] == (1, 1)
+    ]
     single = {"efficientnet_b0": 6}.get(export.model, 1)  # pools that see one pixel: nothing to run
     assert len(idle) == (single if "imagenet" in export.folder.name else 0)
     assert sorted(readers) == sorted([*int8_nodes(export.folder / f"{stem}.onnx"), *idle])
@@ -190,13 +234,28 @@ def test_every_convolution_reads_dequantized_images_and_weights(rtx, export, ste
     counts = Counter(layer.type.name for layer in layers)
     convolutions, *_ = LAYERS[export.model]
     nodes = Counter(node.op_type for node in onnx.load(export.folder / f"{stem}.onnx").graph.node)
-    assert counts["QUANTIZE"] == counts["DEQUANTIZE"] == nodes["QuantizeLinear"] == nodes["DequantizeLinear"]
+    assert (
+        counts["QUANTIZE"]
+        == counts["DEQUANTIZE"]
+        == nodes["QuantizeLinear"]
+        == nodes["DequantizeLinear"]
+    )
     weights = convolutions + 1
-    assert weights + convolutions <= counts["QUANTIZE"] <= weights + len(export.layers)  # equal tensors are quantized once
-    dequantized = {layer.get_output(0).name for layer in layers if layer.type == rtx.LayerType.DEQUANTIZE}
-    multiplied = [layer for layer in layers if layer.type in (rtx.LayerType.CONVOLUTION, rtx.LayerType.MATRIX_MULTIPLY)]
+    assert (
+        weights + convolutions <= counts["QUANTIZE"] <= weights + len(export.layers)
+    )  # equal tensors are quantized once
+    dequantized = {
+        layer.get_output(0).name for layer in layers if layer.type == rtx.LayerType.DEQUANTIZE
+    }
+    multiplied = [
+        layer
+        for layer in layers
+        if layer.type in (rtx.LayerType.CONVOLUTION, rtx.LayerType.MATRIX_MULTIPLY)
+    ]
     assert len(multiplied) == convolutions + 1
-    assert all(layer.get_input(index).name in dequantized for layer in multiplied for index in (0, 1))
+    assert all(
+        layer.get_input(index).name in dequantized for layer in multiplied for index in (0, 1)
+    )
 
 
 def test_float_graphs_quantize_nothing(rtx, export):
@@ -204,7 +263,9 @@ def test_float_graphs_quantize_nothing(rtx, export):
         assert int8_nodes(export.folder / f"{stem}.onnx") == []
         _, _, layers = parsed(rtx, export.read(stem))
         assert not any("QUANTIZE" in layer.type.name for layer in layers)
-        heavy = {layer.get_input(0).dtype for layer in layers if layer.type == rtx.LayerType.CONVOLUTION}
+        heavy = {
+            layer.get_input(0).dtype for layer in layers if layer.type == rtx.LayerType.CONVOLUTION
+        }
         assert heavy == {rtx.float16 if stem == "fp16" else rtx.float32}
 
 
@@ -222,20 +283,32 @@ def vanilla(tmp_path_factory):
 
 def test_layers_that_were_skipped_are_not_meant_for_int8(rtx, vanilla):
     nodes = int8_nodes(vanilla / "int8_qat_fp16.onnx")
-    assert [node.split("/")[-2] for node in nodes] == [*(f"features.{index}" for index in (3, 7, 10, 14, 17)), "avgpool"]
+    assert [node.split("/")[-2] for node in nodes] == [
+        *(f"features.{index}" for index in (3, 7, 10, 14, 17)),
+        "avgpool",
+    ]
     _, _, layers = parsed(rtx, (vanilla / "int8_qat_fp16.onnx").read_bytes(), "INT8-QAT")
     assert sorted(quantized_readers(rtx, layers)) == sorted(nodes)
 
 
 def test_a_plan_for_two_batch_sizes_is_built_timed_and_stored(rtx, vanilla, tmp_path, monkeypatch):
     configure = engines.configure
-    monkeypatch.setattr(engines, "configure", lambda rtx, *rest: for_an_ampere_gpu(rtx, configure(rtx, *rest)))
-    timing, options = Store(tmp_path, "timing.cache", "an Ampere GPU"), EngineOptions("INT8-QAT", (1, 8), level=2)
-    plan = engines.build_plan(rtx, (vanilla / "int8_qat_fp16.onnx").read_bytes(), options, timing, "engine")
+    monkeypatch.setattr(
+        engines, "configure", lambda rtx, *rest: for_an_ampere_gpu(rtx, configure(rtx, *rest))
+    )
+    timing, options = (
+        Store(tmp_path, "timing.cache", "an Ampere GPU"),
+        EngineOptions("INT8-QAT", (1, 8), level=2),
+    )
+    plan = engines.build_plan(
+        rtx, (vanilla / "int8_qat_fp16.onnx").read_bytes(), options, timing, "engine"
+    )
     timed = timing.read()
     assert len(plan) > 1_000_000
     assert len(timed) > 0
-    engines.build_plan(rtx, (vanilla / "int8_qat_fp16.onnx").read_bytes(), options, timing, "engine")
+    engines.build_plan(
+        rtx, (vanilla / "int8_qat_fp16.onnx").read_bytes(), options, timing, "engine"
+    )
     assert len(timing.read()) >= len(timed)
     store = Store(tmp_path, "int8-qat.engine", "key")
     store.write(plan)
@@ -245,10 +318,15 @@ def test_a_plan_for_two_batch_sizes_is_built_timed_and_stored(rtx, vanilla, tmp_
 
 
 def one_node_graph(operation):
-    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
+    tensors = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3])
+        for name in ("images", "logits")
+    ]
     node = onnx.helper.make_node(operation, ["images"], ["logits"], name="odd_one")
     graph = onnx.helper.make_graph([node], "graph", tensors[:1], tensors[1:])
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
 
 
 def test_an_unsupported_node_is_named_in_the_parsers_own_words(rtx):
@@ -262,7 +340,9 @@ def test_an_unsupported_node_is_named_in_the_parsers_own_words(rtx):
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
 def test_bytes_that_are_no_graph_are_rejected(rtx, vanilla, damage):
     whole = (vanilla / "int8_qat.onnx").read_bytes()
-    graph = {"garbage": b"garbage" * 99, "truncated": whole[: len(whole) // 2], "empty": b""}[damage]
+    graph = {"garbage": b"garbage" * 99, "truncated": whole[: len(whole) // 2], "empty": b""}[
+        damage
+    ]
     line = line_of(parsed, rtx, graph)
     assert line.startswith(f"TensorRT {rtx.__version__} rejects the graph: ")
     assert ("Failed to parse the ONNX model" in line) == (damage != "empty")
@@ -281,7 +361,9 @@ def test_a_recordings_file_name_is_its_version(generation):
 def test_the_recording_of_tensorrt_rtx_is_what_is_installed(rtx, monkeypatch):
     recorded = json.loads((RECORDINGS / "rtx.json").read_text())
     if rtx.__version__ != recorded["version"]:
-        pytest.skip(f"TensorRT-RTX {rtx.__version__} is installed, {recorded['version']} was recorded")
+        pytest.skip(
+            f"TensorRT-RTX {rtx.__version__} is installed, {recorded['version']} was recorded"
+        )
     monkeypatch.syspath_prepend(str(RECORDINGS))
     record = importlib.import_module("record").record
     assert record("tensorrt_rtx_bindings", recorded["source"]) == recorded
@@ -297,7 +379,12 @@ def trt(request):
 
 def test_a_fake_has_no_attribute_that_the_real_one_lacks(trt):
     config = trt.IBuilderConfig()
-    for thing, name in ((trt, "Bulider"), (trt.BuilderFlag, "INT9"), (config, "set_flags_please"), (trt.Builder, "reboot")):
+    for thing, name in (
+        (trt, "Bulider"),
+        (trt.BuilderFlag, "INT9"),
+        (config, "set_flags_please"),
+        (trt.Builder, "reboot"),
+    ):
         assert not hasattr(thing, name)
     with pytest.raises(AttributeError):
         config.int9_calibrator = None
@@ -392,21 +479,32 @@ def test_the_graphs_types_are_the_engines_where_the_version_can(trt, precision, 
 @pytest.mark.parametrize("remainder", ["fp16", "fp32"])
 @pytest.mark.parametrize(
     ("precision", "flags"),
-    [("FP32", set()), ("FP16", {"FP16"}), ("INT8-PTC", {"INT8", "FP16"}), ("INT8-QAT", {"INT8", "FP16"})],
+    [
+        ("FP32", set()),
+        ("FP16", {"FP16"}),
+        ("INT8-PTC", {"INT8", "FP16"}),
+        ("INT8-QAT", {"INT8", "FP16"}),
+    ],
 )
 def test_flags_allow_8_6_what_the_precision_asks_for(precision, flags, remainder, timing):
-    _, config = built(fake_tensorrt("8.6"), EngineOptions(precision, (1,), remainder=remainder), timing)
+    _, config = built(
+        fake_tensorrt("8.6"), EngineOptions(precision, (1,), remainder=remainder), timing
+    )
     assert config._flags == (flags - {"FP16"} if remainder == "fp32" and "INT8" in flags else flags)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_options_reach_the_builder_by_the_versions_own_numbers(trt, precision, timing):
-    _, config = built(trt, EngineOptions(precision, (1, 32, 128), workspace_gb=1.5, level=4), timing)
+    _, config = built(
+        trt, EngineOptions(precision, (1, 32, 128), workspace_gb=1.5, level=4), timing
+    )
     assert config._tactic_sources == TACTIC_BITS[trt._generation]
     assert config._pools == {"WORKSPACE": 1_610_612_736}
     assert config.builder_optimization_level == 4
     assert config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
-    assert config._profiles == [{"images": ((1, *IMAGE), (size, *IMAGE), (size, *IMAGE))} for size in (1, 32, 128)]
+    assert config._profiles == [
+        {"images": ((1, *IMAGE), (size, *IMAGE), (size, *IMAGE))} for size in (1, 32, 128)
+    ]
     shared = {"PROFILE_SHARING_0806": True} if trt._generation in WITH_CALIBRATORS else {}
     assert config._features == shared
     assert not hasattr(config, "_calibrator")
@@ -424,10 +522,14 @@ def test_the_timing_cache_is_read_and_written(trt, timing):
 
 @pytest.mark.parametrize(("remainder", "flags"), [("fp16", {"INT8", "FP16"}), ("fp32", {"INT8"})])
 @pytest.mark.parametrize("generation", WITH_CALIBRATORS)
-def test_implicit_calibration_leaves_the_types_to_the_builder(generation, remainder, flags, timing, cuda, few_images, tmp_path):
+def test_implicit_calibration_leaves_the_types_to_the_builder(
+    generation, remainder, flags, timing, cuda, few_images, tmp_path
+):
     trt, table = fake_tensorrt(generation), Store(tmp_path, "calibration.cache", "key")
     calibrator = engines._make_calibrator(trt, cuda, few_images, table)
-    network, config = built(trt, EngineOptions(IMPLICIT, (1, 8), remainder=remainder), timing, calibrator)
+    network, config = built(
+        trt, EngineOptions(IMPLICIT, (1, 8), remainder=remainder), timing, calibrator
+    )
     assert network._creation_flags == 0b01
     assert config._flags == flags
     assert config._calibrator is calibrator
@@ -445,22 +547,33 @@ def test_calibration_feeds_whole_batches_and_reads_its_table(cuda, few_images, t
         assert cuda.memory[address].tobytes() == few_images[start : start + 128].tobytes()
     assert calibrator.get_batch(["images"]) is None
     calibrator.write_calibration_cache(memoryview(b"table"))
-    assert engines._make_calibrator(trt, cuda, few_images, table).read_calibration_cache() == b"table"
+    assert (
+        engines._make_calibrator(trt, cuda, few_images, table).read_calibration_cache() == b"table"
+    )
 
 
 def test_calibration_takes_fewer_images_than_a_batch_as_one(cuda, few_images, tmp_path):
-    calibrator = engines._make_calibrator(fake_tensorrt("10"), cuda, few_images[:50], Store(tmp_path, "c.cache", 1))
+    calibrator = engines._make_calibrator(
+        fake_tensorrt("10"), cuda, few_images[:50], Store(tmp_path, "c.cache", 1)
+    )
     assert calibrator.get_batch_size() == 50
     assert cuda.memory[calibrator.get_batch(["images"])[0]].tobytes() == few_images[:50].tobytes()
     assert calibrator.get_batch(["images"]) is None
 
 
 @pytest.mark.parametrize("generation", ["11", "rtx"])
-def test_implicit_calibration_where_there_is_none_any_more_is_one_line(generation, cuda, few_images, tmp_path):
+def test_implicit_calibration_where_there_is_none_any_more_is_one_line(
+    generation, cuda, few_images, tmp_path
+):
     (tmp_path / "fp32.onnx").write_bytes(b"graph")
     trt, options = fake_tensorrt(generation), EngineOptions(IMPLICIT, (1,))
-    line = line_of(engines.cached_plan, trt, cuda, tmp_path / "fp32.onnx", options, tmp_path, few_images)
-    assert line == f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; use explicit"
+    line = line_of(
+        engines.cached_plan, trt, cuda, tmp_path / "fp32.onnx", options, tmp_path, few_images
+    )
+    assert (
+        line
+        == f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; use explicit"
+    )
     assert trt._built == []
 
 
@@ -470,7 +583,10 @@ def test_implicit_calibration_where_there_is_none_any_more_is_one_line(generatio
 def test_a_tensorrt_that_cannot_start_says_why(trt, timing):
     trt._fails = "start"
     line = line_of(built, trt, EngineOptions("FP32", (1,)), timing)
-    assert line == f"TensorRT {trt.__version__} cannot start: CUDA initialization failure with error: 35"
+    assert (
+        line
+        == f"TensorRT {trt.__version__} cannot start: CUDA initialization failure with error: 35"
+    )
 
 
 def test_a_rejected_graph_quotes_every_error_of_the_parser(trt, timing):
@@ -508,7 +624,9 @@ DRIVER = "class Error(Exception): pass\n"
 def install(tmp_path, monkeypatch):
     """Install modules from {name: source}; of TensorRT and PyCUDA nothing else is there."""
     names = ("pycuda", *engines.MODULES)
-    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+    saved = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names
+    }
     find_spec = importlib.util.find_spec
 
     def install(sources=()):
@@ -518,10 +636,14 @@ def install(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(source)
         known = {name.split(".")[0] for name in dict(sources)}
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec(name) if name in known else None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: find_spec(name) if name in known else None
+        )
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
         for name in set(names) - known:
-            monkeypatch.setitem(sys.modules, name, None)  # what import finds of a package that is not there
+            monkeypatch.setitem(
+                sys.modules, name, None
+            )  # what import finds of a package that is not there
 
     yield install
     monkeypatch.undo()
@@ -538,7 +660,12 @@ def test_no_tensorrt_is_one_line(install):
 
 
 @pytest.mark.parametrize(
-    "failure", ["ImportError('libcudnn.so.8: cannot open')", "OSError('libnvinfer.so.8')", "RuntimeError('no\\nlibs')"]
+    "failure",
+    [
+        "ImportError('libcudnn.so.8: cannot open')",
+        "OSError('libnvinfer.so.8')",
+        "RuntimeError('no\\nlibs')",
+    ],
 )
 def test_a_broken_tensorrt_is_one_line(install, failure):
     install({"tensorrt": f"raise {failure}"})
@@ -564,9 +691,16 @@ def test_no_pycuda_is_one_line(install):
 
 
 def test_no_driver_is_one_line(install):
-    install({"pycuda": "", "pycuda.driver": "raise ImportError('libcuda.so.1: cannot open shared object file')"})
+    install(
+        {
+            "pycuda": "",
+            "pycuda.driver": "raise ImportError('libcuda.so.1: cannot open shared object file')",
+        }
+    )
     line = line_of(engines.load_cuda, fake_tensorrt("10"))
-    assert line.startswith("there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file); ")
+    assert line.startswith(
+        "there is no NVIDIA driver here (libcuda.so.1: cannot open shared object file); "
+    )
     assert "--backend onnxruntime" in line
 
 
@@ -574,11 +708,15 @@ def test_no_gpu_is_one_line(install):
     context = "from pycuda.driver import Error\nraise Error('cuInit failed: no CUDA-capable device is detected')"
     install({"pycuda": "", "pycuda.driver": DRIVER, "pycuda.autoprimaryctx": context})
     line = line_of(engines.load_cuda, fake_tensorrt("10"))
-    assert line.startswith("there is no usable NVIDIA GPU here (cuInit failed: no CUDA-capable device is detected); ")
+    assert line.startswith(
+        "there is no usable NVIDIA GPU here (cuInit failed: no CUDA-capable device is detected); "
+    )
 
 
 def install_pycuda(install, capability):
-    device = "import types\nname = lambda: 'Some GPU'\n" + f"compute_capability = lambda: {capability}\n"
+    device = (
+        "import types\nname = lambda: 'Some GPU'\n" + f"compute_capability = lambda: {capability}\n"
+    )
     device += "device = types.SimpleNamespace(name=name, compute_capability=compute_capability)\n"
     device += "Context = types.SimpleNamespace(get_device=lambda: device)\n"
     install({"pycuda": "", "pycuda.driver": DRIVER + device, "pycuda.autoprimaryctx": ""})
@@ -589,12 +727,15 @@ def test_tensorrt_rtx_on_a_gpu_that_is_too_old_or_of_a_data_centre_is_one_line(i
     install_pycuda(install, capability)
     line = line_of(engines.load_cuda, fake_tensorrt("rtx"))
     number = ".".join(map(str, capability))
-    assert line.startswith(f"TensorRT-RTX 1.7.1.116 does not run on Some GPU (compute capability {number}); ")
+    assert line.startswith(
+        f"TensorRT-RTX 1.7.1.116 does not run on Some GPU (compute capability {number}); "
+    )
     assert "requirements-gpu.txt" in line
 
 
 @pytest.mark.parametrize(
-    ("generation", "capability"), [("rtx", (8, 6)), ("rtx", (12, 0)), ("10", (9, 0)), ("8.6", (9, 0)), ("11", (10, 0))]
+    ("generation", "capability"),
+    [("rtx", (8, 6)), ("rtx", (12, 0)), ("10", (9, 0)), ("8.6", (9, 0)), ("11", (10, 0))],
 )
 def test_gpus_that_a_version_runs_on_are_taken(install, generation, capability):
     install_pycuda(install, capability)
@@ -605,7 +746,10 @@ def test_gpus_that_a_version_runs_on_are_taken(install, generation, capability):
 
 
 def test_a_stored_file_reads_back_for_its_own_key(tmp_path):
-    store, other = Store(tmp_path / "new", "x.engine", "key", 1), Store(tmp_path / "new", "x.engine", "key", 2)
+    store, other = (
+        Store(tmp_path / "new", "x.engine", "key", 1),
+        Store(tmp_path / "new", "x.engine", "key", 2),
+    )
     assert store.read() is None
     store.write(b"plan")
     assert store.read() == b"plan"
@@ -629,7 +773,9 @@ def test_damage_anywhere_makes_a_stored_file_count_as_absent(tmp_path):
     store.write(bytes(range(100)))
     whole = store.path.read_bytes()
     for position in range(len(whole)):
-        store.path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        store.path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+        )
         assert store.read() is None
         store.path.write_bytes(whole[:position])
         assert store.read() is None
@@ -658,7 +804,13 @@ def test_an_engine_is_built_once_and_read_afterwards(trt, cuda, graph, few_image
     assert plan_of(trt, FakeCuda(), graph, replace(options), few_images) == plans[0]
 
 
-CHANGES = {"precision": "FP32", "batch_sizes": (1, 16), "remainder": "fp32", "workspace_gb": 2.0, "level": 4}
+CHANGES = {
+    "precision": "FP32",
+    "batch_sizes": (1, 16),
+    "remainder": "fp32",
+    "workspace_gb": 2.0,
+    "level": 4,
+}
 
 
 @pytest.mark.parametrize("option", CHANGES)
@@ -698,7 +850,9 @@ def test_calibration_images_are_part_of_an_implicit_engines_key_alone(cuda, grap
         plan_of(trt, cuda, graph, replace(options, level=level), images)
         numbers.append(len(trt._built))
     assert numbers == [1, 1, 2, 3]
-    assert len(list(graph.parent.glob("engines/calibration-*.cache"))) == 2  # another level needs no other ranges
+    assert (
+        len(list(graph.parent.glob("engines/calibration-*.cache"))) == 2
+    )  # another level needs no other ranges
 
 
 def test_a_damaged_engine_is_built_again(trt, cuda, graph, few_images):
@@ -711,7 +865,15 @@ def test_a_damaged_engine_is_built_again(trt, cuda, graph, few_images):
 
 
 def test_a_missing_graph_is_one_line(trt, cuda, tmp_path, few_images):
-    line = line_of(engines.cached_plan, trt, cuda, tmp_path / "x.onnx", EngineOptions("FP32", (1,)), tmp_path, few_images)
+    line = line_of(
+        engines.cached_plan,
+        trt,
+        cuda,
+        tmp_path / "x.onnx",
+        EngineOptions("FP32", (1,)),
+        tmp_path,
+        few_images,
+    )
     assert line == f"{tmp_path}/x.onnx cannot be read (No such file or directory); export it again"
 
 
@@ -723,8 +885,17 @@ FP16 = "Channel major FP16 format where channel % 8 == 0"
 
 def layer(name, types, weights=None, metadata=None, key="Format/Datatype", **more):
     """One layer as the inspector writes it, with an input for each of `types`."""
-    tensors = [{"Name": f"x{i}", "Location": "Device", "Dimensions": [-1, 64, 8, 8], key: t} for i, t in enumerate(types)]
-    content = {"Name": name, "LayerType": "CaskConvolution", "Inputs": tensors, "Outputs": tensors[:1], **more}
+    tensors = [
+        {"Name": f"x{i}", "Location": "Device", "Dimensions": [-1, 64, 8, 8], key: t}
+        for i, t in enumerate(types)
+    ]
+    content = {
+        "Name": name,
+        "LayerType": "CaskConvolution",
+        "Inputs": tensors,
+        "Outputs": tensors[:1],
+        **more,
+    }
     if weights:
         content["Weights"] = {"Type": weights, "Count": 36864}
     if metadata:
@@ -734,7 +905,10 @@ def layer(name, types, weights=None, metadata=None, key="Format/Datatype", **mor
 
 def inspection(*layers):
     """JSON of each layer with the control characters that TensorRT leaves in it."""
-    return [json.dumps(layer, indent=1).replace("\\u001e", "\x1e").replace("Device", "De\tvice") for layer in layers]
+    return [
+        json.dumps(layer, indent=1).replace("\\u001e", "\x1e").replace("Device", "De\tvice")
+        for layer in layers
+    ]
 
 
 def layers_of(*layers):
@@ -742,17 +916,32 @@ def layers_of(*layers):
 
 
 def test_layers_of_8_6_are_read():
-    fused = layer("/conv1/Conv + PWN(/relu/Relu)", [INT8], "Int8", ParameterType="Convolution", TacticName="sm90_i8i8")
+    fused = layer(
+        "/conv1/Conv + PWN(/relu/Relu)",
+        [INT8],
+        "Int8",
+        ParameterType="Convolution",
+        TacticName="sm90_i8i8",
+    )
     pool = layer("/maxpool/MaxPool", [FP16], LayerType="CaskPooling", TacticValue="0x1f")
     conv, pooling = layers_of(fused, pool)
     assert (conv.name, conv.kind) == ("/conv1/Conv + PWN(/relu/Relu)", "Convolution")
     assert (conv.precision, conv.tactic) == ("INT8", "sm90_i8i8")
     assert (pooling.kind, pooling.precision, pooling.tactic) == ("CaskPooling", "FP16", "0x1f")
-    assert str(conv).split() == ["INT8", "Convolution", "/conv1/Conv", "+", "PWN(/relu/Relu)", "sm90_i8i8"]
+    assert str(conv).split() == [
+        "INT8",
+        "Convolution",
+        "/conv1/Conv",
+        "+",
+        "PWN(/relu/Relu)",
+        "sm90_i8i8",
+    ]
 
 
 def test_layers_of_10_bear_the_names_of_their_nodes():
-    [fused] = layers_of(layer("__myl_ConvAdd_myl0_3", [INT8], "Int8", metadata=["/conv2/Conv", "/add/Add"]))
+    [fused] = layers_of(
+        layer("__myl_ConvAdd_myl0_3", [INT8], "Int8", metadata=["/conv2/Conv", "/add/Add"])
+    )
     assert engines.float_nodes([fused], ["/conv2/Conv", "/add/Add"]) == []
     assert engines.float_nodes([fused], ["/conv1/Conv"]) == ["/conv1/Conv"]
     assert str(fused).isprintable()
@@ -781,13 +970,25 @@ def test_precision_is_the_type_of_the_first_input(text, precision):
 
 def test_a_type_that_the_inspector_keeps_to_itself_is_that_of_the_weights():
     unknown = "N/A due to dynamic shapes"
-    found = layers_of(layer("a", [unknown], "Int8"), layer("b", [unknown], "Half"), layer("c", [FP16], "Int8"), layer("d", []))
+    found = layers_of(
+        layer("a", [unknown], "Int8"),
+        layer("b", [unknown], "Half"),
+        layer("c", [FP16], "Int8"),
+        layer("d", []),
+    )
     assert [layer.precision for layer in found] == ["INT8", "FP16", "FP16", "-"]
 
 
 def test_types_of_11_have_a_key_of_their_own():
-    split = [{"Name": "x", "Dimensions": [-1, 64], "Datatype": "Int8", "Format": "Row major linear"}]
-    assert layers_of({"Name": "/conv1/Conv", "LayerType": "conv", "Inputs": split, "Outputs": []})[0].precision == "INT8"
+    split = [
+        {"Name": "x", "Dimensions": [-1, 64], "Datatype": "Int8", "Format": "Row major linear"}
+    ]
+    assert (
+        layers_of({"Name": "/conv1/Conv", "LayerType": "conv", "Inputs": split, "Outputs": []})[
+            0
+        ].precision
+        == "INT8"
+    )
 
 
 def test_an_engine_without_layer_information_is_one_line():
@@ -803,24 +1004,51 @@ def test_a_layer_that_the_inspector_is_silent_about_is_of_no_precision():
 
 
 def test_layers_of_each_profile_are_told_apart():
-    names = ["/conv1/Conv", "/fc/Gemm", "/conv1/Conv [profile 1]", "/fc/Gemm [profile 1]", "/conv1/Conv [profile 12]"]
+    names = [
+        "/conv1/Conv",
+        "/fc/Gemm",
+        "/conv1/Conv [profile 1]",
+        "/fc/Gemm [profile 1]",
+        "/conv1/Conv [profile 12]",
+    ]
     layers = layers_of(*(layer(name, [INT8]) for name in names))
     assert [found.name for found in engines.profile_layers(layers, 0)] == names[:2]
     assert [found.name for found in engines.profile_layers(layers, 1)] == names[2:4]
     assert [found.name for found in engines.profile_layers(layers, 12)] == names[4:]
-    assert engines.profile_layers(layers[:2], 1) == layers[:2]  # a version that lists each layer once
+    assert (
+        engines.profile_layers(layers[:2], 1) == layers[:2]
+    )  # a version that lists each layer once
 
 
 def test_a_node_is_found_in_whatever_it_was_fused_into():
-    names = ["a.weight + /a/weight_quantizer/QuantizeLinear + /a/Conv + PWN(/a/Relu)", "PWN(PWN(/b/Sigmoid), /b/Mul)"]
+    names = [
+        "a.weight + /a/weight_quantizer/QuantizeLinear + /a/Conv + PWN(/a/Relu)",
+        "PWN(PWN(/b/Sigmoid), /b/Mul)",
+    ]
     layers = layers_of(*(layer(name, [INT8]) for name in names))
     assert engines.float_nodes(layers, ["/a/Conv", "/a/Relu", "/b/Sigmoid", "/b/Mul"]) == []
 
 
 def test_a_node_whose_name_begins_another_is_not_taken_for_it():
-    layers = layers_of(layer("/layer1/conv1/Conv", [FP16]), layer("/layer1/conv1/Conv_1", [INT8]), layer("/x/fc", [INT8]))
-    nodes = ["/layer1/conv1/Conv", "/layer1/conv1/Conv_1", "/layer1/conv1", "/fc", "/conv1/Conv", "/x/fc"]
-    assert engines.float_nodes(layers, nodes) == ["/layer1/conv1/Conv", "/layer1/conv1", "/fc", "/conv1/Conv"]
+    layers = layers_of(
+        layer("/layer1/conv1/Conv", [FP16]),
+        layer("/layer1/conv1/Conv_1", [INT8]),
+        layer("/x/fc", [INT8]),
+    )
+    nodes = [
+        "/layer1/conv1/Conv",
+        "/layer1/conv1/Conv_1",
+        "/layer1/conv1",
+        "/fc",
+        "/conv1/Conv",
+        "/x/fc",
+    ]
+    assert engines.float_nodes(layers, nodes) == [
+        "/layer1/conv1/Conv",
+        "/layer1/conv1",
+        "/fc",
+        "/conv1/Conv",
+    ]
 
 
 def test_a_node_in_no_layer_is_reported():
@@ -828,13 +1056,22 @@ def test_a_node_in_no_layer_is_reported():
 
 
 def test_a_node_must_run_in_int8_for_every_batch_size():
-    layers = layers_of(layer("/conv1/Conv", [INT8]), layer("/conv1/Conv [profile 1]", [FP16]), layer("/fc/Gemm", [INT8]))
+    layers = layers_of(
+        layer("/conv1/Conv", [INT8]),
+        layer("/conv1/Conv [profile 1]", [FP16]),
+        layer("/fc/Gemm", [INT8]),
+    )
     assert engines.float_nodes(layers, ["/conv1/Conv", "/fc/Gemm"]) == ["/conv1/Conv"]
 
 
 def test_copies_into_another_memory_layout_are_not_taken_for_their_layer():
-    copies = [f"Reformatting CopyNode for {side} Tensor 0 to /conv1/Conv + /add/Add" for side in ("Input", "Output")]
-    layers = layers_of(*(layer(name, [FP16]) for name in copies), layer("/conv1/Conv + /add/Add", [INT8]))
+    copies = [
+        f"Reformatting CopyNode for {side} Tensor 0 to /conv1/Conv + /add/Add"
+        for side in ("Input", "Output")
+    ]
+    layers = layers_of(
+        *(layer(name, [FP16]) for name in copies), layer("/conv1/Conv + /add/Add", [INT8])
+    )
     assert engines.float_nodes(layers, ["/conv1/Conv", "/add/Add"]) == []
     assert engines.float_nodes(layers[:2], ["/add/Add"]) == ["/add/Add"]
 
@@ -845,7 +1082,9 @@ def test_copies_into_another_memory_layout_are_not_taken_for_their_layer():
 def layer_report(profile):
     """As 8.6 does: the layers of all profiles, with types for the profile of the inspector's context alone."""
     types = [INT8 if profile == index else "N/A due to dynamic shapes" for index in range(2)]
-    return inspection(layer("/avgpool/Pool", types[:1]), layer("/avgpool/Pool [profile 1]", types[1:]))
+    return inspection(
+        layer("/avgpool/Pool", types[:1]), layer("/avgpool/Pool [profile 1]", types[1:])
+    )
 
 
 @pytest.fixture
@@ -858,7 +1097,9 @@ def load(tmp_path, monkeypatch):
         monkeypatch.setattr(engines, "require_gpu", lambda: (trt, cuda))
         monkeypatch.setattr(engines, "_CudaGraph", FakeGraph)
         (tmp_path / "fp32.onnx").write_bytes(b"graph")
-        network = TensorRTNetwork(tmp_path, EngineOptions("FP32", sizes), np.zeros((1, *IMAGE), np.uint8))
+        network = TensorRTNetwork(
+            tmp_path, EngineOptions("FP32", sizes), np.zeros((1, *IMAGE), np.uint8)
+        )
         cuda.calls.clear()
         return network, cuda
 
@@ -868,7 +1109,10 @@ def load(tmp_path, monkeypatch):
 def test_a_layer_that_is_silent_for_one_batch_size_does_not_pass_as_int8(load):
     network, _ = load()
     assert network.float_nodes(["/avgpool/Pool", "/fc/Gemm"]) == ["/fc/Gemm"]
-    network._trt._inspect = lambda profile: [layer_report(profile)[0], "" if profile else layer_report(profile)[1]]
+    network._trt._inspect = lambda profile: [
+        layer_report(profile)[0],
+        "" if profile else layer_report(profile)[1],
+    ]
     network._profiles = [network._inspect(profile) for profile in range(2)]
     assert network.float_nodes(["/fc/Gemm", "/avgpool/Pool"]) == ["/fc/Gemm", "/avgpool/Pool"]
 
@@ -877,7 +1121,15 @@ def test_a_layer_that_is_silent_for_one_batch_size_does_not_pass_as_int8(load):
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
-        (["/avgpool", "/avgpool/Pool", "/avgpool/Pool [profile 1]", "/avgpool/Pool [profile 12]"], [2.5]),
+        (
+            [
+                "/avgpool",
+                "/avgpool/Pool",
+                "/avgpool/Pool [profile 1]",
+                "/avgpool/Pool [profile 12]",
+            ],
+            [2.5],
+        ),
         (["/avgpool/Pool\x1e[profile 1]"], [0.5]),
         (["/avgpool/Poo", "/avgpool/Pool [profile 1] + /fc/Gemm"], [None]),
         ([], [None]),
@@ -888,7 +1140,10 @@ def test_a_profiler_times_the_layers_that_it_names(load, generation, named, expe
     network._trt._profiled = lambda profile: named if profile == 1 else []
     assert network.layer_times_ms() == expected
     network._trt._fails = "run"
-    assert line_of(network.layer_times_ms) == "TensorRT could not run the engine; delete it and build it again"
+    assert (
+        line_of(network.layer_times_ms)
+        == "TensorRT could not run the engine; delete it and build it again"
+    )
     network._trt._fails = None
     [images] = batches_of(8)
     assert np.array_equal(network(images), logits_of(images))
@@ -914,17 +1169,26 @@ def test_a_graph_records_the_kernels_for_its_batch_size(load, generation):
     assert (strategies is not None) == (generation == "rtx")
     for lane in network._lanes.values():
         config = lane.context._config
-        assert (config and config.dynamic_shapes_kernel_specialization_strategy) is (strategies and strategies.EAGER)
+        assert (config and config.dynamic_shapes_kernel_specialization_strategy) is (
+            strategies and strategies.EAGER
+        )
 
 
-@pytest.mark.parametrize("eager", [(), (0,), (1,), (0, 1)], ids=["both late", "copies early", "compute early", "both early"])
+@pytest.mark.parametrize(
+    "eager",
+    [(), (0,), (1,), (0, 1)],
+    ids=["both late", "copies early", "compute early", "both early"],
+)
 @pytest.mark.parametrize("sizes", [(8,) * 7 + (3,), (8, 8), (8,), (5, 2, 5, 1), (1,), ()])
 def test_a_stream_keeps_order_and_overwrites_nothing_in_flight(load, eager, sizes):
     network, _ = load(eager=eager)
     batches = batches_of(*sizes)
     results = list(network.stream(iter(batches)))
     assert len(results) == len(batches)
-    assert all(np.array_equal(logits, logits_of(images)) for logits, images in zip(results, batches, strict=True))
+    assert all(
+        np.array_equal(logits, logits_of(images))
+        for logits, images in zip(results, batches, strict=True)
+    )
 
 
 def test_a_stream_starts_a_batch_before_it_waits_for_the_one_before(load):
@@ -971,7 +1235,9 @@ def test_a_batch_larger_than_built_for_is_one_line(load):
 
 def test_types_are_read_for_every_batch_size(load):
     network, _ = load()
-    assert [(layer.name, layer.precision) for layer in network.layers] == [("/avgpool/Pool [profile 1]", "INT8")]  # the largest
+    assert [(layer.name, layer.precision) for layer in network.layers] == [
+        ("/avgpool/Pool [profile 1]", "INT8")
+    ]  # the largest
     assert network.float_nodes(["/avgpool/Pool", "/fc/Gemm"]) == ["/fc/Gemm"]
 
 
@@ -985,20 +1251,32 @@ def test_latencies_are_device_times_of_back_to_back_launches(load, quick_latenci
 
 
 def test_too_little_memory_for_a_context_is_one_line(load):
-    assert line_of(load, fails="context") == "the GPU has too little memory for this engine: use a smaller --batch_size"
+    assert (
+        line_of(load, fails="context")
+        == "the GPU has too little memory for this engine: use a smaller --batch_size"
+    )
 
 
 def test_too_little_memory_for_buffers_is_one_line(load):
-    assert line_of(load, memory=500) == "the GPU has too little memory for this engine: use a smaller --batch_size"
+    assert (
+        line_of(load, memory=500)
+        == "the GPU has too little memory for this engine: use a smaller --batch_size"
+    )
 
 
 def test_an_engine_that_does_not_load_is_one_line_with_the_reason(load):
     line = line_of(load, fails="load")
-    assert re.fullmatch(r"\S+\.engine cannot be loaded: Version tag does not match; delete it to have it built again", line)
+    assert re.fullmatch(
+        r"\S+\.engine cannot be loaded: Version tag does not match; delete it to have it built again",
+        line,
+    )
 
 
 def test_an_engine_that_does_not_run_is_one_line(load):
-    assert line_of(load, fails="run") == "TensorRT could not run the engine; delete it and build it again"
+    assert (
+        line_of(load, fails="run")
+        == "TensorRT could not run the engine; delete it and build it again"
+    )
 
 
 # without torch
@@ -1007,23 +1285,36 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests")
 from fake_tensorrt import fake_tensorrt
-from utils import tensorrt_engine as engines
+from utils.backends import tensorrt as engines
 
 trt = fake_tensorrt("8.6")
 timing = engines.Store(engines.Path(sys.argv[1]), "timing.cache", 1)
 plan = engines.build_plan(trt, b"graph", engines.EngineOptions("INT8-QAT", (1,)), timing, "engine")
 print(engines.graph_name(trt, engines.EngineOptions("INT8-QAT", (1,))), plan, "torch" in sys.modules)
 """
-NEEDS_TORCH = ("PIL", "torch", "torchvision", "onnx", "onnxruntime", "pytorch_quantization", "sklearn", "matplotlib")
+NEEDS_TORCH = (
+    "PIL",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "pytorch_quantization",
+    "sklearn",
+    "matplotlib",
+)
 
 
 def test_the_engine_file_needs_no_torch(run_script, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     process = run_script(tmp_path / "script.py", tmp_path, blocked=NEEDS_TORCH)
-    assert process.stdout.split() == ["int8_qat.onnx", "b'plan", "1", "of", "graph'", "False"], process.stderr
+    assert process.stdout.split() == ["int8_qat.onnx", "b'plan", "1", "of", "graph'", "False"], (
+        process.stderr
+    )
 
 
 def test_the_gpu_tests_start_without_torch_and_pytest(run_script):
-    process = run_script("tests/test_gpu.py", "--help", blocked=(*NEEDS_TORCH, "pytest", "pycuda", *engines.MODULES))
+    process = run_script(
+        "tests/test_gpu.py", "--help", blocked=(*NEEDS_TORCH, "pytest", "pycuda", *engines.MODULES)
+    )
     assert process.returncode == 0, process.stderr
     assert "EXPORT_DIR" in process.stdout

@@ -23,12 +23,12 @@ import models
 import train
 from layers import quantizers
 from utils import checkpoint as ckpt
-from utils import training
+from utils.backends.pytorch import FromImages, TorchNetwork
 from utils.errors import UserError
 from utils.files import locked
-from utils.optimizers import make_optimizer
-from utils.swap import quantize_modules
-from utils.torch_network import FromImages, TorchNetwork
+from utils.quantization.swap import quantize_modules
+from utils.training import step as training
+from utils.training.optimizers import make_optimizer
 
 FLAGS = ["--dataset", "digits", "--batch_size", "16"]
 EPOCHS, STEPS = 3, 3  # 50 images in full batches of 16
@@ -39,7 +39,15 @@ pytestmark = pytest.mark.usefixtures("small_digits")
 def arguments(mode, start, epochs=EPOCHS):
     if mode == "float":
         return ["--m", "vanilla_cnn", *FLAGS, "--num_epochs", str(epochs)]
-    return ["--quantize", "--partial_ckpt", "--load_ckpt", str(start), *FLAGS, "--num_epochs", str(epochs)]
+    return [
+        "--quantize",
+        "--partial_ckpt",
+        "--load_ckpt",
+        str(start),
+        *FLAGS,
+        "--num_epochs",
+        str(epochs),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,9 @@ def runs(tmp_path_factory, small_digits):
     """Mode -> folder of three uninterrupted epochs; QAT starts from the float run's ckpt_3."""
     parent = tmp_path_factory.mktemp("runs")
     for mode in ("float", "qat"):
-        train.main([*arguments(mode, parent / "float" / "ckpt_3"), "--od", str(parent), "--en", mode])
+        train.main(
+            [*arguments(mode, parent / "float" / "ckpt_3"), "--od", str(parent), "--en", mode]
+        )
     return {mode: parent / mode for mode in ("float", "qat")}
 
 
@@ -94,7 +104,9 @@ def changed(before, after):
 # schedules
 
 
-@pytest.mark.parametrize(("epochs", "rate"), [(0, 0.2), (9.99, 0.2), (10, 0.02), (19.5, 0.02), (20, 0.002), (35, 0.0002)])
+@pytest.mark.parametrize(
+    ("epochs", "rate"), [(0, 0.2), (9.99, 0.2), (10, 0.02), (19.5, 0.02), (20, 0.002), (35, 0.0002)]
+)
 def test_lrdt_divides_the_rate_by_ten_every_n_epochs(epochs, rate):
     assert train.make_schedule(0.2, 40, 10)(epochs) == pytest.approx(rate)
 
@@ -151,9 +163,13 @@ def test_default_peak_rate_is_proportional_to_the_batch_size():
         (True, ["--optimizer", "adamw"], "adamw", 512, 0.008),
     ],
 )
-def test_defaults_depend_on_the_device_and_the_start(runs, monkeypatch, gpu, start, optimizer, batch_size, lr):
+def test_defaults_depend_on_the_device_and_the_start(
+    runs, monkeypatch, gpu, start, optimizer, batch_size, lr
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    args, _ = train.parse_flags([*start, *([str(runs["float"] / "ckpt_3")] if "--load_ckpt" in start else [])])
+    args, _ = train.parse_flags(
+        [*start, *([str(runs["float"] / "ckpt_3")] if "--load_ckpt" in start else [])]
+    )
     assert (args.optimizer, args.batch_size, args.lr) == (optimizer, batch_size, pytest.approx(lr))
 
 
@@ -161,7 +177,11 @@ def test_only_matrices_and_kernels_decay():
     model = models.build("vanilla_cnn", 10, "cifar")
     for name in ("sgd", "adamw"):
         groups = train.make_optimizer(model, name).param_groups
-        decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        decay = {
+            id(parameter): group["weight_decay"]
+            for group in groups
+            for parameter in group["params"]
+        }
         assert {key: decay[id(p)] for key, p in model.named_parameters()} == {
             key: 5e-4 if p.ndim > 1 else 0.0 for key, p in model.named_parameters()
         }
@@ -171,7 +191,13 @@ def test_only_matrices_and_kernels_decay():
 
 
 def small_net():
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    layers = [
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+    ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
@@ -180,7 +206,9 @@ def test_a_step_on_the_cpu_is_the_textbook_loop():
     mine = small_net()
     model = copy.deepcopy(mine)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    step = training.Step(mine, torch.optim.SGD(mine.parameters(), lr=1.0, momentum=0.9), 0.1, compiled=False)
+    step = training.Step(
+        mine, torch.optim.SGD(mine.parameters(), lr=1.0, momentum=0.9), 0.1, compiled=False
+    )
     for batch_sizes in ([6, 6, 6], [6, 3]):  # the totals are of the steps since the last ones
         loss_sum, hits = 0.0, 0
         for index, size in enumerate(batch_sizes):
@@ -204,7 +232,11 @@ def test_a_step_on_the_cpu_is_the_textbook_loop():
 
 def test_a_groups_scale_multiplies_its_rate():
     model = small_net()
-    groups = [{"params": [model[0].weight]}, {"params": [model[3].weight], "scale": 3.0}, {"params": [model[7].weight]}]
+    groups = [
+        {"params": [model[0].weight]},
+        {"params": [model[3].weight], "scale": 3.0},
+        {"params": [model[7].weight]},
+    ]
     step = training.Step(model, torch.optim.SGD(groups, lr=0.0), 0.1, compiled=False)
     step.set_rate(0.25)
     assert [group["lr"] for group in step.optimizer.param_groups] == [0.25, 0.75, 0.25]
@@ -236,20 +268,30 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
     for name, p in reference.named_parameters():
         if p.ndim > 1:
             p.data += 0.05 * start[name].norm() * p.grad / p.grad.norm()
-            assert (p.data - start[name]).norm() == pytest.approx(0.05 * start[name].norm(), rel=1e-4)
+            assert (p.data - start[name]).norm() == pytest.approx(
+                0.05 * start[name].norm(), rel=1e-4
+            )
     assert gradient() > loss  # it is up the hill
-    step = training.Step(model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sharpness=0.05)
+    step = training.Step(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sharpness=0.05
+    )
     step.set_rate(0.2)
     step(images, labels)
     for name, p in reference.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name), start[name] - 0.2 * p.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            model.get_parameter(name), start[name] - 0.2 * p.grad, rtol=1e-4, atol=1e-6
+        )
     for name, value in statistics.items():
         assert not torch.equal(value, start[name])
         torch.testing.assert_close(model.get_buffer(name), value)
-    assert step.totals()[0] == pytest.approx(loss, rel=1e-6)  # loss and statistics are those of the weights themselves
+    assert step.totals()[0] == pytest.approx(
+        loss, rel=1e-6
+    )  # loss and statistics are those of the weights themselves
 
 
-@pytest.mark.parametrize(("mode", "optimizer"), [("float", "muon"), ("float", "sgd"), ("qat", "sgd")])
+@pytest.mark.parametrize(
+    ("mode", "optimizer"), [("float", "muon"), ("float", "sgd"), ("qat", "sgd")]
+)
 def test_the_last_third_of_a_run_with_muon_is_sharp(runs, tmp_path, monkeypatch, mode, optimizer):
     steps = []
 
@@ -259,11 +301,22 @@ def test_the_last_third_of_a_run_with_muon_is_sharp(runs, tmp_path, monkeypatch,
             super().__call__(*batch)
 
     monkeypatch.setattr(train, "Step", Recorded)
-    train.main([*arguments(mode, runs["float"] / "ckpt_3"), "--optimizer", optimizer, "--od", str(tmp_path)])
+    train.main(
+        [
+            *arguments(mode, runs["float"] / "ckpt_3"),
+            "--optimizer",
+            optimizer,
+            "--od",
+            str(tmp_path),
+        ]
+    )
     assert steps == [0.0] * 2 * STEPS + [train.SHARPNESS if optimizer == "muon" else 0.0] * STEPS
 
 
-SCALES = {"scalar": torch.tensor(0.013), "channels": torch.tensor([0.013, 0.5, 3e-5, quantizers.RANGE_FLOOR / 127])}
+SCALES = {
+    "scalar": torch.tensor(0.013),
+    "channels": torch.tensor([0.013, 0.5, 3e-5, quantizers.RANGE_FLOOR / 127]),
+}
 
 
 @pytest.mark.parametrize("code_min", [-128, -127])
@@ -272,10 +325,17 @@ def test_straight_through_is_torchs_fake_quantization(kind, code_min):
     scale = SCALES[kind]
     column = scale.reshape(-1, 1, 1).expand(4, 1, 1)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.cat([torch.arange(-131.0, 132), torch.arange(-131.0, 132) + 0.5])  # the grid and its ties
+    codes = torch.cat(
+        [torch.arange(-131.0, 132), torch.arange(-131.0, 132) + 0.5]
+    )  # the grid and its ties
     values = [column * codes, *(column * (codes * (1 + eps)) for eps in (-1e-7, 1e-7, 1e-6))]
-    values += [column * torch.randn(1, 1, 2000, generator=generator) * spread for spread in (0.3, 10, 100, 1e4)]
-    huge = torch.tensor([0.0, 1.0, 700.0, 6e4, 1e-30, 1e-42])  # times 1 / 7.9e-15, still a 64-bit integer
+    values += [
+        column * torch.randn(1, 1, 2000, generator=generator) * spread
+        for spread in (0.3, 10, 100, 1e4)
+    ]
+    huge = torch.tensor(
+        [0.0, 1.0, 700.0, 6e4, 1e-30, 1e-42]
+    )  # times 1 / 7.9e-15, still a 64-bit integer
     values.append(torch.cat([huge, -huge]).expand(4, 1, -1))
     x = torch.cat([v.reshape(4, 1, -1) for v in values], 2)
     assert x.dtype == torch.float32
@@ -283,7 +343,9 @@ def test_straight_through_is_torchs_fake_quantization(kind, code_min):
     mine, theirs = (x.clone().requires_grad_() for _ in range(2))
     result = quantizers.StraightThrough.apply(mine, scale.reshape(-1, 1, 1), code_min)
     if kind == "scalar":
-        expected = torch.fake_quantize_per_tensor_affine(theirs, scale, torch.tensor(0, dtype=torch.int32), code_min, 127)
+        expected = torch.fake_quantize_per_tensor_affine(
+            theirs, scale, torch.tensor(0, dtype=torch.int32), code_min, 127
+        )
     else:
         zeros = torch.zeros(4, dtype=torch.int32)
         expected = torch.fake_quantize_per_channel_affine(theirs, scale, zeros, 0, code_min, 127)
@@ -310,7 +372,9 @@ def test_a_compiled_quantized_network_is_the_eager_one(monkeypatch, dtype):
     quantize_modules(eager)
     for module in eager.modules():
         if isinstance(module, quantizers.Quantizer):
-            module.set_range(0.1 + 0.5 * torch.rand(module._amax.shape))  # part of the values is outside
+            module.set_range(
+                0.1 + 0.5 * torch.rand(module._amax.shape)
+            )  # part of the values is outside
     same, images = copy.deepcopy(eager), torch.randn(4, 3, 8, 8)
 
     def run(model):
@@ -384,7 +448,17 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(runs, tmp_pa
     for name in ("ckpt_3", "ckpt_best"):
         resumed, whole = ckpt.load(tmp_path / "run" / name), ckpt.load(runs[mode] / name)
         assert len(whole["history"]) == whole["epoch"]
-        for key in ("history", "state", "optimizer", "epoch", "best_loss", "start", "model", "data", "quantization"):
+        for key in (
+            "history",
+            "state",
+            "optimizer",
+            "epoch",
+            "best_loss",
+            "start",
+            "model",
+            "data",
+            "quantization",
+        ):
             assert_same(resumed[key], whole[key], f"{name}.{key}")
 
 
@@ -392,14 +466,20 @@ def test_a_qat_run_stopped_in_its_first_epoch_resumes_from_its_calibration(runs,
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 1)
         with pytest.raises(UserError, match="--resume"):
-            train.main([*arguments("qat", runs["float"] / "ckpt_3"), "--od", str(tmp_path), "--en", "run"])
+            train.main(
+                [*arguments("qat", runs["float"] / "ckpt_3"), "--od", str(tmp_path), "--en", "run"]
+            )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt_0", "ckpt_best"]
     train.main(["--resume", str(tmp_path / "run")])
-    assert_same(ckpt.load(tmp_path / "run" / "ckpt_3")["state"], ckpt.load(runs["qat"] / "ckpt_3")["state"])
+    assert_same(
+        ckpt.load(tmp_path / "run" / "ckpt_3")["state"], ckpt.load(runs["qat"] / "ckpt_3")["state"]
+    )
 
 
 def test_a_failing_gpu_is_one_line_that_tells_how_to_go_on(tmp_path, error_line):
-    failure = torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`")
+    failure = torch.AcceleratorError(
+        "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`"
+    )
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 2, failure)
         line = error_line(train.main, [*arguments("float", None), "--od", tmp_path, "--en", "run"])
@@ -420,7 +500,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [".", "tests"]
 import conftest, dataset, torch, train
-from utils import training
+from utils.training import step as training
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -476,7 +556,8 @@ def assert_finishes_like(whole, folder):
 
 
 @pytest.mark.parametrize(
-    ("place", "left"), [("epoch", {"ckpt_1", "ckpt_best"}), ("write", {"ckpt_1", "ckpt_best", ".ckpt_2.{}.partial"})]
+    ("place", "left"),
+    [("epoch", {"ckpt_1", "ckpt_best"}), ("write", {"ckpt_1", "ckpt_best", ".ckpt_2.{}.partial"})],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(runs, killed, place, left):
     pid, folder = killed[place]
@@ -485,20 +566,32 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(runs, killed, plac
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupted_one(runs, tmp_path, epoch):
+def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupted_one(
+    runs, tmp_path, epoch
+):
     folder = part_of_run(runs["float"], tmp_path / "run", epoch)
     (folder / "ckpt_best").unlink()
     losses = [past["held_out_loss"] for past in ckpt.load(folder / f"ckpt_{epoch}")["history"]]
     if epoch > 1:
         best = min(range(1, epoch), key=lambda index: losses[index - 1])  # of the epochs before
         (folder / "ckpt_best").hardlink_to(folder / f"ckpt_{best}")
-    (folder / f".ckpt_best.{os.getpid()}.partial").hardlink_to(folder / f"ckpt_{epoch}")  # this process's number, as it happens
+    (folder / f".ckpt_best.{os.getpid()}.partial").hardlink_to(
+        folder / f"ckpt_{epoch}"
+    )  # this process's number, as it happens
     (folder / ".ckpt_7.1.partial").write_bytes(b"half")
     assert_finishes_like(runs["float"], folder)
 
 
 def test_a_run_with_muon_resumes_exactly(tmp_path):
-    argv = [*arguments("float", None, epochs=2), "--optimizer", "muon", "--od", str(tmp_path), "--en", "run"]
+    argv = [
+        *arguments("float", None, epochs=2),
+        "--optimizer",
+        "muon",
+        "--od",
+        str(tmp_path),
+        "--en",
+        "run",
+    ]
     train.main(argv)
     whole = checkpoints(tmp_path / "run")
     (tmp_path / "run" / "ckpt_2").unlink()
@@ -507,13 +600,19 @@ def test_a_run_with_muon_resumes_exactly(tmp_path):
         assert_same(ckpt.load(tmp_path / "run" / "ckpt_2")[key], whole[2][key], key)
     rates = [group["lr"] for group in whole[2]["optimizer"]["param_groups"]]
     assert rates[1] == 2 * rates[0] > 0
-    assert all(changed(tensors(whole[1], kind), tensors(whole[2], kind)) for kind in ("weight", "bias"))
+    assert all(
+        changed(tensors(whole[1], kind), tensors(whole[2], kind)) for kind in ("weight", "bias")
+    )
 
 
-@pytest.mark.parametrize("start", [["--load_ckpt"], ["--pretrain"], ["--quantize", "--partial_ckpt", "--load_ckpt"]])
+@pytest.mark.parametrize(
+    "start", [["--load_ckpt"], ["--pretrain"], ["--quantize", "--partial_ckpt", "--load_ckpt"]]
+)
 def test_muon_from_a_checkpoint_is_one_line(runs, tmp_path, error_line, start):
     source = [runs["float"] / "ckpt_3"] if start[-1] == "--load_ckpt" else []
-    line = error_line(train.main, [*start, *source, *FLAGS, "--optimizer", "muon", "--od", tmp_path])
+    line = error_line(
+        train.main, [*start, *source, *FLAGS, "--optimizer", "muon", "--od", tmp_path]
+    )
     assert "--optimizer muon" in line
     assert line.endswith("use sgd")
     assert list(tmp_path.iterdir()) == []
@@ -529,7 +628,9 @@ def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_pat
         0.05 * 16 / 128,
         0,
     )
-    given, _ = train.parse_flags(["--resume", str(runs["float"]), "--lr", "0.007", "--num_epochs", "5"])
+    given, _ = train.parse_flags(
+        ["--resume", str(runs["float"]), "--lr", "0.007", "--num_epochs", "5"]
+    )
     assert (given.lr, given.num_epochs, given.batch_size) == (0.007, 5, 16)
 
 
@@ -538,7 +639,9 @@ def test_lr_on_the_command_line_wins_over_the_resumed_checkpoint(runs, tmp_path)
     train.main(["--resume", str(copy), "--lr", "1e-4", "--lrdt", "100"])
     groups = ckpt.load(copy / "ckpt_3")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-4, 1e-4]
-    assert changed(ckpt.load(copy / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"])
+    assert changed(
+        ckpt.load(copy / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"]
+    )
 
 
 def test_a_finished_run_can_be_resumed_for_more_epochs(runs, tmp_path):
@@ -556,7 +659,9 @@ def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line)
 def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 3)
     before = sorted(copy.iterdir())
-    assert f"{copy}/ckpt_3 goes on from there" in error_line(train.main, ["--resume", copy / "ckpt_2"])
+    assert f"{copy}/ckpt_3 goes on from there" in error_line(
+        train.main, ["--resume", copy / "ckpt_2"]
+    )
     assert sorted(copy.iterdir()) == before
 
 
@@ -567,7 +672,9 @@ def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
         copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / name / name))
         train.main(["--resume", str(copy)])
         assert {path.name for path in copy.parent.iterdir()} >= {"ckpt_3", "ckpt_best"}
-        assert_same(ckpt.load(copy.parent / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"])
+        assert_same(
+            ckpt.load(copy.parent / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"]
+        )
 
 
 def test_a_checkpoint_that_is_not_the_best_can_be_resumed_without_it(runs, tmp_path):
@@ -583,16 +690,22 @@ def test_two_processes_cannot_train_in_one_folder(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
     with locked(copy):
         line = error_line(train.main, ["--resume", copy])
-    assert line == f"error: another process is at work in {copy}: wait for it, or name another folder"
+    assert (
+        line == f"error: another process is at work in {copy}: wait for it, or name another folder"
+    )
     train.main(["--resume", str(copy)])
 
 
 def test_resuming_a_float_run_as_qat_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
-    assert "QAT starts with --load_ckpt" in error_line(train.main, ["--resume", copy, "--quantize", "--partial_ckpt"])
+    assert "QAT starts with --load_ckpt" in error_line(
+        train.main, ["--resume", copy, "--quantize", "--partial_ckpt"]
+    )
 
 
-@pytest.mark.parametrize("flags", [["--resume", "{}"], ["--resume", "{}/none"], ["--load_ckpt", "{}/ckpt_best"]])
+@pytest.mark.parametrize(
+    "flags", [["--resume", "{}"], ["--resume", "{}/none"], ["--load_ckpt", "{}/ckpt_best"]]
+)
 def test_nothing_to_start_from_is_one_line(tmp_path, error_line, flags):
     line = error_line(train.main, ["--od", tmp_path, *(flag.format(tmp_path) for flag in flags)])
     assert str(tmp_path) in line
@@ -600,7 +713,9 @@ def test_nothing_to_start_from_is_one_line(tmp_path, error_line, flags):
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_told_what_it_holds(runs, error_line):
-    assert f"{runs['float']} holds ckpt_1, ckpt_2, ckpt_3, ckpt_best" in error_line(train.main, ["--load_ckpt", runs["float"]])
+    assert f"{runs['float']} holds ckpt_1, ckpt_2, ckpt_3, ckpt_best" in error_line(
+        train.main, ["--load_ckpt", runs["float"]]
+    )
 
 
 # what training changes
@@ -611,7 +726,11 @@ def test_batch_norm_statistics_move_in_qat_until_the_last_third(runs):
     for suffix in ("running_mean", "running_var", "num_batches_tracked"):
         statistics = {epoch: tensors(state, suffix) for epoch, state in states.items()}
         assert len(statistics[0]) == 6
-        assert changed(statistics[0], statistics[1]) == changed(statistics[1], statistics[2]) == statistics[0].keys()
+        assert (
+            changed(statistics[0], statistics[1])
+            == changed(statistics[1], statistics[2])
+            == statistics[0].keys()
+        )
         assert changed(statistics[2], statistics[3]) == set()
 
 
@@ -619,15 +738,27 @@ def test_batch_norm_statistics_move_in_every_float_epoch(runs):
     states = checkpoints(runs["float"])
     assert list(states) == [1, 2, 3]
     for epoch in (1, 2):
-        before, after = (tensors(states[index], "running_mean", "running_var") for index in (epoch, epoch + 1))
+        before, after = (
+            tensors(states[index], "running_mean", "running_var") for index in (epoch, epoch + 1)
+        )
         assert changed(before, after) == before.keys()
 
 
 def test_float_fine_tuning_freezes_batch_norm_statistics_as_qat_does(runs, tmp_path):
-    argv = [*arguments("float", None, 3), "--load_ckpt", runs["float"] / "ckpt_3", "--od", tmp_path, "--en", "run"]
+    argv = [
+        *arguments("float", None, 3),
+        "--load_ckpt",
+        runs["float"] / "ckpt_3",
+        "--od",
+        tmp_path,
+        "--en",
+        "run",
+    ]
     train.main(list(map(str, argv)))
     states = checkpoints(tmp_path / "run")
-    statistics = {epoch: tensors(state, "running_mean", "running_var") for epoch, state in states.items()}
+    statistics = {
+        epoch: tensors(state, "running_mean", "running_var") for epoch, state in states.items()
+    }
     assert changed(statistics[1], statistics[2]) == statistics[1].keys()
     assert changed(statistics[2], statistics[3]) == set()
 
@@ -716,7 +847,9 @@ def test_history_holds_what_each_epochs_network_does_on_the_held_out_images(runs
             logits = model(images).double().numpy()
         labels, past = digits.train_labels[held_out], content["history"][-1]
         losses = np.log(np.exp(logits).sum(1)) - logits[range(len(labels)), labels]
-        assert past["held_out_accuracy_pct"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+        assert past["held_out_accuracy_pct"] == pytest.approx(
+            100 * (logits.argmax(1) == labels).mean()
+        )
         assert past["held_out_loss"] == pytest.approx(losses.mean(), rel=1e-4)
         assert content["best_loss"] == min(past["held_out_loss"] for past in content["history"])
 
@@ -729,14 +862,26 @@ def test_ckpt_0_of_a_qat_run_is_the_float_network_with_ranges(runs):
 
 
 def test_no_epochs_of_quantized_training_calibrate_only(runs, tmp_path, capsys):
-    train.main([*arguments("qat", runs["float"] / "ckpt_3", epochs=0), "--od", str(tmp_path), "--en", "run"])
+    train.main(
+        [
+            *arguments("qat", runs["float"] / "ckpt_3", epochs=0),
+            "--od",
+            str(tmp_path),
+            "--en",
+            "run",
+        ]
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt_0", "ckpt_best"]
-    assert_same(ckpt.load(tmp_path / "run" / "ckpt_0")["state"], ckpt.load(runs["qat"] / "ckpt_0")["state"])
+    assert_same(
+        ckpt.load(tmp_path / "run" / "ckpt_0")["state"], ckpt.load(runs["qat"] / "ckpt_0")["state"]
+    )
     assert "ckpt_best is epoch 0: test accuracy" in capsys.readouterr().out
 
 
 def test_no_epochs_of_float_training_are_refused(tmp_path, error_line):
-    assert "--num_epochs 0: at least 1" in error_line(train.main, [*arguments("float", None, epochs=0), "--od", tmp_path])
+    assert "--num_epochs 0: at least 1" in error_line(
+        train.main, [*arguments("float", None, epochs=0), "--od", tmp_path]
+    )
 
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
@@ -746,9 +891,20 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["model"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}
         assert content["data"]["dataset"] == "digits"
         assert content["data"]["classes"] == list("0123456789")
-        assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (16, 0, 0)
+        assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (
+            16,
+            0,
+            0,
+        )
         assert content["quantization"] == (
-            None if mode == "float" else {"quant_layers": ["*"], "skip_layers": [], "calibrator": "sqnr", "calib_images": 1024}
+            None
+            if mode == "float"
+            else {
+                "quant_layers": ["*"],
+                "skip_layers": [],
+                "calibrator": "sqnr",
+                "calib_images": 1024,
+            }
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]
@@ -756,20 +912,32 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
 
 
 def test_runs_of_different_seeds_differ_and_record_their_seed(runs, tmp_path):
-    train.main([*arguments("float", None, epochs=1), "--seed", "5", "--od", str(tmp_path), "--en", "run"])
+    train.main(
+        [*arguments("float", None, epochs=1), "--seed", "5", "--od", str(tmp_path), "--en", "run"]
+    )
     content = ckpt.load(tmp_path / "run" / "ckpt_1")
     assert (content["seed"], content["data"]["split_seed"]) == (5, 5)
-    assert content["history"][0]["loss"] != ckpt.load(runs["float"] / "ckpt_1")["history"][0]["loss"]
+    assert (
+        content["history"][0]["loss"] != ckpt.load(runs["float"] / "ckpt_1")["history"][0]["loss"]
+    )
 
 
 @pytest.mark.parametrize("seed", ["-1", "100000000000000000000"])
 def test_impossible_seed_is_one_line(tmp_path, error_line, seed):
-    assert "--seed" in error_line(train.main, [*arguments("float", None, epochs=1), "--seed", seed, "--od", tmp_path])
+    assert "--seed" in error_line(
+        train.main, [*arguments("float", None, epochs=1), "--seed", seed, "--od", tmp_path]
+    )
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--batch_size", "0"), ("--lrdt", "0"), ("--calib_images", "0"), ("--lr", "-1")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--batch_size", "0"), ("--lrdt", "0"), ("--calib_images", "0"), ("--lr", "-1")],
+)
 def test_senseless_number_is_one_line(tmp_path, error_line, flag, value):
-    line = error_line(train.main, [*arguments("float", None, epochs=1), "--test_trt", flag, value, "--od", tmp_path])
+    line = error_line(
+        train.main,
+        [*arguments("float", None, epochs=1), "--test_trt", flag, value, "--od", tmp_path],
+    )
     assert f"{flag} {value}" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -804,11 +972,18 @@ def test_a_failed_run_leaves_no_recorded_step_behind(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("optimizer", "sharpness"), [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)], ids=["sgd", "muon", "sam"])
+@pytest.mark.parametrize(
+    ("optimizer", "sharpness"),
+    [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)],
+    ids=["sgd", "muon", "sam"],
+)
 def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sharpness, compiled):
     torch.manual_seed(0)
     device, model = torch.device("cuda"), models.build("vanilla_cnn", 10, "cifar")
-    batches = [(torch.randn(64, 3, 32, 32, device=device), torch.randint(10, (64,), device=device)) for _ in range(8)]
+    batches = [
+        (torch.randn(64, 3, 32, 32, device=device), torch.randint(10, (64,), device=device))
+        for _ in range(8)
+    ]
     totals, states = [], []
     for eager_steps in (training.EAGER_STEPS, len(batches)):
         monkeypatch.setattr(training, "EAGER_STEPS", eager_steps)
@@ -827,7 +1002,9 @@ def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sha
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(runs, tmp_path, error_line, resumed):
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    runs, tmp_path, error_line, resumed
+):
     folder = tmp_path / "run"
     if resumed:
         part_of_run(runs["float"], folder, 2)
@@ -835,7 +1012,9 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(runs, tmp_path
     else:
         argv = [*arguments("qat", runs["float"] / "ckpt_3"), "--od", tmp_path, "--en", "run"]
     line = error_line(train.main, [*argv, "--lr", "1e30"])
-    assert line.endswith(f"the last good checkpoint is {folder / ('ckpt_2' if resumed else 'ckpt_0')}")
+    assert line.endswith(
+        f"the last good checkpoint is {folder / ('ckpt_2' if resumed else 'ckpt_0')}"
+    )
     assert sorted(path.name for path in folder.iterdir()) == (
         ["ckpt_1", "ckpt_2", "ckpt_best"] if resumed else ["ckpt_0", "ckpt_best"]
     )
@@ -844,7 +1023,16 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(runs, tmp_path
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, failure_line):
-    argv = ["--m", "vanilla_cnn", "--data_dir", small_cifar10, "--num_epochs", "1000", "--od", tmp_path]
+    argv = [
+        "--m",
+        "vanilla_cnn",
+        "--data_dir",
+        small_cifar10,
+        "--num_epochs",
+        "1000",
+        "--od",
+        tmp_path,
+    ]
     folder = tmp_path / "pytorch_exp"
     process = subprocess.Popen(
         [sys.executable, "train.py", *map(str, argv)],
@@ -852,11 +1040,17 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, fail
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it otherwise
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background job's children ignore it otherwise
     )
     try:
         give_up = time.monotonic() + 60
-        while not (folder / "ckpt_best").exists() and process.poll() is None and time.monotonic() < give_up:
+        while (
+            not (folder / "ckpt_best").exists()
+            and process.poll() is None
+            and time.monotonic() < give_up
+        ):
             time.sleep(0.05)
         time.sleep(0.3)  # into the second epoch
         process.send_signal(signal.SIGINT)
@@ -864,6 +1058,9 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, fail
     finally:
         process.kill()
         process.wait()
-    assert failure_line(process, stderr) == f"error: interrupted; continue with: python train.py --resume {folder}"
+    assert (
+        failure_line(process, stderr)
+        == f"error: interrupted; continue with: python train.py --resume {folder}"
+    )
     assert all(path.name.startswith("ckpt_") for path in folder.iterdir())
     assert ckpt.load(ckpt.latest(folder))["epoch"] >= 1

@@ -13,11 +13,24 @@ import models
 from layers import Add, Mul
 from layers.quantized import QUANTIZED_FORM, QuantizedLayer
 from layers.quantizers import Quantizer
-from utils import calibrate as calibration
-from utils.calibrate import CANDIDATES, PERCENTILE, _Histogram, _Noise, calibrate, require_calibrated
 from utils.errors import UserError
 from utils.flags import CALIBRATORS
-from utils.swap import audit, is_quantized, quantizable_modules, quantize_modules, select
+from utils.quantization import calibrate as calibration
+from utils.quantization.calibrate import (
+    CANDIDATES,
+    PERCENTILE,
+    _Histogram,
+    _Noise,
+    calibrate,
+    require_calibrated,
+)
+from utils.quantization.swap import (
+    audit,
+    is_quantized,
+    quantizable_modules,
+    quantize_modules,
+    select,
+)
 
 HISTOGRAMS = tuple(method for method in CALIBRATORS if method != "max")
 BLOCKS = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]
@@ -65,15 +78,23 @@ def tiny(seed=0):
 def batches(count=3, seed=0, size=12):
     """Of different sizes and magnitudes, the largest value in the middle one."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(4 + i, 3, size, size, generator=generator) * (1 + i % 2) for i in range(count)]
+    return [
+        torch.randn(4 + i, 3, size, size, generator=generator) * (1 + i % 2) for i in range(count)
+    ]
 
 
 def ranges(model):
-    return {name: module.amax.clone() for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    return {
+        name: module.amax.clone()
+        for name, module in model.named_modules()
+        if isinstance(module, Quantizer)
+    }
 
 
 def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items() if not key.endswith("_amax")}
+    return {
+        key: value.clone() for key, value in model.state_dict().items() if not key.endswith("_amax")
+    }
 
 
 def assert_same(before, after):
@@ -135,8 +156,14 @@ def test_no_convolution_matrix_product_or_addition_of_a_model_is_missed(name):
         **{"vanilla_cnn": (0, 6), "resnet18": (8, 20), "resnet34": (16, 36), "resnet50": (16, 53)},
         **{"mobilenet_v2": (10, 52), "efficientnet_b0": (9, 49 + 32)},
     }[name]
-    squeezes = 16 if name == "efficientnet_b0" else 0  # a pool, two convolutions and a multiplication each
-    assert [kinds.count(kind) for kind in (Add, nn.Conv2d, Mul)] == [additions, convolutions, squeezes]
+    squeezes = (
+        16 if name == "efficientnet_b0" else 0
+    )  # a pool, two convolutions and a multiplication each
+    assert [kinds.count(kind) for kind in (Add, nn.Conv2d, Mul)] == [
+        additions,
+        convolutions,
+        squeezes,
+    ]
     assert [kinds.count(kind) for kind in (nn.AdaptiveAvgPool2d, nn.Linear)] == [squeezes + 1, 1]
 
 
@@ -147,7 +174,9 @@ def test_only_quantizable_layers_can_be_selected():
 
 
 def test_a_network_of_which_no_layer_is_left_to_quantize_is_refused():
-    with pytest.raises(UserError, match="--quant_layers and --skip_layers leave no layer to quantize"):
+    with pytest.raises(
+        UserError, match="--quant_layers and --skip_layers leave no layer to quantize"
+    ):
         quantize_modules(small(), skip_layers=["*"])
 
 
@@ -197,14 +226,22 @@ def test_quantized_layers_are_not_swapped_again():
 
 def test_parameters_keep_their_names_and_identity():
     model = resnet18()
-    parameters, buffers, state = dict(model.named_parameters()), dict(model.named_buffers()), model.state_dict()
+    parameters, buffers, state = (
+        dict(model.named_parameters()),
+        dict(model.named_buffers()),
+        model.state_dict(),
+    )
     quantize_modules(model, skip_layers=["layer2.*"])
     assert list(dict(model.named_parameters())) == list(parameters)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert all(dict(model.named_buffers())[name] is buffer for name, buffer in buffers.items())
     swapped = [name for name in RESNET18 if not name.startswith("layer2")]
     expected = {f"{name}.input_quantizer._amax" for name in swapped}
-    expected |= {f"{name}.weight_quantizer._amax" for name in swapped if not name.endswith(("add", "avgpool"))}
+    expected |= {
+        f"{name}.weight_quantizer._amax"
+        for name in swapped
+        if not name.endswith(("add", "avgpool"))
+    }
     assert model.state_dict().keys() - state.keys() == expected
     assert state.keys() <= model.state_dict().keys()
 
@@ -220,8 +257,12 @@ def test_with_quantizers_disabled_it_is_the_float_network():
     for network in (model, quantized):
         nn.functional.cross_entropy(network(images), labels).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if name.endswith("weight"))
-    assert_same(gradients, {name: parameter.grad for name, parameter in quantized.named_parameters()})
+    assert all(
+        gradient.abs().max() > 0 for name, gradient in gradients.items() if name.endswith("weight")
+    )
+    assert_same(
+        gradients, {name: parameter.grad for name, parameter in quantized.named_parameters()}
+    )
     assert_same(snapshot(model), snapshot(quantized))  # BatchNorm statistics
     assert torch.equal(model.eval()(images), quantized.eval()(images))
 
@@ -243,17 +284,25 @@ def test_batch_norm_statistics_move_in_quantized_training_unless_frozen(frozen):
     quantize_modules(model)
     calibrate(model, batches(), "max")
     model.train()
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
     for norm in norms.values():
         norm.train(not frozen)
     before = snapshot(model)
     seen = {}
-    hook = model.bn.register_forward_pre_hook(lambda _, args: seen.update(bn=args[0].detach().clone()))
+    hook = model.bn.register_forward_pre_hook(
+        lambda _, args: seen.update(bn=args[0].detach().clone())
+    )
     model(batches()[1])
     hook.remove()
     after = snapshot(model)
     moved = {key for key in after if not torch.equal(after[key], before[key])}
-    statistics = {f"{name}.{key}" for name in norms for key in ("running_mean", "running_var", "num_batches_tracked")}
+    statistics = {
+        f"{name}.{key}"
+        for name in norms
+        for key in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert moved == (set() if frozen else statistics)
     if not frozen:
         expected = 0.9 * before["bn.running_mean"] + 0.1 * seen["bn"].mean((0, 2, 3))
@@ -282,7 +331,9 @@ def test_audit_lists_every_quantizable_layer():
         assert kind == type(model.get_submodule(name)).__name__
         assert bits == ("float" if skipped else "8")
         assert inputs == ("-" if skipped else "not calibrated")
-        assert weights == ("-" if skipped or name.endswith(("add", "avgpool")) else "not calibrated")
+        assert weights == (
+            "-" if skipped or name.endswith(("add", "avgpool")) else "not calibrated"
+        )
 
 
 def test_audit_shows_granularity_and_calibrated_ranges():
@@ -297,14 +348,18 @@ def test_audit_shows_granularity_and_calibrated_ranges():
             assert (bits, inputs, weights) == ("float", "-", "-")
             continue
         assert inputs.endswith(" per tensor")
-        assert float(inputs.split()[0]) == pytest.approx(float(found[f"{name}.input_quantizer"]), rel=1e-3)
+        assert float(inputs.split()[0]) == pytest.approx(
+            float(found[f"{name}.input_quantizer"]), rel=1e-3
+        )
         if name.endswith(("add", "avgpool")):
             assert weights == "-"
             continue
         amax = found[f"{name}.weight_quantizer"]
         low, high, count = re.fullmatch(r"(\S+)\.\.(\S+) per channel \((\d+)\)", weights).groups()
         assert int(count) == len(amax)
-        assert (float(low), float(high)) == pytest.approx((float(amax.min()), float(amax.max())), rel=1e-2)
+        assert (float(low), float(high)) == pytest.approx(
+            (float(amax.min()), float(amax.max())), rel=1e-2
+        )
 
 
 def test_audit_shows_the_ranges_alone_of_a_layer_with_parts_of_its_own(monkeypatch):
@@ -363,7 +418,9 @@ def test_max_is_the_largest_magnitude_that_the_layer_saw(build):
     quantize_modules(model)
     calibrate(model, iter(images), "max")
     found = ranges(model)
-    assert {name for name in found if name.endswith("input_quantizer")} == {f"{name}.input_quantizer" for name in expected}
+    assert {name for name in found if name.endswith("input_quantizer")} == {
+        f"{name}.input_quantizer" for name in expected
+    }
     for name, values in expected.items():
         assert found[f"{name}.input_quantizer"] == values.max(), name
     check_weight_ranges(model, found)
@@ -429,7 +486,11 @@ def range_of(parts, method):
     model = OneLayer()
     quantize_modules(model)
     parts = [torch.as_tensor(part) for part in parts]
-    calibrate(model, [part.reshape(-1 if part.ndim > 1 else 1, 1, 1, part.shape[-1]) for part in parts], method)
+    calibrate(
+        model,
+        [part.reshape(-1 if part.ndim > 1 else 1, 1, 1, part.shape[-1]) for part in parts],
+        method,
+    )
     return float(model.conv.input_quantizer.amax)
 
 
@@ -438,13 +499,20 @@ def rounding_errors(values):
     found = {}
     for amax in float(np.abs(values).max()) * CANDIDATES.numpy():
         scale = amax / 127
-        found[float(amax)] = ((np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2).sum(1)
+        found[float(amax)] = (
+            (np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2
+        ).sum(1)
     return found
 
 
 def tail(images=24, outlier=1.0, seed=0):
     """(images, 2000) normal values, of which one image's first is an outlier."""
-    values = np.random.default_rng(seed).normal(0, 0.2, (images, 2000)).astype(np.float32).clip(-0.99, 0.99)
+    values = (
+        np.random.default_rng(seed)
+        .normal(0, 0.2, (images, 2000))
+        .astype(np.float32)
+        .clip(-0.99, 0.99)
+    )
     values[-1, 0] = outlier
     return values
 
@@ -477,8 +545,12 @@ def test_noise_of_every_range_is_that_of_brute_force(monkeypatch, method, part):
     values = tail(outlier=5.0) * np.linspace(0.1, 1, 24, dtype=np.float32)[:, None]
     noise = _Noise(torch.tensor(np.abs(values).max()), method)
     for images in np.split(values, [9]):
-        noise.collect(torch.as_tensor(images).reshape(-1, 20, 10, 10).to(memory_format=torch.channels_last))
-    scale = np.abs(values).max() ** 2 if method == "mse" else (values**2).sum(1)  # errors are of shares of the largest value
+        noise.collect(
+            torch.as_tensor(images).reshape(-1, 20, 10, 10).to(memory_format=torch.channels_last)
+        )
+    scale = (
+        np.abs(values).max() ** 2 if method == "mse" else (values**2).sum(1)
+    )  # errors are of shares of the largest value
     expected = [(error / scale).sum() for error in rounding_errors(values).values()]
     assert noise.noise.numpy() == pytest.approx(np.array(expected), rel=0.01)
 
@@ -518,7 +590,9 @@ def test_weights_and_statistics_stay(method):
     before = snapshot(model)
     calibrate(model, batches(1), method)
     assert_same(before, snapshot(model))
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -566,11 +640,16 @@ def test_calibrated_network_quantizes_and_collects_no_more(method):
     before = ranges(model)
     x = 50 * batches(1)[0]
     seen = {}
-    model.conv.input_quantizer.register_forward_hook(lambda _, args, output: seen.update(output=output))
+    model.conv.input_quantizer.register_forward_hook(
+        lambda _, args, output: seen.update(output=output)
+    )
     model(x)
     assert_same(before, ranges(model))
     scale = before["conv.input_quantizer"] / 127
-    assert torch.equal(seen["output"], torch.fake_quantize_per_tensor_affine(x, scale, torch.tensor(0).int(), -128, 127))
+    assert torch.equal(
+        seen["output"],
+        torch.fake_quantize_per_tensor_affine(x, scale, torch.tensor(0).int(), -128, 127),
+    )
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
@@ -624,7 +703,9 @@ def test_values_that_are_not_finite_are_one_line(method, broken, where):
         images[0 if where == "image" else -1][0, 0, 0, 0] = broken
     message = calibration_error(model, images, method)
     assert "finite" in message
-    assert {"weight": "_quantizer", "activation": "layer1.conv1.input_quantizer"}.get(where, "conv.input_quantizer") in message
+    assert {"weight": "_quantizer", "activation": "layer1.conv1.input_quantizer"}.get(
+        where, "conv.input_quantizer"
+    ) in message
     if where.endswith("image"):
         assert "layer" not in message
 
@@ -639,17 +720,24 @@ def test_layer_that_never_ran_is_named(method):
 
 @pytest.mark.parametrize("method", CALIBRATORS)
 def test_no_images_are_one_line(method):
-    assert "calibration of conv.input_quantizer found no finite value" in calibration_error(small(), [], method)
+    assert "calibration of conv.input_quantizer found no finite value" in calibration_error(
+        small(), [], method
+    )
 
 
 def test_ranges_that_are_missing_are_counted_and_the_first_is_named():
     model = small()
     quantize_modules(model)
-    with pytest.raises(UserError, match=r"^17 ranges are not calibrated, the first is conv\.input_quantizer$"):
+    with pytest.raises(
+        UserError, match=r"^17 ranges are not calibrated, the first is conv\.input_quantizer$"
+    ):
         require_calibrated(model)
     calibrate(model, batches(), "max")
     require_calibrated(model)
     model.layer2.conv1.weight_quantizer.amax[1] = torch.nan
-    with pytest.raises(UserError, match=r"^1 ranges are not calibrated, the first is layer2\.conv1\.weight_quantizer$"):
+    with pytest.raises(
+        UserError,
+        match=r"^1 ranges are not calibrated, the first is layer2\.conv1\.weight_quantizer$",
+    ):
         require_calibrated(model)
     require_calibrated(small())  # a float network has none

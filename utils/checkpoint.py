@@ -49,10 +49,16 @@ def load(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except Exception:  # torch's unpickler raises anything on bytes that no checkpoint is made of
-        raise UserError(f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one") from None
+        raise UserError(
+            f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one"
+        ) from None
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return content
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+    if (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(value, Tensor) for value in content.values())
+    ):
         return {"state": content}
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
 
@@ -61,7 +67,9 @@ def load_whole(path: Path) -> dict[str, Any]:
     """As `load`, but raises UserError for a plain state dict, which does not say how to rebuild its network."""
     content = load(path)
     if "model" not in content:
-        raise UserError(f"{path} is a bare state dict: a checkpoint that train.py wrote is needed here")
+        raise UserError(
+            f"{path} is a bare state dict: a checkpoint that train.py wrote is needed here"
+        )
     return content
 
 
@@ -80,7 +88,9 @@ def latest(path: Path) -> Path:
     return there[max(there)]
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_ranges: bool = False) -> str:
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], allow_missing_ranges: bool = False
+) -> str:
     """Load `state` so that every float weight lands exactly once; returns one line that accounts for all of it.
 
     Args:
@@ -96,11 +106,15 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], allow_missing_range
     problems = {
         "missing": sorted(missing - ranges if allow_missing_ranges else missing),
         "unexpected": sorted(state.keys() - own.keys()),
-        "misshapen": sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape),
+        "misshapen": sorted(
+            key for key in own.keys() & state.keys() if own[key].shape != state[key].shape
+        ),
         "not finite": sorted(key for key, value in state.items() if not value.isfinite().all()),
     }
     if any(problems.values()):
-        listed = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
+        listed = "; ".join(
+            f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys
+        )
         hint = ""
         if not allow_missing_ranges and missing and missing <= ranges:
             hint = " (a float checkpoint for a quantized model: add --partial_ckpt)"

@@ -75,7 +75,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process's ends with it
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}: wait for it, or name another folder") from None
+            raise UserError(
+                f"another process is at work in {folder}: wait for it, or name another folder"
+            ) from None
         yield
     finally:
         os.close(handle)

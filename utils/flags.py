@@ -23,7 +23,12 @@ QUANTIZATION = ("quant_layers", "skip_layers", "calibrator", "calib_images")
 def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
     """Model, data and quantization flags. What a checkpoint knows has no default here: `agreed` decides."""
     add = parser.add_argument
-    add("--m", "--model", dest="model", help="network, such as resnet18 (a checkpoint knows its own)")
+    add(
+        "--m",
+        "--model",
+        dest="model",
+        help="network, such as resnet18 (a checkpoint knows its own)",
+    )
     add(
         "--stem",
         choices=("auto", "imagenet", "cifar"),
@@ -31,19 +36,55 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
         help="first layers: ImageNet's 7x7 stride 2 + pool, or CIFAR's 3x3; auto: imagenet with --pretrain, else cifar",
     )
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
-    add("--data_dir", type=Path, default=Path("data"), help="where the images are (default: %(default)s)")
-    add("--img_size", type=int, help="width that images of --dataset folder are resized to (default: 32)")
+    add(
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        help="where the images are (default: %(default)s)",
+    )
+    add(
+        "--img_size",
+        type=int,
+        help="width that images of --dataset folder are resized to (default: 32)",
+    )
     add("--load_ckpt", type=Path, help="checkpoint to start from")
-    add("--quantize", action="store_true", help="quantize the selected layers (infer.py: whatever the checkpoint holds)")
-    add("--quant_layers", nargs="+", metavar="GLOB", help="layers to quantize, by name (default: '*')")
+    add(
+        "--quantize",
+        action="store_true",
+        help="quantize the selected layers (infer.py: whatever the checkpoint holds)",
+    )
+    add(
+        "--quant_layers",
+        nargs="+",
+        metavar="GLOB",
+        help="layers to quantize, by name (default: '*')",
+    )
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
-    add("--calibrator", choices=CALIBRATORS, help=f"how activation ranges are found (default: {CALIBRATORS[0]})")
-    add("--calib_images", type=int, metavar="N", help="train images to calibrate with (default: 1024)")
-    add("--FP32", action="store_true", help="FP32 by the back end too, not only by PyTorch (none of the four: every precision)")
+    add(
+        "--calibrator",
+        choices=CALIBRATORS,
+        help=f"how activation ranges are found (default: {CALIBRATORS[0]})",
+    )
+    add(
+        "--calib_images",
+        type=int,
+        metavar="N",
+        help="train images to calibrate with (default: 1024)",
+    )
+    add(
+        "--FP32",
+        action="store_true",
+        help="FP32 by the back end too, not only by PyTorch (none of the four: every precision)",
+    )
     add("--FP16", action="store_true", help="FP16")
     add("--INT8PTC", action="store_true", help="INT8 by calibration alone")
     add("--INT8QAT", action="store_true", help="INT8 from a quantization-aware checkpoint")
-    add("--ptc_mode", choices=("explicit", "implicit"), default="explicit", help="implicit: also TensorRT's own calibration")
+    add(
+        "--ptc_mode",
+        choices=("explicit", "implicit"),
+        default="explicit",
+        help="implicit: also TensorRT's own calibration",
+    )
     add(
         "--backend",
         choices=("auto", "tensorrt", "onnxruntime"),
@@ -54,7 +95,11 @@ def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> No
 
 def named_precisions(args: argparse.Namespace) -> list[str]:
     """Those of `PRECISIONS` whose flags are given."""
-    return [precision for precision, flag in PRECISIONS.items() if getattr(args, flag.removeprefix("--"))]
+    return [
+        precision
+        for precision, flag in PRECISIONS.items()
+        if getattr(args, flag.removeprefix("--"))
+    ]
 
 
 def handed_on(args: argparse.Namespace) -> list[str]:
@@ -74,14 +119,18 @@ def agreed(flag: str, given: T | None, known: T | None, default: T | None = None
         UserError: the command line contradicts the checkpoint, or nobody knows.
     """
     if given is not None and known is not None and given != known:
-        raise UserError(f"{flag} {given} contradicts the checkpoint, which says {known}; drop the flag or change the file")
+        raise UserError(
+            f"{flag} {given} contradicts the checkpoint, which says {known}; drop the flag or change the file"
+        )
     for value in (given, known, default):
         if value is not None:
             return value
     raise UserError(f"{flag} is needed here")
 
 
-def agreed_network(args: argparse.Namespace, name: str | None, stem: str | None, default: str | None = None) -> tuple[str, str]:
+def agreed_network(
+    args: argparse.Namespace, name: str | None, stem: str | None, default: str | None = None
+) -> tuple[str, str]:
     """Name and stem of the network, as `agreed` with what the checkpoint knows; --stem auto gives none."""
     given = None if args.stem == "auto" else args.stem
     return agreed("--m", args.model, name), agreed("--stem", given, stem, default)

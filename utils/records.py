@@ -71,8 +71,15 @@ def make_row(
 
 def environment() -> dict[str, str | None]:
     """Hardware and versions. A package that this process did not load has version None."""
-    names = {"torch": ("torch",), "tensorrt": ("tensorrt", "tensorrt_rtx_bindings"), "onnxruntime": ("onnxruntime",)}
-    loaded = {package: next((sys.modules[n] for n in modules if n in sys.modules), None) for package, modules in names.items()}
+    names = {
+        "torch": ("torch",),
+        "tensorrt": ("tensorrt", "tensorrt_rtx_bindings"),
+        "onnxruntime": ("onnxruntime",),
+    }
+    loaded = {
+        package: next((sys.modules[n] for n in modules if n in sys.modules), None)
+        for package, modules in names.items()
+    }
     versions = {package: getattr(module, "__version__", None) for package, module in loaded.items()}
     return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
 
@@ -85,7 +92,9 @@ def _gpu_name() -> str | None:
     return cuda.Context.get_device().name() if cuda is not None else None
 
 
-def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple[dict[str, str | None], list[Row]]:
+def merge_environment(
+    exported: dict[str, str | None], rows: list[Row]
+) -> tuple[dict[str, str | None], list[Row]]:
     """This machine's environment with the export's torch, and the export's rows.
 
     If the export was made on other hardware, its latencies must not stand beside this machine's: they become None.
@@ -94,7 +103,12 @@ def merge_environment(exported: dict[str, str | None], rows: list[Row]) -> tuple
     here["torch"] = here["torch"] or exported["torch"]
     if any(here[key] != exported[key] for key in ("gpu", "cpu")):
         keep = ("backend", "precision", "accuracy_pct", "delta_pct", "agreement_pct")
-        rows = list({(row["backend"], row["precision"]): make_row(**{key: row[key] for key in keep}) for row in rows}.values())
+        rows = list(
+            {
+                (row["backend"], row["precision"]): make_row(**{key: row[key] for key in keep})
+                for row in rows
+            }.values()
+        )
     return here, rows
 
 
@@ -106,7 +120,16 @@ def _cpu_name() -> str:
 
 def commit() -> str | None:
     """The project's git commit, with "-dirty" if files differ from it; outside a checkout what $GIT_COMMIT says, or None."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -134,7 +157,10 @@ def read(path: Path) -> Record:
 def cells_of(rows: list[Row]) -> list[list[str]]:
     """Rows as cells of a table with the titles on top; the first two columns are names, the others numbers."""
     flat = [{**row, **row["latency_ms"]} for row in rows]
-    lines = [["-" if row[key] is None else format(row[key], spec) for key, (_, spec) in COLUMNS.items()] for row in flat]
+    lines = [
+        ["-" if row[key] is None else format(row[key], spec) for key, (_, spec) in COLUMNS.items()]
+        for row in flat
+    ]
     return [[title for title, _ in COLUMNS.values()], *lines]
 
 
@@ -172,16 +198,24 @@ def axes_of(path: Path, **options: Any) -> Iterator[Axes]:
 
 def plot(path: Path, record: Record) -> None:
     """Accuracy against throughput, one point for each row that has both, as PNG."""
-    rows = [row for row in record["rows"] if row["throughput_img_s"] and row["accuracy_pct"] is not None]
+    rows = [
+        row for row in record["rows"] if row["throughput_img_s"] and row["accuracy_pct"] is not None
+    ]
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
     networks = dict.fromkeys((row["backend"], row["precision"]) for row in rows)
-    markers = dict(zip(sorted({row["batch_size"] for row in rows}), cycle("os^Dv<>Pp*hXd8H"), strict=False))
-    colours = {network: f"C{index}" for index, network in enumerate(networks)}  # matplotlib goes round its ten colours
+    markers = dict(
+        zip(sorted({row["batch_size"] for row in rows}), cycle("os^Dv<>Pp*hXd8H"), strict=False)
+    )
+    colours = {
+        network: f"C{index}" for index, network in enumerate(networks)
+    }  # matplotlib goes round its ten colours
     with axes_of(path, dpi=120) as axes:
         for row in rows:
             colour, marker = colours[row["backend"], row["precision"]], markers[row["batch_size"]]
-            axes.scatter(row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=marker, s=60)
+            axes.scatter(
+                row["throughput_img_s"], row["accuracy_pct"], color=colour, marker=marker, s=60
+            )
         for (backend, precision), colour in colours.items():
             axes.scatter([], [], color=colour, label=f"{backend} {precision}")
         for batch_size, marker in markers.items():

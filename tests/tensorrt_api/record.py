@@ -30,13 +30,21 @@ def public(thing: object) -> list[str]:
 
 def record(module_name: str, source: str | None = None) -> dict:
     module = importlib.import_module(module_name)
-    enums = {name: getattr(module, name).__members__ for name in ENUMS.split() if hasattr(module, name)}
+    enums = {
+        name: getattr(module, name).__members__ for name in ENUMS.split() if hasattr(module, name)
+    }
     return {
         "version": module.__version__,
-        "source": source or f"dir() of {module_name} under Python {platform.python_version()} on {platform.system()}",
+        "source": source
+        or f"dir() of {module_name} under Python {platform.python_version()} on {platform.system()}",
         "module": public(module),
-        "classes": {name: public(getattr(module, name)) for name in CLASSES.split() if hasattr(module, name)},
-        "enums": {name: {key: int(member.value) for key, member in members.items()} for name, members in enums.items()},
+        "classes": {
+            name: public(getattr(module, name)) for name in CLASSES.split() if hasattr(module, name)
+        },
+        "enums": {
+            name: {key: int(member.value) for key, member in members.items()}
+            for name, members in enums.items()
+        },
     }
 
 

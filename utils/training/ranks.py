@@ -60,7 +60,9 @@ def average(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, all in one message."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
+    for tensor, mean in zip(
+        tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True
+    ):
         tensor.copy_(mean.reshape(tensor.shape))
 
 
@@ -87,9 +89,13 @@ class RankedBatchNorm2d(nn.BatchNorm2d):
         x32, ranks = x.float(), dist.get_world_size()
         own = torch.stack(torch.var_mean(x32, (0, 2, 3), correction=0))  # (2, C)
         before = dist.get_rank()
-        variances, means = all_reduce(F.pad(own[None], (0, 0, 0, 0, before, ranks - 1 - before))).unbind(1)  # (ranks, C)
+        variances, means = all_reduce(
+            F.pad(own[None], (0, 0, 0, 0, before, ranks - 1 - before))
+        ).unbind(1)  # (ranks, C)
         mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)  # the square's mean less the mean's square could be negative
+        variance = (variances + (means - mean).square()).mean(
+            0
+        )  # the square's mean less the mean's square could be negative
         with torch.no_grad():
             count = x.numel() // len(mean) * ranks
             self.num_batches_tracked += 1

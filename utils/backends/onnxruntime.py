@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from utils.backends.network import Network
 from utils.errors import UserError
-from utils.measure import Network
 
 
 class OnnxRuntimeNetwork(Network):
@@ -31,9 +31,13 @@ class OnnxRuntimeNetwork(Network):
         # dequantize the weights in every call. Taken literally instead, Q/DQ nodes round and the rest is fast float.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; export it again") from None
+            raise UserError(
+                f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; export it again"
+            ) from None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._session.get_inputs()[0].name: images})[0]

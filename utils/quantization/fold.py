@@ -26,16 +26,29 @@ def conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
     modules = dict(model.named_modules())
     nodes = list(_Tracer().trace(model).nodes)
     calls = Counter(node.target for node in nodes if node.op == "call_module")
-    read = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}  # their parameters serve others too
+    read = {
+        node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"
+    }  # their parameters serve others too
     pairs = []
     for bn in nodes:
         source = next(iter(bn.all_input_nodes), None)
-        if bn.op != "call_module" or source is None or source.op != "call_module" or len(source.users) > 1:
+        if (
+            bn.op != "call_module"
+            or source is None
+            or source.op != "call_module"
+            or len(source.users) > 1
+        ):
             continue
         conv_type, norm = type(modules[source.target]), modules[bn.target]
-        if conv_type not in (nn.Conv2d, QuantConv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None:
+        if (
+            conv_type not in (nn.Conv2d, QuantConv2d)
+            or not isinstance(norm, nn.BatchNorm2d)
+            or norm.running_var is None
+        ):
             continue
-        if calls[source.target] == calls[bn.target] == 1 and read.isdisjoint((source.target, bn.target)):
+        if calls[source.target] == calls[bn.target] == 1 and read.isdisjoint(
+            (source.target, bn.target)
+        ):
             pairs.append((source.target, bn.target))
     return pairs
 
@@ -81,12 +94,20 @@ class PointwiseLinear(QuantConv2d):
     def from_linear(cls, linear: QuantLinear) -> PointwiseLinear:
         """Take over parameters and quantizers of `linear`; the weight (out, in) becomes (out, in, 1, 1)."""
         conv = cls(linear.in_features, linear.out_features, 1)
-        conv.weight, conv.bias = nn.Parameter(linear.weight[:, :, None, None], requires_grad=False), linear.bias
-        conv.input_quantizer, conv.weight_quantizer = linear.input_quantizer, linear.weight_quantizer
+        conv.weight, conv.bias = (
+            nn.Parameter(linear.weight[:, :, None, None], requires_grad=False),
+            linear.bias,
+        )
+        conv.input_quantizer, conv.weight_quantizer = (
+            linear.input_quantizer,
+            linear.weight_quantizer,
+        )
         return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, :, None, None]).flatten(1)  # (N, in) -> (N, in, 1, 1) -> (N, out)
+        return (
+            super().forward(x[:, :, None, None]).flatten(1)
+        )  # (N, in) -> (N, in, 1, 1) -> (N, out)
 
 
 def to_inference(model: nn.Module) -> nn.Module:

@@ -16,10 +16,17 @@ from utils.errors import UserError
 
 PERCENTILE = 99.99
 BINS = 2048
-ENTROPY_STRIDE = 32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
+ENTROPY_STRIDE = (
+    32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
+)
 CANDIDATES = 2 ** torch.linspace(-10, 0, 61)  # ranges to try, as shares of the largest magnitude
-OCTAVES, OCTAVE = 20, 128  # octaves below the largest magnitude, of less all candidates make 0; bins in each
-FIRST = (127 - OCTAVES) * OCTAVE  # the upper 16 bits of 2 ** -OCTAVES in float32: its exponent and 7 bits of its mantissa
+OCTAVES, OCTAVE = (
+    20,
+    128,
+)  # octaves below the largest magnitude, of less all candidates make 0; bins in each
+FIRST = (
+    127 - OCTAVES
+) * OCTAVE  # the upper 16 bits of 2 ** -OCTAVES in float32: its exponent and 7 bits of its mantissa
 PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
 
 
@@ -41,8 +48,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
         UserError: an activation was not finite or never computed.
     """
     batches = list(batches)
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
-    activations = {name: quantizer for name, quantizer in quantizers.items() if quantizer.axis is None}
+    quantizers = {
+        name: module for name, module in model.named_modules() if isinstance(module, Quantizer)
+    }
+    activations = {
+        name: quantizer for name, quantizer in quantizers.items() if quantizer.axis is None
+    }
     for quantizer in quantizers.values():
         quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
         quantizer.disable_quant()
@@ -53,12 +64,18 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
     largest = {name: quantizer._calibrator.compute_amax() for name, quantizer in quantizers.items()}
     for name, amax in largest.items():
         if amax is None or not torch.isfinite(amax).all():
-            raise UserError(f"calibration of {name} found no finite value: the model's weights or the images are broken")
+            raise UserError(
+                f"calibration of {name} found no finite value: the model's weights or the images are broken"
+            )
     if method != "max":
         for name, quantizer in activations.items():
-            quantizer._calibrator = (_Noise if method in ("sqnr", "mse") else _Histogram)(largest[name], method)
+            quantizer._calibrator = (_Noise if method in ("sqnr", "mse") else _Histogram)(
+                largest[name], method
+            )
         _collect(model, batches, activations.values())
-    for quantizer in tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False):
+    for quantizer in tqdm(
+        quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False
+    ):
         quantizer.set_range(quantizer._calibrator.compute_amax())
         quantizer.enable_quant()
         quantizer._calibrator = None
@@ -94,10 +111,14 @@ class _Histogram:
 
     def compute_amax(self) -> Tensor:
         """The range; 0 if all values are."""
-        return self.largest.new_tensor(_library_amax(self.counts.cpu().numpy().tobytes(), float(self.largest), self.method))
+        return self.largest.new_tensor(
+            _library_amax(self.counts.cpu().numpy().tobytes(), float(self.largest), self.method)
+        )
 
 
-@functools.lru_cache(maxsize=8)  # a block's first convolution, its downsampling and its addition see the same values
+@functools.lru_cache(
+    maxsize=8
+)  # a block's first convolution, its downsampling and its addition see the same values
 def _library_amax(counts: bytes, largest: float, method: str) -> float:
     if largest == 0:
         return 0.0
@@ -112,8 +133,12 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
 @functools.lru_cache(maxsize=1)
 def _bin_errors(device: torch.device) -> tuple[Tensor, Tensor]:
     """Squared rounding error by each candidate (candidates, bins), and square (bins,), of values spread evenly in each bin."""
-    edges = (torch.arange(FIRST, FIRST + OCTAVES * OCTAVE + 1, dtype=torch.int32, device=device) << 16).view(torch.float32)
-    values = edges[:-1] + edges.diff() * (torch.arange(8, device=device)[:, None] + 0.5) / 8  # (8, bins)
+    edges = (
+        torch.arange(FIRST, FIRST + OCTAVES * OCTAVE + 1, dtype=torch.int32, device=device) << 16
+    ).view(torch.float32)
+    values = (
+        edges[:-1] + edges.diff() * (torch.arange(8, device=device)[:, None] + 0.5) / 8
+    )  # (8, bins)
     steps = CANDIDATES.to(device)[:, None, None] / CODE_MAX
     errors = ((values / steps).round().clamp_max(CODE_MAX) * steps - values).square()
     return errors.mean(1), values.square().mean(0)
@@ -134,9 +159,15 @@ class _Noise:
         x = x.flatten(1)
         for images in x.split(max(1, PART // x.shape[1])):
             share = images.abs().float() / self.largest.clamp_min(1e-30)
-            bins = ((share.view(torch.int32) >> 16) - FIRST + 1).clamp_(0, OCTAVES * OCTAVE)  # bin 0: zeros
-            image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (OCTAVES * OCTAVE + 1)
-            counts = torch.bincount((bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1))
+            bins = ((share.view(torch.int32) >> 16) - FIRST + 1).clamp_(
+                0, OCTAVES * OCTAVE
+            )  # bin 0: zeros
+            image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (
+                OCTAVES * OCTAVE + 1
+            )
+            counts = torch.bincount(
+                (bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1)
+            )
             counts = counts.view(len(images), -1)[:, 1:].float()
             noise = errors @ counts.T  # (candidates, images)
             if self.relative:
@@ -149,6 +180,10 @@ class _Noise:
 
 def require_calibrated(model: nn.Module) -> None:
     """Raises UserError if a range of `model` was never set."""
-    missing = [name for name, module in model.named_modules() if isinstance(module, Quantizer) and not module.calibrated]
+    missing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Quantizer) and not module.calibrated
+    ]
     if missing:
         raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")

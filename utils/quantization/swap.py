@@ -24,7 +24,9 @@ def is_quantized(module: nn.Module) -> bool:
     return type(module) in QUANTIZED_FORM.values()
 
 
-def select(names: Sequence[str], quant_layers: Sequence[str], skip_layers: Sequence[str]) -> list[str]:
+def select(
+    names: Sequence[str], quant_layers: Sequence[str], skip_layers: Sequence[str]
+) -> list[str]:
     """The names that match a glob pattern of `quant_layers` and none of `skip_layers`; `*` crosses dots.
 
     Raises:
@@ -32,25 +34,35 @@ def select(names: Sequence[str], quant_layers: Sequence[str], skip_layers: Seque
     """
     for pattern in (*quant_layers, *skip_layers):
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"layer pattern {pattern!r} matches no quantizable layer; near it: {_near(pattern, names)}")
+            raise UserError(
+                f"layer pattern {pattern!r} matches no quantizable layer; near it: {_near(pattern, names)}"
+            )
 
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return [name for name in names if matches(name, quant_layers) and not matches(name, skip_layers)]
+    return [
+        name for name in names if matches(name, quant_layers) and not matches(name, skip_layers)
+    ]
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
     """Up to four names, or patterns for whole parts of the model, spelt like `pattern`."""
-    parts = {".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)}
+    parts = {
+        ".".join(name.split(".")[:depth]) + ".*"
+        for name in names
+        for depth in range(1, name.count(".") + 1)
+    }
     near = difflib.get_close_matches(pattern, [*sorted(parts), *names], n=4, cutoff=0.4)
     return ", ".join(near or names[:4])
 
 
-def quantize_modules(model: nn.Module, quant_layers: Sequence[str] = ("*",), skip_layers: Sequence[str] = ()) -> list[str]:
+def quantize_modules(
+    model: nn.Module, quant_layers: Sequence[str] = ("*",), skip_layers: Sequence[str] = ()
+) -> list[str]:
     """Replace the selected modules of `model` in place by their training forms; returns their names.
 
-    The parameters stay the same objects under the same names; the new forms only add ranges, which `utils.calibrate` or
+    The parameters stay the same objects under the same names; the new forms only add ranges, which `utils.quantization.calibrate` or
     a quantized checkpoint must fill before the model is used.
 
     Raises:
@@ -73,7 +85,10 @@ def audit(model: nn.Module) -> str:
         if not is_quantized(module):
             rows.append((name, kind, "float", "-", "-"))
             continue
-        ranges = [*(_range(child) for child in module.children() if isinstance(child, Quantizer)), "-"][:2]  # one or two
+        ranges = [
+            *(_range(child) for child in module.children() if isinstance(child, Quantizer)),
+            "-",
+        ][:2]  # one or two
         rows.append((name, kind, str(module.input_quantizer.num_bits), *ranges))
     quantized = sum(row[2] != "float" for row in rows[1:])
     return f"{text_table(rows, names=len(rows[0]))}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"

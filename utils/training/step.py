@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import distributed
-from utils.torch_network import full_precision
+from utils.backends.pytorch import full_precision
+from utils.training import ranks as distributed
 
 WARM_UP = 0.05  # of all steps
 EAGER_STEPS = 3  # before a CUDA graph is recorded: they tune cuDNN, compile, and allocate the optimizer's state
@@ -68,7 +68,10 @@ class Step:
             self._run(images, labels)
             return
         if self.steps == 1:
-            self.images, self.labels = torch.empty_like(images, memory_format=torch.channels_last), torch.empty_like(labels)
+            self.images, self.labels = (
+                torch.empty_like(images, memory_format=torch.channels_last),
+                torch.empty_like(labels),
+            )
         self.images.copy_(images)
         self.labels.copy_(labels)
         if self.steps <= EAGER_STEPS:
@@ -138,8 +141,12 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     """Mean cross-entropy and accuracy in percent, in evaluation mode, over batches of images (B, 3, H, W) and labels (B,)."""
     model.eval()
     with full_precision():
-        logits, labels = map(torch.cat, zip(*((model(images), labels) for images, labels in batches), strict=True))
-    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
+        logits, labels = map(
+            torch.cat, zip(*((model(images), labels) for images, labels in batches), strict=True)
+        )
+    return F.cross_entropy(logits, labels).item(), 100 * (
+        logits.argmax(1) == labels
+    ).double().mean().item()
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -19,10 +19,19 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     """
     fused = next(model.parameters()).is_cuda
     if name == "muon":
-        kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None and m.groups == 1]
+        kernels = [
+            m.weight
+            for m in model.modules()
+            if isinstance(m, nn.Conv2d) and m.bias is None and m.groups == 1
+        ]
         chosen = {id(kernel) for kernel in kernels}
         rest = [p for p in model.parameters() if id(p) not in chosen]
-        return Muon([{"params": kernels, "scale": 1.0}, {"params": rest, "scale": REST, "orthogonal": False}])
+        return Muon(
+            [
+                {"params": kernels, "scale": 1.0},
+                {"params": rest, "scale": REST, "orthogonal": False},
+            ]
+        )
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -34,9 +43,14 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict, but for how the optimizer runs: that is for this device to say, not for the one it was saved on."""
-    own = [{key: group[key] for key in ("fused", "capturable") if key in group} for group in optimizer.param_groups]
+    own = [
+        {key: group[key] for key in ("fused", "capturable") if key in group}
+        for group in optimizer.param_groups
+    ]
     groups = [{**group, **kept} for group, kept in zip(state["param_groups"], own, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})  # which says where a count of steps is to be
+    optimizer.load_state_dict(
+        {**state, "param_groups": groups}
+    )  # which says where a count of steps is to be
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,12 +73,17 @@ class Muon(torch.optim.Optimizer):
             for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers, gradients = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
+            buffers, gradients = (
+                [self.state[p]["momentum_buffer"] for p in parameters],
+                [p.grad for p in parameters],
+            )
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
             updates = torch._foreach_add(gradients, torch._foreach_mul(buffers, group["momentum"]))
             if group["orthogonal"]:
-                torch._foreach_mul_(parameters, [len(p) ** 0.5 / p.norm().clamp_min(1e-7) for p in parameters])
+                torch._foreach_mul_(
+                    parameters, [len(p) ** 0.5 / p.norm().clamp_min(1e-7) for p in parameters]
+                )
                 updates = orthogonalised(updates)
             torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"]))
 
@@ -76,20 +95,28 @@ def orthogonalised(kernels: list[Tensor], iterations: int = 5) -> list[Tensor]:
     equally many rows go through it together, the shorter ones filled up with zeros, which it keeps.
     """
     matrices = [kernel.reshape(len(kernel), -1).bfloat16() for kernel in kernels]
-    matrices = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]  # none is taller than wide
+    matrices = [
+        matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices
+    ]  # none is taller than wide
     by_rows: dict[int, list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_rows.setdefault(len(matrix), []).append(index)
     result = list(kernels)
     for indices in by_rows.values():
         width = max(matrices[i].shape[1] for i in indices)
-        x = torch.stack([F.pad(matrices[i], (0, width - matrices[i].shape[1])) for i in indices])  # (n, rows, width)
+        x = torch.stack(
+            [F.pad(matrices[i], (0, width - matrices[i].shape[1])) for i in indices]
+        )  # (n, rows, width)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(iterations):
             gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+            x = torch.baddbmm(
+                x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+            )
         for i, matrix in zip(indices, x, strict=True):
             matrix = matrix[:, : matrices[i].shape[1]]
             tall = kernels[i][0].numel() < len(kernels[i])
-            result[i] = (matrix.mT if tall else matrix).to(kernels[i].dtype).reshape(kernels[i].shape)
+            result[i] = (
+                (matrix.mT if tall else matrix).to(kernels[i].dtype).reshape(kernels[i].shape)
+            )
     return result

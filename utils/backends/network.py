@@ -61,7 +61,12 @@ def predict(network: Network, images: np.ndarray, batch_size: int, what: str = "
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     logits = network.stream(batches)
     total = -(-len(images) // batch_size)
-    return np.concatenate([part.argmax(1) for part in tqdm(logits, what, total, False, unit="batch", disable=not what)])
+    return np.concatenate(
+        [
+            part.argmax(1)
+            for part in tqdm(logits, what, total, False, unit="batch", disable=not what)
+        ]
+    )
 
 
 def end_to_end_img_s(network: Network, images: np.ndarray, batch_size: int) -> float:

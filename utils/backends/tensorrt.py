@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from utils.backends.network import BURST, Network, repeated_ms
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.measure import BURST, Network, repeated_ms
 
 INPUT, OUTPUT = "images", "logits"
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -65,11 +65,15 @@ def load_tensorrt() -> ModuleType:
     """
     name = next((name for name in MODULES if importlib.util.find_spec(name)), None)
     if name is None:
-        raise UserError("the Python package tensorrt is missing (on a GPU machine: pip install -r requirements-gpu.txt)")
+        raise UserError(
+            "the Python package tensorrt is missing (on a GPU machine: pip install -r requirements-gpu.txt)"
+        )
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be loaded ({error}); it wants an NVIDIA driver and its own libraries") from None
+        raise UserError(
+            f"{name} cannot be loaded ({error}); it wants an NVIDIA driver and its own libraries"
+        ) from None
 
 
 def load_cuda(trt: ModuleType) -> ModuleType:
@@ -82,16 +86,24 @@ def load_cuda(trt: ModuleType) -> ModuleType:
         cuda = importlib.import_module("pycuda.driver")
         importlib.import_module("pycuda.autoprimaryctx")
     except ModuleNotFoundError:
-        raise UserError("the Python package pycuda is missing (pip install -r requirements-gpu.txt)") from None
+        raise UserError(
+            "the Python package pycuda is missing (pip install -r requirements-gpu.txt)"
+        ) from None
     except ImportError as error:
         raise UserError(
             f"there is no NVIDIA driver here ({error}); run on a GPU machine or use --backend onnxruntime"
         ) from None
-    except Exception as error:  # pycuda's errors share no base class that can be named without importing it
-        raise UserError(f"there is no usable NVIDIA GPU here ({error}); use --backend onnxruntime") from None
+    except (
+        Exception
+    ) as error:  # pycuda's errors share no base class that can be named without importing it
+        raise UserError(
+            f"there is no usable NVIDIA GPU here ({error}); use --backend onnxruntime"
+        ) from None
     device = cuda.Context.get_device()
     major, minor = device.compute_capability()
-    rtx = trt.__name__.startswith("tensorrt_rtx")  # its engines do not run on Turing, 7.5, unless they are for that alone
+    rtx = trt.__name__.startswith(
+        "tensorrt_rtx"
+    )  # its engines do not run on Turing, 7.5, unless they are for that alone
     if rtx and (major < 8 or f"SM{major}{minor}" not in trt.ComputeCapability.__members__):
         raise UserError(
             f"TensorRT-RTX {trt.__version__} does not run on {device.name()} (compute capability {major}.{minor}); "
@@ -108,13 +120,18 @@ def require_gpu() -> tuple[ModuleType, ModuleType]:
 
 def strongly_typed(trt: ModuleType, precision: str) -> bool:
     """Whether the graph's types are the engine's. Implicit calibration leaves them to the builder."""
-    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and precision != "INT8-PTC-IMPLICIT"
+    return (
+        hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        and precision != "INT8-PTC-IMPLICIT"
+    )
 
 
 def graph_name(trt: ModuleType, options: EngineOptions) -> str:
     """Which exported graph an engine is built from: `<precision>.onnx`, `<precision>_fp16.onnx` for an FP16 remainder."""
     typed = strongly_typed(trt, options.precision)
-    if options.precision in ("FP32", "INT8-PTC-IMPLICIT") or (options.precision == "FP16" and not typed):
+    if options.precision in ("FP32", "INT8-PTC-IMPLICIT") or (
+        options.precision == "FP16" and not typed
+    ):
         return "fp32.onnx"
     suffix = "_fp16" if typed and options.precision in INT8 and options.remainder == "fp16" else ""
     return f"{options.precision.lower().replace('-', '_')}{suffix}.onnx"
@@ -206,43 +223,66 @@ def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any,
 
 def _node(error: Any) -> str:
     """Which node a parser error is about, where the version tells."""
-    said = f"{error.node_operator()} {error.node_name()}".strip() if hasattr(error, "node_operator") else ""
+    said = (
+        f"{error.node_operator()} {error.node_name()}".strip()
+        if hasattr(error, "node_operator")
+        else ""
+    )
     return f"{said}: " if said else ""
 
 
-def configure(trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None) -> Any:
+def configure(
+    trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None
+) -> Any:
     """Builder configuration: precisions, one optimization profile for each batch size, memory limit."""
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = options.level
-    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # else 8.6 runs only one batch size in each profile
+    if hasattr(
+        trt.PreviewFeature, "PROFILE_SHARING_0806"
+    ):  # else 8.6 runs only one batch size in each profile
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # or RTX may allocate while a CUDA graph is recorded
+    if hasattr(
+        trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+    ):  # or RTX may allocate while a CUDA graph is recorded
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    sources = [getattr(trt.TacticSource, name) for name in OWN_KERNELS if hasattr(trt.TacticSource, name)]
+    sources = [
+        getattr(trt.TacticSource, name) for name in OWN_KERNELS if hasattr(trt.TacticSource, name)
+    ]
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
     if not strongly_typed(trt, options.precision):
         if options.precision in INT8:
             config.set_flag(trt.BuilderFlag.INT8)
-        if options.precision == "FP16" or (options.precision in INT8 and options.remainder == "fp16"):
+        if options.precision == "FP16" or (
+            options.precision in INT8 and options.remainder == "fp16"
+        ):
             config.set_flag(trt.BuilderFlag.FP16)
 
     def profile(least: int, most: int) -> Any:
         images, profile = network.get_input(0), builder.create_optimization_profile()
-        profile.set_shape(images.name, *((size, *tuple(images.shape)[1:]) for size in (least, most, most)))
+        profile.set_shape(
+            images.name, *((size, *tuple(images.shape)[1:]) for size in (least, most, most))
+        )
         return profile
 
     for batch_size in options.batch_sizes:
         config.add_optimization_profile(profile(1, batch_size))
     if calibrator is not None:
         config.int8_calibrator = calibrator
-        config.set_calibration_profile(profile(calibrator.get_batch_size(), calibrator.get_batch_size()))
+        config.set_calibration_profile(
+            profile(calibrator.get_batch_size(), calibrator.get_batch_size())
+        )
     return config
 
 
 def build_plan(
-    trt: ModuleType, graph: bytes, options: EngineOptions, timing: Store, what: str, calibrator: Any = None
+    trt: ModuleType,
+    graph: bytes,
+    options: EngineOptions,
+    timing: Store,
+    what: str,
+    calibrator: Any = None,
 ) -> bytes:
     """A serialized engine, built under a clock.
 
@@ -255,7 +295,9 @@ def build_plan(
     config.set_timing_cache(config.create_timing_cache(timing.read() or b""), False)
     done = threading.Event()
     with tqdm(desc=f"build {what}", bar_format="{desc} {elapsed}", leave=False) as bar:
-        clock = threading.Thread(target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(0.5), True)], daemon=True)
+        clock = threading.Thread(
+            target=lambda: [bar.refresh() for _ in iter(lambda: done.wait(0.5), True)], daemon=True
+        )
         clock.start()
         try:
             plan = builder.build_serialized_network(network, config)
@@ -294,8 +336,13 @@ def cached_plan(
     platform = [trt.__name__, trt.__version__, device.name(), list(device.compute_capability())]
     implicit = options.precision == "INT8-PTC-IMPLICIT"
     if implicit and not hasattr(trt, "IInt8EntropyCalibrator2"):
-        raise UserError(f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; use explicit")
-    source = [hashlib.sha256(content).hexdigest() for content in (graph, calibration.tobytes() if implicit else b"")]
+        raise UserError(
+            f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; use explicit"
+        )
+    source = [
+        hashlib.sha256(content).hexdigest()
+        for content in (graph, calibration.tobytes() if implicit else b"")
+    ]
     store = Store(folder, f"{options.precision.lower()}.engine", source, platform, asdict(options))
     plan = store.read()
     if plan is None:
@@ -331,14 +378,18 @@ def parse_layer(told: str | None) -> Layer:
     except ValueError:
         return Layer("(TensorRT tells nothing of this layer)", "-", "-", "-")
     if isinstance(layer, str):
-        raise UserError("the engine was built without layer information; delete it and build it again")
+        raise UserError(
+            "the engine was built without layer information; delete it and build it again"
+        )
     tensors = (*layer.get("Inputs", [])[:1], layer.get("Weights") or {})
     types = " ".join(str(v) for tensor in tensors for k, v in tensor.items() if "type" in k.lower())
     found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", types.lower())
     precision = {"half": "fp16", "float": "fp32"}.get(found[0], found[0]) if found else "-"
     tactic = layer.get("TacticName") or layer.get("TacticValue") or "-"
     name = printable(f"{layer['Name']} {layer.get('Metadata', '')}")
-    return Layer(name, layer.get("ParameterType") or layer.get("LayerType", "-"), precision.upper(), tactic)
+    return Layer(
+        name, layer.get("ParameterType") or layer.get("LayerType", "-"), precision.upper(), tactic
+    )
 
 
 def profile_layers(layers: list[Layer], profile: int) -> list[Layer]:
@@ -355,7 +406,11 @@ def float_nodes(layers: list[Layer], nodes: Iterable[str]) -> list[str]:
     layers = [layer for layer in layers if not layer.name.startswith("Reformatting CopyNode")]
 
     def runs_in_int8(node: str) -> bool:
-        holders = [layer for layer in layers if re.search(rf"(?<![\w/.]){re.escape(node)}(?![\w/.])", layer.name)]
+        holders = [
+            layer
+            for layer in layers
+            if re.search(rf"(?<![\w/.]){re.escape(node)}(?![\w/.])", layer.name)
+        ]
         return bool(holders) and all(layer.precision == "INT8" for layer in holders)
 
     return [node for node in nodes if not runs_in_int8(node)]
@@ -367,10 +422,16 @@ class _CudaGraph:
     def __init__(self, stream: Any, enqueue: Callable[[], None]):
         self._cuda, self._stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(stream.handle)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(self._cuda.cuStreamBeginCapture_v2(self._stream, 1))  # 1: of this thread's work only
+        self._check(
+            self._cuda.cuStreamBeginCapture_v2(self._stream, 1)
+        )  # 1: of this thread's work only
         enqueue()
         self._check(self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph)))
-        self._check(self._cuda.cuGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)))
+        self._check(
+            self._cuda.cuGraphInstantiateWithFlags(
+                ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
+            )
+        )
 
     def __call__(self) -> None:
         self._check(self._cuda.cuGraphLaunch(self._executable, self._stream))
@@ -384,11 +445,16 @@ class _CudaGraph:
 class _Slot:
     """One batch's buffers, pinned on the host and on the device, and the engine bound to them as a CUDA graph."""
 
-    def __init__(self, cuda: ModuleType, context: Any, stream: Any, shapes: dict[str, tuple[int, ...]]):
+    def __init__(
+        self, cuda: ModuleType, context: Any, stream: Any, shapes: dict[str, tuple[int, ...]]
+    ):
         self._context, self._stream = context, stream
         self.images = cuda.pagelocked_empty(shapes[INPUT], np.uint8)
         self.logits = cuda.pagelocked_empty(shapes[OUTPUT], np.float32)
-        self.device_images, self.device_logits = cuda.mem_alloc(self.images.nbytes), cuda.mem_alloc(self.logits.nbytes)
+        self.device_images, self.device_logits = (
+            cuda.mem_alloc(self.images.nbytes),
+            cuda.mem_alloc(self.logits.nbytes),
+        )
         self.copied, self.done = (cuda.Event(cuda.event_flags.DISABLE_TIMING) for _ in range(2))
 
         self.enqueue()  # the first run allocates what a recording must not
@@ -406,19 +472,27 @@ class _Slot:
 class _Lane:
     """An execution context for one batch size. Two slots take turns, so that copies overlap with compute."""
 
-    def __init__(self, trt: ModuleType, cuda: ModuleType, engine: Any, profile: int, batch_size: int):
+    def __init__(
+        self, trt: ModuleType, cuda: ModuleType, engine: Any, profile: int, batch_size: int
+    ):
         self.cuda, self.batch_size = cuda, batch_size
         self.copies, self.compute = cuda.Stream(), cuda.Stream()
-        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # or RTX starts with slow kernels, and a graph keeps them
+        if hasattr(
+            trt, "DynamicShapesKernelSpecializationStrategy"
+        ):  # or RTX starts with slow kernels, and a graph keeps them
             config = engine.create_runtime_config()
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             self.context = engine.create_execution_context(config)
         else:
             self.context = engine.create_execution_context()
         if self.context is None:
             raise UserError(TOO_LITTLE_MEMORY)
         self.context.set_optimization_profile_async(profile, self.compute.handle)
-        self.context.set_input_shape(INPUT, (batch_size, *tuple(engine.get_tensor_shape(INPUT))[1:]))
+        self.context.set_input_shape(
+            INPUT, (batch_size, *tuple(engine.get_tensor_shape(INPUT))[1:])
+        )
         shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in (INPUT, OUTPUT)}
         try:
             self.slots = [_Slot(cuda, self.context, self.compute, shapes) for _ in range(2)]
@@ -456,29 +530,45 @@ class TensorRTNetwork(Network):
 
     name = "tensorrt"
 
-    def __init__(self, folder: Path, options: EngineOptions, calibration: np.ndarray, timings: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions,
+        calibration: np.ndarray,
+        timings: Path | None = None,
+    ):
         self._trt, self._cuda = trt, cuda = require_gpu()
         self._log = make_logger(trt)
         path = folder / graph_name(trt, options)
-        plan, self.path = cached_plan(trt, cuda, path, options, folder / "engines", calibration, timings)
+        plan, self.path = cached_plan(
+            trt, cuda, path, options, folder / "engines", calibration, timings
+        )
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise UserError(f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again")
+            raise UserError(
+                f"{self.path} cannot be loaded: {self._log.errors[-1]}; delete it to have it built again"
+            )
         self._sizes, self._lanes = options.batch_sizes, {}
         self._profiles = [self._inspect(profile) for profile in range(len(self._sizes))]
         self.layers = self._profiles[-1]
 
     def _inspect(self, profile: int) -> list[Layer]:
         inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._lane(self._sizes[profile]).context  # types are told only for a known batch size
+        inspector.execution_context = self._lane(
+            self._sizes[profile]
+        ).context  # types are told only for a known batch size
         # one by one: asked for all layers of a deep engine at once, 8.6 answers with an empty string
         form = self._trt.LayerInformationFormat.JSON
-        told = [inspector.get_layer_information(index, form) for index in range(self._engine.num_layers)]
+        told = [
+            inspector.get_layer_information(index, form) for index in range(self._engine.num_layers)
+        ]
         return profile_layers(list(map(parse_layer, told)), profile)
 
     def float_nodes(self, nodes: Iterable[str]) -> list[str]:
         """Which of the graph's `nodes`, all meant to run in INT8, do not, whatever the batch size."""
-        return [node for node in nodes if any(float_nodes(layers, [node]) for layers in self._profiles)]
+        return [
+            node for node in nodes if any(float_nodes(layers, [node]) for layers in self._profiles)
+        ]
 
     def layer_times_ms(self) -> list[float | None]:
         """The median device time of each of `layers`, None if TensorRT's profiler does not name it.
@@ -494,17 +584,30 @@ class TensorRTNetwork(Network):
 
         lane.context.profiler = Profiler()
         for _ in range(BURST):
-            lane.slots[0].enqueue()  # a graph recorded before there was a profiler would tell it nothing
+            lane.slots[
+                0
+            ].enqueue()  # a graph recorded before there was a profiler would tell it nothing
             lane.compute.synchronize()
-        own = [max((name for name in times if f"{x.name} ".startswith(f"{name} ")), key=len, default=None) for x in self.layers]
+        own = [
+            max(
+                (name for name in times if f"{x.name} ".startswith(f"{name} ")),
+                key=len,
+                default=None,
+            )
+            for x in self.layers
+        ]
         return [statistics.median(times[name]) if name else None for name in own]
 
     def _lane(self, batch_size: int) -> _Lane:
         if batch_size not in self._lanes:
             profile = next((i for i, size in enumerate(self._sizes) if size >= batch_size), None)
             if profile is None:
-                raise UserError(f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}")
-            self._lanes[batch_size] = _Lane(self._trt, self._cuda, self._engine, profile, batch_size)
+                raise UserError(
+                    f"the engine was built for batches of at most {self._sizes[-1]}, not {batch_size}"
+                )
+            self._lanes[batch_size] = _Lane(
+                self._trt, self._cuda, self._engine, profile, batch_size
+            )
         return self._lanes[batch_size]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -14,10 +14,10 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from layers.fold import to_inference
-from utils.calibrate import require_calibrated
+from utils.backends.pytorch import FromImages
 from utils.files import atomic_path
-from utils.torch_network import FromImages
+from utils.quantization.calibrate import require_calibrated
+from utils.quantization.fold import to_inference
 
 OPSET = 17  # 13 brought per-channel QuantizeLinear; TensorRT 8.6 reads up to 17
 FP16_OPSET, FP16_IR = 19, 9  # the first whose QuantizeLinear takes FP16 scales
@@ -25,7 +25,13 @@ SMALLEST_FP16 = 6e-8
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 
-def export_onnx(model: nn.Module, path: Path, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
     """Write the inference form of `model`, and beside it the same graph in FP16 (`..._fp16.onnx`, or `fp16.onnx`).
 
     Both take raw images (batch, H, W, 3) uint8 and return logits (batch, classes) float32, for any batch. Each quantizer
@@ -39,7 +45,9 @@ def export_onnx(model: nn.Module, path: Path, image_size: tuple[int, int], mean:
     require_calibrated(model)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, its successor cannot export fake quantization
+        warnings.simplefilter(
+            "ignore"
+        )  # the TorchScript exporter is deprecated, its successor cannot export fake quantization
         torch.onnx.export(
             FromImages(to_inference(model), mean, std).eval(),
             (torch.zeros(2, *image_size, 3, dtype=torch.uint8),),
@@ -67,22 +75,43 @@ def int8_nodes(path: Path) -> list[str]:
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     constants = {tensor.name for tensor in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
-    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in graph.value_info
+    }
     quantized = {
         node.output[0]
         for node in graph.node
         if node.op_type == "DequantizeLinear" and made_by[node.input[0]].input[0] not in constants
     }
-    readers = [node for node in graph.node if node.op_type != "QuantizeLinear" and quantized & set(node.input)]
-    return [node.name for node in readers if node.op_type != "GlobalAveragePool" or shapes[node.input[0]][2:] != [1, 1]]
+    readers = [
+        node
+        for node in graph.node
+        if node.op_type != "QuantizeLinear" and quantized & set(node.input)
+    ]
+    return [
+        node.name
+        for node in readers
+        if node.op_type != "GlobalAveragePool" or shapes[node.input[0]][2:] != [1, 1]
+    ]
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
     """A copy that computes in FP16 whatever it does not compute in INT8; what goes in and comes out keeps its type."""
     model = copy.deepcopy(model)
     model.ir_version, model.opset_import[0].version = FP16_IR, FP16_OPSET
-    constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
-    scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    constants = [
+        a.t
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for a in node.attribute
+        if a.name == "value"
+    ]
+    scales = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    }
     codes = _weight_codes(model)
     for tensor in (*model.graph.initializer, *constants):
         if tensor.data_type == TensorProto.FLOAT:
@@ -92,14 +121,22 @@ def to_fp16(model: ModelProto) -> ModelProto:
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, (scale, values) in codes.items():  # weights stay on the grid of their rounded scale
-        steps = numpy_helper.to_array(tensors[scale]).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+        steps = (
+            numpy_helper.to_array(tensors[scale])
+            .astype(np.float32)
+            .reshape(-1, *[1] * (values.ndim - 1))
+        )
         tensors[name].CopyFrom(numpy_helper.from_array((values * steps).astype(np.float16), name))
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Cast" else ():
             if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.FLOAT16
         node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
-    model.graph.node.append(helper.make_node("Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT))
+    model.graph.node.append(
+        helper.make_node(
+            "Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT
+        )
+    )
     del model.graph.value_info[:]
     return model
 
@@ -111,7 +148,10 @@ def _weight_codes(model: ModelProto) -> dict[str, tuple[str, np.ndarray]]:
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
             weight, scale = (tensors[name] for name in node.input[:2])
-            found[node.input[0]] = node.input[1], np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
+            found[node.input[0]] = (
+                node.input[1],
+                np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))),
+            )
     return found
 
 

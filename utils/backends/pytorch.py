@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.measure import BURST, Network, repeated_ms
+from utils.backends.network import BURST, Network, repeated_ms
 
 PAUSE_CYCLES = 100_000_000  # of the GPU's clock: about 50 ms
 
@@ -39,10 +39,15 @@ class FromImages(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).reshape(3, 1, 1))
-        self.register_buffer("offset", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).reshape(3, 1, 1))
+        self.register_buffer(
+            "offset",
+            torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).reshape(3, 1, 1),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.to(self.scale.dtype).permute(0, 3, 1, 2)  # TensorRT takes bytes only if a cast is the first to read them
+        x = images.to(self.scale.dtype).permute(
+            0, 3, 1, 2
+        )  # TensorRT takes bytes only if a cast is the first to read them
         return self.model(x * self.scale + self.offset)
 
 
@@ -55,11 +60,18 @@ class TorchNetwork(Network):
 
     def __init__(self, model: FromImages, device: torch.device, name: str = "pytorch"):
         self.name, self._device = name, device
-        model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        model = model.to(
+            device,
+            memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format,
+        )
         self._model = model.eval()
         if name == "torch.compile":
             # "max-autotune" without Triton's convolutions, which take minutes to compile
-            options = {"max_autotune": True, "triton.cudagraphs": True, "max_autotune_conv_backends": "ATEN"}
+            options = {
+                "max_autotune": True,
+                "triton.cudagraphs": True,
+                "max_autotune_conv_backends": "ATEN",
+            }
             self._model = torch.compile(self._model, options=options, dynamic=False)
 
     @torch.inference_mode()
