@@ -1,0 +1,46 @@
+"""The way of raw images into a network: bytes in, normalised channels out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(N, H, W, 3) uint8 -> (N, 3, H, W): (pixel / 255 - mean) / std of each channel.
+
+    Args:
+        mean, std: of each channel, in units of the full range (0..1).
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        # (pixel / 255 - mean) / std = pixel * (1 / (255 std)) + (-mean / std)
+        scale = [1 / (255 * s) for s in std]
+        offset = [-m / s for m, s in zip(mean, std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale).reshape(3, 1, 1))
+        self.register_buffer("offset", torch.tensor(offset).reshape(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        # TensorRT takes bytes only if a cast is the first to read them
+        x = images.to(self.scale.dtype)
+        x = x.permute(0, 3, 1, 2)  # NHWC -> NCHW
+        return x * self.scale + self.offset
+
+
+class FromImages(nn.Module):
+    """`model` behind `Normalize`: (N, H, W, 3) uint8 -> what `model` makes of (N, 3, H, W).
+
+    Args:
+        mean, std: of each channel, in units of the full range (0..1).
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.normalize(images))
