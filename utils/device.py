@@ -1,0 +1,33 @@
+"""Which device torch uses here, and how exactly it multiplies there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The GPU if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How weights lie in memory: cuDNN's fast kernels want the channels last."""
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Meanwhile, float32 convolutions on a GPU multiply in float32.
+
+    By default they round their operands to TF32's 11 bits, which moves values across the ties of
+    the next quantizer: a fake quantized network would no longer predict what its INT8 engine does.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
