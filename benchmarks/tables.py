@@ -1,6 +1,13 @@
-"""Several records as one: mean and spread over seeds, speed-ups, a plot; and the README's tables. Imports no torch.
+"""The tables and plots of README.md and docs/, made from the records in results/. Imports no torch.
 
-python benchmarks/tables.py     write the README's tables and plots again from the records
+    python benchmarks/tables.py     write all of them again
+
+A document marks where a table stands, and which:
+
+    <!-- speed: results/2026-11-25_h100 -->
+    <!-- end -->
+
+The kinds are the keys of `TABLES`. The path, from the project's root, is a record's or a folder's.
 """
 
 from __future__ import annotations
@@ -8,33 +15,90 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from utils import records
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from utils.errors import UserError, run
 from utils.files import atomic_path
 from utils.flags import CALIBRATORS
-from utils.records import ROOT, Record, Row
+from utils.records import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).parent.parent
 
 IN_PYTORCH = {
     "FP32": "FP32",
     "FP32 fine-tuned": "FP32-TUNED",
-    "INT8-QAT": "FAKE-QUANT-QAT",
-    "INT8-PTC": "FAKE-QUANT-PTC",
+    "QAT": "FAKE-QUANT-QAT",
+    "PTQ": "FAKE-QUANT-PTC",
 }
 IN_TENSORRT = {
     "FP16": "FP16",
-    "INT8-QAT": "INT8-QAT",
-    "INT8-PTC": "INT8-PTC",
-    "implicit INT8-PTC": "INT8-PTC-IMPLICIT",
+    "QAT": "INT8-QAT",
+    "PTQ": "INT8-PTC",
+    "implicit PTQ": "INT8-PTC-IMPLICIT",
 }
-"""Title -> precision."""
-FAST, SLOW = "INT8-QAT", "FP16"
-PLOT = "summary.png"
-SAME = ("dataset", "epochs", "quantization")  # of the records that a mean is taken of
+"""A table's title -> a record's precision."""
 
+FAST = "INT8-QAT"
+SLOW = "FP16"
+"""The precisions whose speeds are compared."""
+
+PLOT = "summary.png"
+
+SAME_IN_A_STUDY = ("dataset", "epochs", "quantization")
+"""What the records that a mean is taken of must have in common."""
+
+TITLES = {
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "mobilenet_v2": "MobileNetV2",
+    "efficientnet_b0": "EfficientNet-B0",
+}
+"""A model's name in the code -> its name in the headline and the plot."""
+
+RECORD_COLUMNS = [
+    ("back end", "backend", ""),
+    ("precision", "precision", ""),
+    ("accuracy %", "accuracy_pct", ".2f"),
+    ("Δ FP32", "delta_pct", "+.2f"),
+    ("agreement %", "agreement_pct", ".2f"),
+    ("batch", "batch_size", "d"),
+    ("p50 ms", "p50", ".3f"),
+    ("p99 ms", "p99", ".3f"),
+    ("images/s", "throughput_img_s", ",.0f"),
+    ("MB", "file_mb", ".1f"),
+    ("INT8 layers", "int8_layers", "d"),
+    ("layers", "layers", "d"),
+]
+"""Title, key in a row of a record, and format of each column of a whole record's table."""
+
+TRAINING_TITLES = [
+    "recipe",
+    "mode",
+    "stem",
+    "batch",
+    "s an epoch",
+    "images/s",
+    "times the reference",
+    "TFLOP/s",
+    "chip's peak",
+    "compile s",
+]
+
+Row = dict[str, Any]
+Record = dict[str, Any]
 Groups = dict[str, list[Record]]
+
+
+# Reading records
 
 
 def load(folder: Path) -> Groups:
@@ -45,255 +109,377 @@ def load(folder: Path) -> Groups:
     """
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
-        record = records.read(path)
-        if record.get("kind") == "inference":
-            calibrator = record.get("quantization", {}).get("calibrator", "calibrator not recorded")
-            other = "" if calibrator == CALIBRATORS[0] else f", {calibrator}"
-            group = groups.setdefault(f"{record['model']}, {record['stem']} stem{other}", [])
-            for there in group:
-                if record["seed"] == there["seed"] or any(
-                    record.get(key) != there.get(key) for key in SAME
-                ):
-                    what = f"its seed is there twice, or its {', '.join(SAME)} differ from those of another seed"
-                    raise UserError(
-                        f"{path} is not of one study with the records beside it: {what}"
-                    )
-            group.append(record)
+        record = _read(path)
+        if record.get("kind") != "inference":
+            continue
+        group = groups.setdefault(_group_name(record), [])
+        for other in group:
+            _require_one_study(path, record, other)
+        group.append(record)
     return groups
 
 
-def rows_of(
+def _read(path: Path) -> Record:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, it will be made again") from None
+
+
+def _group_name(record: Record) -> str:
+    """Such as "resnet18, cifar stem"."""
+    name = f"{record['model']}, {record['stem']} stem"
+    calibrator = record.get("quantization", {}).get("calibrator", "calibrator not recorded")
+    if calibrator == CALIBRATORS[0]:
+        return name
+    return f"{name}, {calibrator}"
+
+
+def _require_one_study(path: Path, record: Record, other: Record) -> None:
+    same_seed = record["seed"] == other["seed"]
+    unlike = [key for key in SAME_IN_A_STUDY if record.get(key) != other.get(key)]
+    if same_seed or unlike:
+        raise UserError(
+            f"{path} is not of one study with the records beside it: its seed is there twice, "
+            f"or its {', '.join(SAME_IN_A_STUDY)} differ from those of another seed"
+        )
+
+
+def _rows_of(
     group: Sequence[Record], backend: str, precision: str, batch_size: int | None = None
 ) -> list[Row]:
-    """At most one row of each record: the first of that back end, precision and, if given, batch size."""
+    """At most one row of each record: the first of that back end, precision and batch size."""
     found = []
     for record in group:
-        rows = [
-            row
-            for row in record["rows"]
-            if (row["backend"], row["precision"]) == (backend, precision)
-        ]
-        found += [row for row in rows if batch_size in (None, row["batch_size"])][:1]
+        for row in record["rows"]:
+            same_network = row["backend"] == backend and row["precision"] == precision
+            if same_network and batch_size in (None, row["batch_size"]):
+                found.append(row)
+                break
     return found
 
 
-def deltas_of(group: Sequence[Record]) -> list[list[float]]:
-    """What QAT and what calibration alone change in each record's accuracy, in points."""
-    return [
-        [row["delta_pct"] for row in rows_of(group, "pytorch", f"FAKE-QUANT-{kind}")]
-        for kind in ("QAT", "PTC")
-    ]
+def _batch_sizes(group: Sequence[Record]) -> list[int]:
+    """Batch sizes at which engines of both precisions were timed, the largest last."""
+    sizes = []
+    for precision in (SLOW, FAST):
+        rows = [row for record in group for row in record["rows"] if row["backend"] == "tensorrt"]
+        sizes.append({row["batch_size"] for row in rows if row["precision"] == precision})
+    return sorted(sizes[0] & sizes[1])
 
 
-def median_ms(rows: Sequence[Row]) -> float:
+# Statistics
+
+
+def _median_ms(rows: Sequence[Row]) -> float:
     return statistics.median(row["latency_ms"]["p50"] for row in rows)
 
 
-def mean_and_spread(values: Sequence[float], spec: str = ".2f") -> str:
-    """Mean ± sample standard deviation, the latter where there are two values or more."""
+def _speed_up(group: Sequence[Record], batch_size: int) -> float:
+    """How many times as fast the INT8 engine is as the FP16 engine."""
+    slow = _rows_of(group, "tensorrt", SLOW, batch_size)
+    fast = _rows_of(group, "tensorrt", FAST, batch_size)
+    return _median_ms(slow) / _median_ms(fast)
+
+
+def _deltas(group: Sequence[Record], precision: str) -> list[float]:
+    """Each seed's accuracy less that of its own FP32 network, in points."""
+    return [row["delta_pct"] for row in _rows_of(group, "pytorch", precision)]
+
+
+def _qat_less_fine_tuned(group: Sequence[Record]) -> list[float]:
+    """Each seed's QAT accuracy less that of its float network trained as long, in points."""
+    differences = []
+    for record in group:
+        qat = _rows_of([record], "pytorch", "FAKE-QUANT-QAT")
+        tuned = _rows_of([record], "pytorch", "FP32-TUNED")
+        # A record that infer.py made alone has no fine-tuned network.
+        if qat and tuned:
+            differences.append(qat[0]["accuracy_pct"] - tuned[0]["accuracy_pct"])
+    return differences
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _mean_and_spread(values: Sequence[float], spec: str = ".2f") -> str:
+    """Mean ± standard deviation; the mean alone of a single value; "-" of none."""
     if not values:
         return "-"
     mean = format(statistics.fmean(values), spec)
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {_spread(values):.2f}"
 
 
-def accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str]) -> list[str]:
-    """Mean and spread of the test accuracy in percent in each precision."""
-    return [
-        mean_and_spread([row["accuracy_pct"] for row in rows_of(group, backend, key)])
-        for key in precisions
-    ]
+def _accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str]) -> list[str]:
+    """A cell for each precision: the test accuracy in percent over the seeds."""
+    cells = []
+    for precision in precisions:
+        rows = _rows_of(group, backend, precision)
+        cells.append(_mean_and_spread([row["accuracy_pct"] for row in rows]))
+    return cells
+
+
+# Tables of a study: many records as one
+
+
+def headline_table(groups: Groups) -> str:
+    """What a reader wants to know first: test accuracies in percent in PyTorch, and the gain."""
+    lines = [["network", "FP32", "INT8 PTQ", "INT8 QAT", "INT8 over FP16"]]
+    for model, title in TITLES.items():
+        group = groups.get(f"{model}, cifar stem", [])
+        sizes = _batch_sizes(group)
+        if not sizes:
+            continue
+        precisions = ("FP32", "FAKE-QUANT-PTC", "FAKE-QUANT-QAT")
+        cells = _accuracies(group, "pytorch", precisions)
+        lines.append([title, *cells, f"{_speed_up(group, sizes[-1]):.2f} ×"])
+    return markdown_table(lines)
 
 
 def accuracy_table(groups: Groups) -> str:
-    """Test accuracy in percent of each network in PyTorch, over its seeds, and what QAT and calibration alone change.
+    """Test accuracy of each network in PyTorch, and what QAT and PTQ change, over its seeds.
 
-    QAT also trains for longer: its difference to the float network fine-tuned as long is that of quantization alone.
+    QAT also trains for longer. So it is compared with the float network fine-tuned as long too:
+    that difference is quantization's alone.
     """
-    lines = [["network", "seeds", *IN_PYTORCH, "QAT − FP32", "QAT − fine-tuned", "PTC − FP32"]]
+    lines = [["network", "seeds", *IN_PYTORCH, "QAT − FP32", "QAT − fine-tuned", "PTQ − FP32"]]
     for name, group in groups.items():
-        cells = [name, str(len(group)), *accuracies(group, "pytorch", IN_PYTORCH.values())]
-        qat, ptc = deltas_of(group)
-        both = [
-            [rows_of([record], "pytorch", key) for key in ("FAKE-QUANT-QAT", "FP32-TUNED")]
-            for record in group
-        ]
-        paired = [
-            q[0]["accuracy_pct"] - t[0]["accuracy_pct"] for q, t in both if q and t
-        ]  # infer.py alone makes no tuned one
-        lines.append(cells + [mean_and_spread(values, "+.2f") for values in (qat, paired, ptc)])
-    return records.markdown_table(lines)
+        cells = [name, str(len(group))]
+        cells += _accuracies(group, "pytorch", IN_PYTORCH.values())
+        cells.append(_mean_and_spread(_deltas(group, "FAKE-QUANT-QAT"), "+.2f"))
+        cells.append(_mean_and_spread(_qat_less_fine_tuned(group), "+.2f"))
+        cells.append(_mean_and_spread(_deltas(group, "FAKE-QUANT-PTC"), "+.2f"))
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def engines_table(groups: Groups) -> str:
-    """Test accuracy in percent of engines, over the seeds that have them, beside PyTorch's FP32 of the same seeds.
+    """Test accuracy of engines over the seeds that have them, beside PyTorch's FP32 of those seeds.
 
     Agreements are of predictions with those of the fake quantized network in PyTorch.
     """
-    lines = [
-        ["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT, "QAT agreement", "PTC agreement"]
-    ]
+    titles = ["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT]
+    lines = [[*titles, "QAT agreement", "PTQ agreement"]]
     for name, group in groups.items():
-        group = [record for record in group if rows_of([record], "tensorrt", FAST)]
-        if group:
-            cells = [name, str(len(group)), *accuracies(group, "pytorch", ["FP32"])]
-            cells += accuracies(group, "tensorrt", IN_TENSORRT.values())
-            agreements = [
-                [row["agreement_pct"] for row in rows_of(group, "tensorrt", key)]
-                for key in ("INT8-QAT", "INT8-PTC")
-            ]
-            lines.append(cells + list(map(mean_and_spread, agreements)))
-    return records.markdown_table(lines)
+        built = [record for record in group if _rows_of([record], "tensorrt", FAST)]
+        if not built:
+            continue
+        cells = [name, str(len(built))]
+        cells += _accuracies(built, "pytorch", ["FP32"])
+        cells += _accuracies(built, "tensorrt", IN_TENSORRT.values())
+        for precision in ("INT8-QAT", "INT8-PTC"):
+            rows = _rows_of(built, "tensorrt", precision)
+            cells.append(_mean_and_spread([row["agreement_pct"] for row in rows]))
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 def speed_table(groups: Groups) -> str:
-    """What TensorRT makes of each network: medians over the records that have engines."""
-    titles = [
-        "network",
-        "batch",
-        f"{SLOW} ms",
-        f"{FAST} ms",
-        "speed-up",
-        f"{SLOW} images/s",
-        f"{FAST} images/s",
-    ]
+    """Latency, throughput and size of engines: medians over the seeds that have them."""
+    titles = ["network", "batch", f"{SLOW} ms", f"{FAST} ms", "speed-up"]
+    titles += [f"{SLOW} images/s", f"{FAST} images/s"]
     titles += [f"{SLOW} MB", f"{FAST} MB", "INT8 layers"]
     lines = [titles]
     for name, group in groups.items():
-        sizes = {
-            row["batch_size"]
-            for record in group
-            for row in record["rows"]
-            if row["backend"] == "tensorrt"
-        }
-        for size in sorted(sizes):
-            slow, fast = (rows_of(group, "tensorrt", precision, size) for precision in (SLOW, FAST))
-            if not slow or not fast:
-                continue
-            times = [median_ms(slow), median_ms(fast)]
-            cells = [
-                name,
-                str(size),
-                *(f"{time:.3f}" for time in times),
-                f"{times[0] / times[1]:.2f}",
+        lines += [[name, str(size), *_speed_cells(group, size)] for size in _batch_sizes(group)]
+    return markdown_table(lines)
+
+
+def _speed_cells(group: Sequence[Record], batch_size: int) -> list[str]:
+    slow = _rows_of(group, "tensorrt", SLOW, batch_size)
+    fast = _rows_of(group, "tensorrt", FAST, batch_size)
+    times_ms, images_s, megabytes = [], [], []
+    for rows in (slow, fast):
+        time_ms = _median_ms(rows)
+        times_ms.append(f"{time_ms:.3f}")
+        images_s.append(f"{1000 * batch_size / time_ms:,.0f}")
+        megabytes.append(f"{statistics.median(row['file_mb'] for row in rows):.1f}")
+    speed_up = f"{_speed_up(group, batch_size):.2f}"
+    layers = f"{fast[0]['int8_layers']} of {fast[0]['layers']}"
+    return [*times_ms, speed_up, *images_s, *megabytes, layers]
+
+
+# Tables of one record
+
+
+def record_table(path: Path) -> str:
+    """All rows of one inference record."""
+    lines = [[title for title, _, _ in RECORD_COLUMNS]]
+    for row in _read(path)["rows"]:
+        values = {**row, **row["latency_ms"]}
+        cells = []
+        for _, key, spec in RECORD_COLUMNS:
+            cells.append("-" if values[key] is None else format(values[key], spec))
+        lines.append(cells)
+    return markdown_table(lines, names=2)
+
+
+def training_table(path: Path) -> str:
+    """A record of training speed; each recipe against the reference by time per image."""
+    rows = _read(path)["rows"]
+    reference = {}
+    for row in rows:
+        if row["recipe"] == "reference":
+            reference[row["mode"], row["stem"]] = row["images_s"]
+    lines = [TRAINING_TITLES]
+    for row in rows:
+        slower = reference.get((row["mode"], row["stem"]))
+        lines.append(
+            [
+                row["recipe"],
+                row["mode"],
+                row["stem"],
+                str(row["batch_size"]),
+                f"{row['epoch_s']:.2f}",
+                f"{row['images_s']:,.0f}",
+                f"{row['images_s'] / slower:.1f}" if slower else "-",
+                f"{row['tflops']:.1f}",
+                f"{row['peak_tflops'] or '-'} ({row['arithmetic']})",
+                f"{row['compile_s']:.0f}",
             ]
-            cells += [f"{1000 * size / time:,.0f}" for time in times]
-            cells += [
-                f"{statistics.median(row['file_mb'] for row in rows):.1f}" for rows in (slow, fast)
-            ]
-            lines.append([*cells, f"{fast[0]['int8_layers']} of {fast[0]['layers']}"])
-    return records.markdown_table(lines)
+        )
+    return markdown_table(lines)
+
+
+# The plot
 
 
 def points(groups: Groups) -> dict[str, list[float]]:
-    """Network -> speed-up of INT8-QAT over FP16 at the largest batch size; accuracies of QAT and PTC less FP32's, in points."""
+    """What the plot shows of each network that has engines.
+
+    Returns:
+        name -> speed-up of INT8 over FP16 at the largest batch size; then what QAT and what PTQ
+        change in the accuracy, in points: means over the seeds.
+    """
     found = {}
     for name, group in groups.items():
-        sizes = [row["batch_size"] for row in rows_of(group, "tensorrt end-to-end", FAST)]
-        slow, fast = (
-            rows_of(group, "tensorrt", precision, max(sizes, default=None))
-            for precision in (SLOW, FAST)
-        )
-        if slow and fast:
-            deltas = [round(statistics.fmean(values), 3) for values in deltas_of(group)]
-            found[name] = [round(median_ms(slow) / median_ms(fast), 3), *deltas]
+        sizes = _batch_sizes(group)
+        if not sizes:
+            continue
+        qat = statistics.fmean(_deltas(group, "FAKE-QUANT-QAT"))
+        ptq = statistics.fmean(_deltas(group, "FAKE-QUANT-PTC"))
+        found[name] = [round(value, 3) for value in (_speed_up(group, sizes[-1]), qat, ptq)]
     return found
 
 
 def plot(folder: Path) -> None:
-    """Accuracy lost against speed gained, for each network with QAT and with calibration alone, as PNG with `points` in it."""
-    found = points(load(folder))
+    """Accuracy lost and speed gained by each network, as PNG beside its records.
+
+    The PNG's Description holds the numbers, so that a test can compare them with the records.
+    """
+    groups = load(folder)
+    found = points(groups)
+    # Without engines there is no speed to show.
     if not found:
-        return  # no engines, no speeds
-    with records.axes_of(
-        folder / PLOT, dpi=110, metadata={"Description": json.dumps(found)}
-    ) as axes:
-        for index, (name, (speed_up, qat, ptc)) in enumerate(found.items()):
-            style = {
-                "marker": "osD^v<>Ph*"[index % 10],
-                "edgecolors": f"C{index}",
-                "s": 70,
-                "zorder": 2,
-            }
-            axes.plot([speed_up] * 2, [ptc, qat], color=f"C{index}", linewidth=1, zorder=1)
-            axes.scatter(speed_up, ptc, facecolors="white", **style)
-            axes.scatter(speed_up, qat, facecolors=f"C{index}", label=name, **style)
-        axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
-        axes.set(
-            xlabel=f"speed-up of {FAST} over {SLOW}, largest batch",
-            ylabel="accuracy less FP32's (points)",
-        )
-        axes.set_title("filled: QAT, hollow: calibration alone", fontsize="medium")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # The fastest gain stands on top: matplotlib counts rows from below.
+    names = sorted(found, key=lambda name: found[name][0])
+    height = 1.5 + 0.36 * len(names)
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(9, height), width_ratios=(3, 2), layout="constrained"
+    )
+    _draw_losses(left, [groups[name] for name in names])
+    _draw_speed_ups(right, [found[name][0] for name in names])
+    left.set_yticks(range(len(names)), [_plot_title(name) for name in names])
+    left.set_ylim(-0.6, len(names) - 0.4)
+    with atomic_path(folder / PLOT) as partial:
+        figure.savefig(partial, format="png", dpi=180, metadata={"Description": json.dumps(found)})
+    pyplot.close(figure)
 
 
-def record_table(path: Path) -> str:
-    """All rows of one record."""
-    return records.markdown_table(records.cells_of(records.read(path)["rows"]), names=2)
-
-
-def training_table(path: Path) -> str:
-    """A record of training speed; ours against the reference by time per image."""
-    rows = records.read(path)["rows"]
-    titles = [
-        "recipe",
-        "mode",
-        "stem",
-        "batch",
-        "s an epoch",
-        "images/s",
-        "times the reference",
-        "TFLOP/s",
-        "chip's peak",
+def _draw_losses(axes: Axes, groups: Sequence[Sequence[Record]]) -> None:
+    """One row for each network: mean and standard deviation of what PTQ and QAT lose."""
+    styles = [
+        ("PTQ", "FAKE-QUANT-PTC", 0.14, "white", "tab:orange"),
+        ("QAT", "FAKE-QUANT-QAT", -0.14, "tab:blue", "tab:blue"),
     ]
-    lines = [[*titles, "compile s"]]
-    for row in rows:
-        same = [other for other in rows if all(other[key] == row[key] for key in ("mode", "stem"))]
-        reference = next(
-            (other["images_s"] for other in same if other["recipe"] == "reference"), None
+    for label, precision, offset, fill, colour in styles:
+        deltas = [_deltas(group, precision) for group in groups]
+        axes.errorbar(
+            x=[-statistics.fmean(values) for values in deltas],
+            y=[row + offset for row in range(len(groups))],
+            xerr=[_spread(values) for values in deltas],
+            fmt="o",
+            color=colour,
+            markerfacecolor=fill,
+            capsize=2.5,
+            label=label,
         )
-        peak = f"{row['peak_tflops'] or '-'} ({row['arithmetic']})"
-        cells = [
-            row["recipe"],
-            row["mode"],
-            row["stem"],
-            str(row["batch_size"]),
-            f"{row['epoch_s']:.2f}",
-        ]
-        cells += [
-            f"{row['images_s']:,.0f}",
-            f"{row['images_s'] / reference:.1f}" if reference else "-",
-        ]
-        lines.append([*cells, f"{row['tflops']:.1f}", peak, f"{row['compile_s']:.0f}"])
-    return records.markdown_table(lines)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("accuracy lost, points (left of 0: gained)")
+    axes.set_title("INT8 against FP32: mean ± sd over seeds", fontsize="medium")
+    axes.legend(loc="lower right")
 
+
+def _draw_speed_ups(axes: Axes, speed_ups: Sequence[float]) -> None:
+    bars = axes.barh(range(len(speed_ups)), speed_ups, height=0.6, color="tab:green", alpha=0.75)
+    axes.bar_label(bars, fmt="%.2f ×", padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, 1.3 * max(1, *speed_ups))
+    axes.set_xlabel("times as fast as FP16 (line: 1)")
+    axes.set_title("INT8 over FP16 at the largest batch", fontsize="medium")
+    axes.tick_params(left=False)
+
+
+def _plot_title(name: str) -> str:
+    """Of "resnet18, imagenet stem" it is "ResNet-18, ImageNet stem"; CIFAR's is not named."""
+    model, _, rest = name.partition(", ")
+    rest = rest.removeprefix("cifar stem").replace("imagenet stem", "ImageNet stem")
+    return ", ".join(part for part in (TITLES.get(model, model), rest) if part)
+
+
+# Documents
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "table": record_table,
+    "headline": lambda folder: headline_table(load(folder)),
     "accuracy": lambda folder: accuracy_table(load(folder)),
     "engines": lambda folder: engines_table(load(folder)),
-    "training": training_table,
     "speed": lambda folder: speed_table(load(folder)),
+    "table": record_table,
+    "training": training_table,
 }
+"""The kind of a table -> what makes it from the path in its marker."""
+
+
+def documents() -> list[Path]:
+    """The files whose tables are made from records."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def refresh_tables(text: str) -> str:
-    """Replace what stands between `<!-- KIND: PATH -->` and `<!-- end -->` by the table of that kind, see `TABLES`."""
+    """Put the table of its kind between each marker and `<!-- end -->`."""
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]}: {match[2]} -->\n{TABLES[match[1]](ROOT / match[2])}\n<!-- end -->"
+        kind, path = match[1], match[2]
+        return f"<!-- {kind}: {path} -->\n{TABLES[kind](ROOT / path)}\n<!-- end -->"
 
-    return re.sub(
-        rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL
-    )
+    marked = rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->"
+    return re.sub(marked, table, text, flags=re.DOTALL)
+
+
+def plot_folders(document: Path) -> list[Path]:
+    """Folders of the plots that a document shows."""
+    links = re.findall(rf"\(([^)\s]+)/{PLOT}\)", document.read_text())
+    return [document.parent / link for link in links]
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = refresh_tables(readme.read_text())
-    with atomic_path(readme) as partial:
-        partial.write_text(text)
-    for image in re.findall(rf"\(([^)\s]+)/{PLOT}\)", text):
-        plot(ROOT / image)
+    for document in documents():
+        text = refresh_tables(document.read_text())
+        with atomic_path(document) as partial:
+            partial.write_text(text)
+        for folder in plot_folders(document):
+            plot(folder)
 
 
 if __name__ == "__main__":

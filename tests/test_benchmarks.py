@@ -1,4 +1,4 @@
-"""Benchmarks: what they write, what they compare, what they leave behind; and the tables made of many records."""
+"""Benchmarks: what they write, what they compare, what they leave behind."""
 
 import json
 import math
@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from pytorch_quantization.nn import QuantConv2d, TensorQuantizer
 from torch import nn
 
 import infer
 import train
 from benchmarks import reproduce, train_speed
-from benchmarks import tables as summary
 from utils import checkpoint as ckpt
-from utils import records
 from utils.errors import UserError
 from utils.files import locked
 
@@ -436,149 +433,3 @@ def test_the_calibration_that_tensorrt_offers_is_asked_for(tmp_path, printed, mo
     (tmp_path / "python").write_text(f"#!/bin/sh\necho {printed}\n")
     (tmp_path / "python").chmod(0o755)
     assert reproduce.calibration_mode(str(tmp_path / "python")) == mode
-
-
-# summaries
-
-
-def record_of(seed, fp32, qat, engines=()):
-    """A record of a network with these accuracies; `engines` are (precision, batch size, ms)."""
-    rows = [records.make_row("pytorch", "FP32", fp32, 0.0, 100.0, batch, 1.0) for batch in (1, 64)]
-    for kind, loss in (("QAT", 0), ("PTC", 2)):
-        rows.append(
-            records.make_row("pytorch", f"FAKE-QUANT-{kind}", qat - loss, qat - loss - fp32, 99.0)
-        )
-    rows.append(records.make_row("pytorch", "FP32-TUNED", fp32 + 0.5, 0.5, 99.0))
-    for precision, batch_size, ms in engines:
-        shared = {
-            "accuracy_pct": qat,
-            "delta_pct": qat - fp32,
-            "agreement_pct": 99.5,
-            "file_mb": 3.0,
-            "layers": 9,
-        }
-        rows.append(
-            records.make_row(
-                "tensorrt", precision, **shared, int8_layers=7, batch_size=batch_size, p50=ms
-            )
-        )
-        rows.append(records.make_row("tensorrt end-to-end", precision, **shared, batch_size=64))
-    about = {
-        "kind": "inference",
-        "model": "net",
-        "stem": "cifar",
-        "seed": seed,
-        "quantization": {"calibrator": "sqnr"},
-    }
-    return {**about, "rows": rows, "seconds": {"a": 60, "b": 30}}
-
-
-@pytest.fixture
-def results(tmp_path):
-    engines = [("FP16", 1, 0.5), ("FP16", 64, 4.0), ("INT8-QAT", 1, 0.4), ("INT8-QAT", 64, 2.0)]
-    for record in (record_of(0, 90.0, 89.0, engines), record_of(1, 92.0, 92.0)):
-        records.write(tmp_path / f"seed{record['seed']}.json", record)
-    records.write(tmp_path / "other.json", {"kind": "calibrators"})
-    return tmp_path
-
-
-def test_a_damaged_record_is_named(results):
-    (results / "seed0.json").write_text('{"kind": "infer')
-    with pytest.raises(
-        UserError, match=r"seed0.json is damaged \(.*\): delete it, it will be made again"
-    ):
-        summary.load(results)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}],
-)
-def test_a_mean_is_of_the_seeds_of_one_study(results, change):
-    records.write(results / "seed2.json", {**record_of(2, 90.0, 90.0), **change})
-    with pytest.raises(
-        UserError, match="seed2.json is not of one study with the records beside it"
-    ):
-        summary.load(results)
-
-
-def cells(table):
-    titles, _, *lines = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    )
-    return [dict(zip(titles, line, strict=True)) for line in lines]
-
-
-def test_accuracies_are_means_over_seeds_with_their_spread(results):
-    (line,) = cells(summary.accuracy_table(summary.load(results)))
-    assert (line["network"], line["seeds"]) == ("net, cifar stem", "2")
-    assert (line["FP32"], line["INT8-QAT"], line["QAT − FP32"]) == (
-        "91.00 ± 1.41",
-        "90.50 ± 2.12",
-        "-0.50 ± 0.71",
-    )
-    assert (line["INT8-PTC"], line["QAT − fine-tuned"]) == ("88.50 ± 2.12", "-1.00 ± 0.71")
-
-
-def test_records_of_unlike_calibrators_are_not_averaged(results):
-    other, old = (
-        {**record_of(0, 80.0, 79.0), "quantization": known} for known in ({"calibrator": "max"}, {})
-    )
-    records.write(results / "other.json", other)
-    records.write(results / "old.json", old)
-    found = {
-        line["network"]: line["seeds"]
-        for line in cells(summary.accuracy_table(summary.load(results)))
-    }
-    assert found == {
-        "net, cifar stem": "2",
-        "net, cifar stem, max": "1",
-        "net, cifar stem, calibrator not recorded": "1",
-    }
-
-
-def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):
-    """The first record by name has none, as if infer.py alone had made it."""
-    alone = record_of(2, 50.0, 40.0)
-    alone["rows"] = [row for row in alone["rows"] if row["precision"] != "FP32-TUNED"]
-    records.write(results / "alone.json", alone)
-    (line,) = cells(summary.accuracy_table(summary.load(results)))
-    assert (line["seeds"], line["QAT − fine-tuned"]) == ("3", "-1.00 ± 0.71")
-
-
-def test_engines_are_compared_with_pytorch_of_the_same_seeds(results):
-    (line,) = cells(summary.engines_table(summary.load(results)))
-    assert (line["network"], line["seeds"], line["FP32 in PyTorch"]) == (
-        "net, cifar stem",
-        "1",
-        "90.00",
-    )
-    assert (line["FP16"], line["INT8-QAT"], line["INT8-PTC"], line["QAT agreement"]) == (
-        "89.00",
-        "89.00",
-        "-",
-        "99.50",
-    )
-
-
-def test_speeds_are_of_the_records_with_engines(results):
-    single, batch = cells(summary.speed_table(summary.load(results)))
-    assert (single["batch"], single["FP16 ms"], single["INT8-QAT ms"], single["speed-up"]) == (
-        "1",
-        "0.500",
-        "0.400",
-        "1.25",
-    )
-    assert (batch["batch"], batch["INT8-QAT images/s"], batch["speed-up"]) == (
-        "64",
-        "32,000",
-        "2.00",
-    )
-    assert batch["INT8 layers"] == "7 of 9"
-
-
-def test_the_plot_holds_its_points(results):
-    summary.plot(results)
-    with Image.open(results / summary.PLOT) as image:
-        assert json.loads(image.text["Description"]) == {"net, cifar stem": [2.0, -0.5, -2.5]}
-        assert image.width > 500

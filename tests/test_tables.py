@@ -1,0 +1,166 @@
+"""Tables and plots: many records as one, mean and spread over seeds, speeds over engines."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks import tables
+from utils.errors import UserError
+
+NOT_MEASURED = {
+    "batch_size": None,
+    "latency_ms": {"p50": None, "p99": None},
+    "throughput_img_s": None,
+    "file_mb": None,
+    "int8_layers": None,
+    "layers": None,
+}
+
+
+def torch_row(precision, accuracy_pct, fp32_pct):
+    accuracy = {"accuracy_pct": accuracy_pct, "delta_pct": accuracy_pct - fp32_pct}
+    network = {"backend": "pytorch", "precision": precision, "agreement_pct": 99.0}
+    return {**NOT_MEASURED, **network, **accuracy}
+
+
+def engine_row(precision, accuracy_pct, batch_size, p50):
+    return {
+        "backend": "tensorrt",
+        "precision": precision,
+        "accuracy_pct": accuracy_pct,
+        "delta_pct": 0.0,
+        "agreement_pct": 99.5,
+        "batch_size": batch_size,
+        "latency_ms": {"p50": p50, "p99": p50},
+        "throughput_img_s": 1000 * batch_size / p50,
+        "file_mb": 3.0,
+        "int8_layers": 7,
+        "layers": 9,
+    }
+
+
+def record_of(seed, fp32, qat, engines=()):
+    """A record of a network with these accuracies; `engines` are (precision, batch size, ms)."""
+    rows = [
+        torch_row("FP32", fp32, fp32),
+        torch_row("FAKE-QUANT-QAT", qat, fp32),
+        torch_row("FAKE-QUANT-PTC", qat - 2, fp32),
+        torch_row("FP32-TUNED", fp32 + 0.5, fp32),
+    ]
+    for precision, batch_size, ms in engines:
+        rows.append(engine_row(precision, qat, batch_size, ms))
+        # Its host-to-host throughput stands in a row of its own, which has no latency.
+        rows.append({**torch_row(precision, qat, fp32), "backend": "tensorrt end-to-end"})
+    about = {"kind": "inference", "model": "net", "stem": "cifar", "seed": seed}
+    return {**about, "quantization": {"calibrator": "sqnr"}, "rows": rows}
+
+
+def write(path, record):
+    path.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of one network, the first with engines, and a record of another kind."""
+    engines = [("FP16", 1, 0.5), ("FP16", 64, 4.0), ("INT8-QAT", 1, 0.4), ("INT8-QAT", 64, 2.0)]
+    write(tmp_path / "seed0.json", record_of(0, 90.0, 89.0, engines))
+    write(tmp_path / "seed1.json", record_of(1, 92.0, 92.0))
+    write(tmp_path / "other.json", {"kind": "calibrators"})
+    return tmp_path
+
+
+def cells(table):
+    """Each line of a Markdown table as title -> cell."""
+    titles, _, *lines = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    )
+    return [dict(zip(titles, line, strict=True)) for line in lines]
+
+
+def test_a_damaged_record_is_named(results):
+    (results / "seed0.json").write_text('{"kind": "infer')
+    with pytest.raises(UserError, match=r"seed0.json is damaged \(.*\): delete it"):
+        tables.load(results)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}],
+)
+def test_a_mean_is_of_the_seeds_of_one_study(results, change):
+    write(results / "seed2.json", {**record_of(2, 90.0, 90.0), **change})
+    with pytest.raises(UserError, match="seed2.json is not of one study with the records beside"):
+        tables.load(results)
+
+
+def test_accuracies_are_means_over_seeds_with_their_spread(results):
+    (line,) = cells(tables.accuracy_table(tables.load(results)))
+    assert (line["network"], line["seeds"]) == ("net, cifar stem", "2")
+    assert line["FP32"] == "91.00 ± 1.41"
+    assert line["QAT"] == "90.50 ± 2.12"
+    assert line["PTQ"] == "88.50 ± 2.12"
+    assert line["QAT − FP32"] == "-0.50 ± 0.71"
+    assert line["QAT − fine-tuned"] == "-1.00 ± 0.71"
+
+
+def test_records_of_unlike_calibrators_are_not_averaged(results):
+    write(results / "max.json", {**record_of(0, 80.0, 79.0), "quantization": {"calibrator": "max"}})
+    write(results / "old.json", {**record_of(0, 80.0, 79.0), "quantization": {}})
+    lines = cells(tables.accuracy_table(tables.load(results)))
+    assert {line["network"]: line["seeds"] for line in lines} == {
+        "net, cifar stem": "2",
+        "net, cifar stem, max": "1",
+        "net, cifar stem, calibrator not recorded": "1",
+    }
+
+
+def test_qat_is_compared_with_the_fine_tuned_network_of_its_own_record(results):
+    """The first record by name has none, as if infer.py alone had made it."""
+    alone = record_of(2, 50.0, 40.0)
+    alone["rows"] = [row for row in alone["rows"] if row["precision"] != "FP32-TUNED"]
+    write(results / "alone.json", alone)
+    (line,) = cells(tables.accuracy_table(tables.load(results)))
+    assert (line["seeds"], line["QAT − fine-tuned"]) == ("3", "-1.00 ± 0.71")
+
+
+def test_engines_are_compared_with_pytorch_of_the_same_seeds(results):
+    (line,) = cells(tables.engines_table(tables.load(results)))
+    assert (line["network"], line["seeds"]) == ("net, cifar stem", "1")
+    assert line["FP32 in PyTorch"] == "90.00"
+    assert (line["FP16"], line["QAT"], line["PTQ"]) == ("89.00", "89.00", "-")
+    assert line["QAT agreement"] == "99.50"
+
+
+def test_speeds_are_of_the_records_with_engines(results):
+    single, batch = cells(tables.speed_table(tables.load(results)))
+    assert single["batch"] == "1"
+    assert (single["FP16 ms"], single["INT8-QAT ms"], single["speed-up"]) == (
+        "0.500",
+        "0.400",
+        "1.25",
+    )
+    assert (batch["batch"], batch["speed-up"]) == ("64", "2.00")
+    assert batch["INT8-QAT images/s"] == "32,000"
+    assert batch["INT8 layers"] == "7 of 9"
+
+
+def test_the_headline_has_the_speed_up_at_the_largest_batch(results, monkeypatch):
+    monkeypatch.setattr(tables, "TITLES", {"absent": "Absent", "net": "Net"})
+    (line,) = cells(tables.headline_table(tables.load(results)))
+    assert line["network"] == "Net"
+    assert (line["FP32"], line["INT8 QAT"]) == ("91.00 ± 1.41", "90.50 ± 2.12")
+    assert line["INT8 over FP16"] == "2.00 ×"
+
+
+def test_the_plot_holds_its_points(results):
+    tables.plot(results)
+    with Image.open(results / tables.PLOT) as image:
+        assert json.loads(image.text["Description"]) == {"net, cifar stem": [2.0, -0.5, -2.5]}
+        assert image.width > 500
+
+
+def test_without_engines_there_is_no_plot(tmp_path):
+    write(tmp_path / "seed1.json", record_of(1, 92.0, 92.0))
+    tables.plot(tmp_path)
+    assert not (tmp_path / tables.PLOT).exists()
