@@ -1,4 +1,4 @@
-"""Images as uint8 arrays. Imports NumPy alone, so that exported networks can be evaluated where torch is not installed."""
+"""Images as uint8 arrays. Imports NumPy alone: networks are evaluated without torch too."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ import numpy as np
 from dataset import cifar10, digits, folder
 from utils.errors import UserError
 
-VALIDATION_FRACTION = 0.02  # CIFAR-10: 1,000 of the 50,000 train images choose the checkpoint
+VAL_FRACTION = 0.02
+"""Of the train images; CIFAR-10: 1,000 of 50,000 choose the checkpoint."""
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+"""Train images, train labels, test images, test labels, class names."""
+
 LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
     "cifar10": lambda data_dir, img_size: cifar10.load(data_dir),
     "folder": folder.load,
     "digits": lambda data_dir, img_size: digits.load(),
 }
-"""Name -> loader of (data_dir, img_size). Each returns train images, train labels, test images, test labels, class names."""
+"""Name -> loader of (data_dir, img_size)."""
 
-NATURAL = {"cifar10": True, "folder": True, "digits": False}
-"""Whether an image mirrored, or with a part hidden, still shows its class, so that training may do both."""
+MIRROR_AND_CUTOUT = {"cifar10": True, "folder": True, "digits": False}
+"""Whether an image that is mirrored, or has a part hidden, still shows its class."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class ImageData:
     test_labels: np.ndarray
 
     @property
-    def natural(self) -> bool:
-        return NATURAL[self.name]
+    def mirror_and_cutout(self) -> bool:
+        """Whether training may mirror images and hide parts of them."""
+        return MIRROR_AND_CUTOUT[self.name]
 
     def digest(self) -> str:
         """Tells these images and labels, in their order, from any others."""
@@ -52,12 +56,12 @@ class ImageData:
     def split(
         self, seed: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Images and labels to train on, and those held out, as `split_train` draws them."""
-        chosen, held_out = (
-            (self.train_images[part], self.train_labels[part])
-            for part in split_train(self.train_labels, seed)
+        """`train_part` and `val`, images and labels of each, as `split_train` draws them."""
+        train_part, val = split_train(self.train_labels, seed)
+        return (
+            (self.train_images[train_part], self.train_labels[train_part]),
+            (self.train_images[val], self.train_labels[val]),
         )
-        return chosen, held_out
 
 
 def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
@@ -66,25 +70,22 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
     Args:
         name: "cifar10", "folder" or "digits".
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
-        img_size: height and width in pixels that images of "folder" are resized to; the others are 32 pixels wide.
+        img_size: height and width in pixels that images of "folder" are resized to; the others are
+            32 pixels wide.
 
     Raises:
-        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a width that cannot be.
+        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a width
+            that cannot be.
     """
     if img_size < 8:
         raise UserError(f"--img_size {img_size}: at least 8")
-    train_images, train_labels, test_images, test_labels, classes = LOADERS[name](
-        Path(data_dir), img_size
-    )
-    for split, images, labels in (
-        ("train", train_images, train_labels),
-        ("test", test_images, test_labels),
-    ):
-        _check(f"{name} ({split})", images, labels, len(classes))
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise UserError(
-            f"{name}: train images are {train_images.shape[1:]}, test images {test_images.shape[1:]}"
-        )
+    loaded = LOADERS[name](Path(data_dir), img_size)
+    train_images, train_labels, test_images, test_labels, classes = loaded
+    _check(f"{name} (train)", train_images, train_labels, len(classes))
+    _check(f"{name} (test)", test_images, test_labels, len(classes))
+    train_shape, test_shape = train_images.shape[1:], test_images.shape[1:]
+    if train_shape != test_shape:
+        raise UserError(f"{name}: train images are {train_shape}, test images {test_shape}")
     return ImageData(
         name,
         classes,
@@ -97,49 +98,58 @@ def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
 
 def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(
-            f"{what}: images are {images.dtype} {images.shape}, expected uint8 (N, height, width, 3)"
-        )
+        found = f"{images.dtype} {images.shape}"
+        raise UserError(f"{what}: images are {found}, expected uint8 (N, height, width, 3)")
     if labels.shape != (len(images),) or len(images) == 0:
         raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
     integers = np.issubdtype(labels.dtype, np.integer)
-    low, high = (
-        (labels.min(), labels.max()) if integers else (labels[0], labels[-1])
-    )  # not everything has an order
+    # what is no number may have no order, hence no minimum
+    low, high = (labels.min(), labels.max()) if integers else (labels[0], labels[-1])
     if not integers or low < 0 or high >= num_classes:
         raise UserError(f"{what}: labels {low}..{high} are not integers in 0..{num_classes - 1}")
 
 
 def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (train, held out) of a seeded shuffle; the held-out part takes its share of every class that has two.
+    """Indices (train_part, val) of a seeded shuffle; `val` takes its part of every class.
 
-    The held-out images choose checkpoints and are never trained on; calibration takes its images from the first part.
+    `val` chooses checkpoints and is never trained on. Calibration takes its images from
+    `train_part`.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    held_out = np.zeros(len(labels), dtype=bool)
+    in_val = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held_out[
-            members[: min(max(1, round(VALIDATION_FRACTION * len(members))), len(members) - 1)]
-        ] = True
-    return order[~held_out[order]], order[held_out[order]]
+        # at least one image of each class, but never the only one
+        count = max(1, round(VAL_FRACTION * len(members)))
+        count = min(count, len(members) - 1)
+        in_val[members[:count]] = True
+    return order[~in_val[order]], order[in_val[order]]
 
 
 def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel in units of the full range (0..1), for the normalisation.
+    """Mean and standard deviation of each channel in units of the full range, for normalisation.
 
-    The mean is a whole level, the deviation a power of two of levels, so that FP16 holds (pixel - mean) / deviation exactly.
-    With exact statistics FP16 would change one INT8 code of the first layer in thirty, and an engine that normalises in
-    FP16 as many predictions as the quantization itself does.
+    The mean is rounded to a whole level m and the deviation to a power of two of levels s: then
+    FP16 holds (pixel - m) / s exactly. With exact statistics FP16 would change one INT8 code of the
+    first layer in thirty, and an engine that normalises in FP16 would change as many predictions
+    as the quantization itself does.
+
+    Args:
+        images: (N, H, W, 3) uint8.
     """
-    levels, counts = np.arange(256), np.zeros((3, 256), dtype=np.int64)
-    for part in np.array_split(images, 100):  # counting takes eight bytes for each value
-        counts += np.stack(
-            [np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(3)]
-        )
+    # how often each level occurs in each channel; in parts, as counting takes 8 bytes a value
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for part in np.array_split(images, 100):
+        for channel in range(3):
+            counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
+    # variance = E[level^2] - E[level]^2
+    levels = np.arange(256)
     means = counts @ levels / counts.sum(1)
     variances = counts @ levels**2 / counts.sum(1) - means**2
-    scales = [
-        2.0 ** round(math.log2(max(variance, 1.0)) / 2) / 255 for variance in variances.tolist()
-    ]
-    return [round(mean) / 255 for mean in means.tolist()], scales
+    mean = [round(level) / 255 for level in means.tolist()]
+    std = []
+    for variance in variances.tolist():
+        # log2 of the deviation is half that of the variance; images of one grey have none
+        exponent = round(math.log2(max(variance, 1.0)) / 2)
+        std.append(2.0**exponent / 255)
+    return mean, std

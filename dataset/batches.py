@@ -1,18 +1,39 @@
-"""Batches served from device memory: the whole data set lives there as uint8, augmentation runs there batched."""
+"""Batches served from device memory: a whole data set lives there as bytes and is augmented there.
+
+CIFAR-10 takes 150 MB so. Every image of a batch is augmented by itself, but by the same few
+operations on the whole batch: no worker processes, nothing to wait for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-SHIFT = 4  # pixels, at most, in each direction
-HOLE = (
-    3 / 8
-)  # of the image's width: side of the square that a training image loses (DeVries and Taylor, 2017)
+MAX_SHIFT = 4
+"""Pixels that a training image moves at most in each direction."""
+CUTOUT = 3 / 8
+"""Side of the square that a training image loses, as share of its width (arXiv:1708.04552)."""
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What one epoch does to its images; element i of each tensor is of the i-th image served."""
+
+    order: Tensor
+    """(N,) index of the image in the data set."""
+    down: Tensor
+    right: Tensor
+    """(N, 1) where the window lies in the padded image, 0..2 MAX_SHIFT; the middle is no shift."""
+    mirrored: Tensor | None = None
+    """(N, 1) bool."""
+    cut_row: Tensor | None = None
+    cut_column: Tensor | None = None
+    """(N, 1) centre of the square that is cut out."""
 
 
 class Batches:
@@ -21,90 +42,114 @@ class Batches:
     Args:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
-        mean, std: of each channel, in units of the full range.
-        augment: random shifts by up to 4 pixels, edges filled with black.
-        natural: with `augment`, also mirror half of the images and blank a random square of each.
-        share: (rank, ranks): every rank draws the same epoch and serves its part of each batch.
+        normalize: makes (B, 3, H, W) float32 of (B, H, W, 3) uint8; it is moved to `device`.
+        augment: random shifts by up to 4 pixels, edges filled with black; shuffled.
+        mirror_and_cutout: with `augment`, also mirror half of the images and cut a square out of
+            each at a random place (DeVries and Taylor, 2017, arXiv:1708.04552).
+        rank, world_size: every rank draws the same epoch and serves its own part of each batch.
     """
 
     def __init__(
         self,
         images: np.ndarray,
         labels: np.ndarray,
-        mean: list[float],
-        std: list[float],
+        normalize: nn.Module,
         batch_size: int,
         device: torch.device,
         augment: bool = False,
-        natural: bool = False,
-        share: tuple[int, int] = (0, 1),
+        mirror_and_cutout: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ):
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(
-            device
-        )  # NHWC -> NCHW
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels = torch.from_numpy(labels).to(device)
-        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).reshape(1, 3, 1, 1)
-        self.offset = torch.tensor(
-            [m / s for m, s in zip(mean, std, strict=True)], device=device
-        ).reshape(1, 3, 1, 1)
-        self.batch_size = min(batch_size, len(images) // share[1] * share[1])
-        self.augment, self.natural, self.share = augment, natural, share
+        self.normalize = normalize.to(device)
+        # at most all images, of which each rank has equally many
+        self.batch_size = min(batch_size, len(images) // world_size * world_size)
+        self.augment = augment
+        self.mirror_and_cutout = mirror_and_cutout
+        self.rank = rank
+        self.world_size = world_size
 
     @property
     def device(self) -> torch.device:
         return self.labels.device
 
     def first(self, count: int) -> Iterator[Tensor]:
-        """The first `count` images in batches, for calibration."""
+        """The first `count` images (B, 3, H, W) in batches, for calibration."""
         for start in range(0, min(count, len(self.labels)), self.batch_size):
-            yield (
-                self.images[start : min(start + self.batch_size, count)] * self.scale - self.offset
-            )
+            stop = min(start + self.batch_size, count)
+            yield self.normalize(self.images[start:stop])
 
     def __len__(self) -> int:
-        """Batches in an epoch. Training drops the last, incomplete one: the shuffle leaves out other images each time."""
+        """Batches in an epoch.
+
+        Training drops the last, incomplete one: the shuffle leaves out other images each time.
+        """
         full, rest = divmod(len(self.labels), self.batch_size)
         return full if self.augment or rest == 0 else full + 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch: shuffled and augmented with torch's global random state if `augment`, in order otherwise."""
+        """One epoch: in order, or shuffled and augmented with torch's global random state."""
         if self.augment:
             yield from self._augmented_epoch()
             return
         for start in range(0, len(self.labels), self.batch_size):
             part = slice(start, start + self.batch_size)
-            yield self.images[part] * self.scale - self.offset, self.labels[part]
+            yield self.normalize(self.images[part]), self.labels[part]
 
     def _augmented_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole epoch's choices are drawn at once; each image is gathered from black-edged originals by row and column."""
-        (count, _, height, width), device = self.images.shape, self.device
-        order = torch.randperm(count, device=device)
-        down, right = (torch.randint(0, 2 * SHIFT + 1, (count, 1), device=device) for _ in range(2))
-        rows, columns = (torch.arange(size, device=device) for size in (height, width))
-        if self.natural:
-            mirrored = torch.rand(count, 1, device=device) < 0.5
-            side = round(HOLE * width)
-            row, column = (
-                torch.randint(0, size, (count, 1), device=device) for size in (height, width)
-            )
-        padded = (
-            F.pad(self.images, [SHIFT] * 4).permute(0, 2, 3, 1).contiguous()
-        )  # -> (N, H + 8, W + 8, 3)
-        rank, ranks = self.share
+        # all ranks draw the whole epoch, so that together they serve what one process would
+        draws = self._draw()
+        # black edges: (N, H, W, 3) -> (N, H + 8, W + 8, 3)
+        padded = F.pad(self.images, (0, 0, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT))
+        served = self.batch_size // self.world_size
         for index in range(len(self)):
-            start = index * self.batch_size + rank * (self.batch_size // ranks)
-            part = slice(start, start + self.batch_size // ranks)
-            from_rows, from_columns = rows + down[part], columns + right[part]  # (B, H), (B, W)
-            if self.natural:
-                from_columns = torch.where(mirrored[part], from_columns.flip(1), from_columns)
-            images = padded[
-                order[part, None, None], from_rows[:, :, None], from_columns[:, None, :]
-            ]  # (B, H, W, 3)
-            images = images.permute(0, 3, 1, 2) * self.scale - self.offset  # (B, 3, H, W)
-            if self.natural:
-                hit = [
-                    (2 * (at - centre[part]) + 1 - side % 2).abs() < side
-                    for at, centre in ((rows, row), (columns, column))
-                ]
-                images = images.masked_fill((hit[0][:, :, None] & hit[1][:, None, :])[:, None], 0.0)
-            yield images, self.labels[order[part]]
+            start = index * self.batch_size + self.rank * served
+            part = slice(start, start + served)
+            images = self.normalize(self._gather(padded, draws, part))  # (B, 3, H, W)
+            if self.mirror_and_cutout:
+                images = images.masked_fill(self._cutout(draws, part), 0.0)
+            yield images, self.labels[draws.order[part]]
+
+    def _draw(self) -> _Draws:
+        """Every random choice of an epoch. Their order decides what a seed means: keep it."""
+        count, height, width, _ = self.images.shape
+
+        def integers(limit: int) -> Tensor:
+            return torch.randint(0, limit, (count, 1), device=self.device)
+
+        order = torch.randperm(count, device=self.device)
+        down = integers(2 * MAX_SHIFT + 1)
+        right = integers(2 * MAX_SHIFT + 1)
+        if not self.mirror_and_cutout:
+            return _Draws(order, down, right)
+        mirrored = torch.rand(count, 1, device=self.device) < 0.5
+        cut_row = integers(height)
+        cut_column = integers(width)
+        return _Draws(order, down, right, mirrored, cut_row, cut_column)
+
+    def _gather(self, padded: Tensor, draws: _Draws, part: slice) -> Tensor:
+        """Shifted and mirrored images (B, H, W, 3) uint8, pixel by pixel out of the padded ones."""
+        _, height, width, _ = self.images.shape
+        rows = draws.down[part] + torch.arange(height, device=self.device)  # (B, H)
+        columns = draws.right[part] + torch.arange(width, device=self.device)  # (B, W)
+        # a mirrored image reads its columns from right to left
+        if draws.mirrored is not None:
+            columns = torch.where(draws.mirrored[part], columns.flip(1), columns)
+        # (B, 1, 1), (B, H, 1) and (B, 1, W) broadcast: one index of each for every pixel
+        return padded[draws.order[part, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _cutout(self, draws: _Draws, part: slice) -> Tensor:
+        """Where the images lose a square, (B, 1, H, W) bool; it may reach over the edge."""
+        _, height, width, _ = self.images.shape
+        side = round(CUTOUT * width)
+
+        def covered(centre: Tensor, size: int) -> Tensor:
+            first = centre - side // 2  # (B, 1)
+            at = torch.arange(size, device=self.device)  # (size,)
+            return (at >= first) & (at < first + side)  # (B, size)
+
+        rows = covered(draws.cut_row[part], height)
+        columns = covered(draws.cut_column[part], width)
+        return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -1,32 +1,28 @@
-"""scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998): 1,797 real images inside the package, no download."""
+"""scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998): 1,797 images, no download."""
 
 from __future__ import annotations
 
 import numpy as np
 
-TEST_FRACTION = 0.2
-SCALE = 4  # 8x8 pixels -> 32x32
+TEST_STRIDE = 5
+SCALE = 4
+"""8x8 pixels -> 32x32."""
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names; (N, 32, 32, 3) uint8.
 
-    The archive has no official split: every fifth image is a test image. It is ordered by writer, 13 writers in all, so
-    both parts hold all of them.
+    The archive has no official split: every fifth image is a test image. It is ordered by writer,
+    13 writers in all, so both parts hold all of them.
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    gray = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 17 levels
-    images = (
-        gray.repeat(SCALE, axis=1).repeat(SCALE, axis=2)[..., None].repeat(3, axis=3)
-    )  # (N, 32, 32, 3)
+    # 17 levels of grey, (N, 8, 8) -> (N, 32, 32) -> (N, 32, 32, 3)
+    gray = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    gray = gray.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    images = gray[..., None].repeat(3, axis=3)
     labels = bunch.target.astype(np.int64)
-    test = np.arange(len(labels)) % round(1 / TEST_FRACTION) == 0
-    return (
-        images[~test],
-        labels[~test],
-        images[test],
-        labels[test],
-        tuple(str(name) for name in bunch.target_names),
-    )
+    test = np.arange(len(labels)) % TEST_STRIDE == 0
+    classes = tuple(str(name) for name in bunch.target_names)
+    return images[~test], labels[~test], images[test], labels[test], classes

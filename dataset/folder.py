@@ -15,40 +15,44 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 def load(
     data_dir: Path, img_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Train images, train labels, test images, test labels, class names; (N, img_size, img_size, 3) uint8.
+    """Train images, train labels, test images, test labels, class names.
 
-    Classes are numbered by the sorted names of the folders in `train`.
+    Images are (N, img_size, img_size, 3) uint8. Classes are numbered by the sorted names of the
+    folders in `train`.
 
     Raises:
-        UserError: a folder is missing or empty, the two splits have different classes, or an image cannot be read.
+        UserError: a folder is missing or empty, the two splits have different classes, or an image
+            cannot be read.
     """
-    names = {}
-    for split in ("train", "test"):
-        root = data_dir / split
-        if not root.is_dir():
-            raise UserError(
-                f"{root} is missing: put images into {data_dir}/train/<class>/ and {data_dir}/test/<class>/"
-            )
-        names[split] = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
-    if names["train"] != names["test"]:
-        differing = sorted(set(names["train"]) ^ set(names["test"]))
+    classes = _class_names(data_dir, "train")
+    test_classes = _class_names(data_dir, "test")
+    if classes != test_classes:
+        differing = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise UserError(f"{data_dir}: train and test have different class folders: {differing}")
+    if len(classes) < 2:
         raise UserError(
-            f"{data_dir}: train and test have different class folders: {', '.join(differing)}"
+            f"{data_dir}/train holds {len(classes)} class folders; at least 2 are needed"
         )
-    if len(names["train"]) < 2:
+    train = _read_split(data_dir / "train", classes, img_size)
+    test = _read_split(data_dir / "test", classes, img_size)
+    return *train, *test, classes
+
+
+def _class_names(data_dir: Path, split: str) -> tuple[str, ...]:
+    root = data_dir / split
+    if not root.is_dir():
         raise UserError(
-            f"{data_dir}/train holds {len(names['train'])} class folders; at least 2 are needed"
+            f"{root} is missing: put images into {data_dir}/train/<class>/ and "
+            f"{data_dir}/test/<class>/"
         )
-    splits = [
-        _read_split(data_dir / split, names["train"], img_size) for split in ("train", "test")
-    ]
-    return *splits[0], *splits[1], names["train"]
+    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
 
 
 def _read_split(
     root: Path, classes: tuple[str, ...], img_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    paths, labels = [], []
+    paths = []
+    labels = []
     for label, name in enumerate(classes):
         files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
@@ -61,13 +65,17 @@ def _read_split(
 
 
 def _read_image(path: Path, img_size: int) -> np.ndarray:
+    """(img_size, img_size, 3) uint8, turned upright as its camera says."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            mode, image = image.mode, ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise anything on damaged bytes
+        with Image.open(path) as opened:
+            mode = opened.mode
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    # Pillow's decoders raise anything on damaged bytes
+    except Exception as error:
         raise UserError(f"{path} is not a readable image ({error}); delete or replace it") from None
+    # "I", "I;16" and "F" are Pillow's modes of wider pixels
     if mode[0] in "IF":
         raise UserError(
             f"{path} has more than 8 bits a channel, which would be clipped; convert it first"

@@ -17,11 +17,12 @@ from PIL import Image
 
 import dataset
 from dataset import cifar10
-from dataset.batches import SHIFT, Batches
-from utils.backends.pytorch import FromImages
+from dataset.batches import MAX_SHIFT, Batches
+from layers.normalize import FromImages, Normalize
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
+UNIT = Normalize([0.0] * 3, [1.0] * 3)
 
 
 def made_images(count, seed=0, size=32):
@@ -79,7 +80,7 @@ def write_batches(folder, dump=python2_pickle):
 
 
 def write_classes(root, classes=cifar10.CLASSES, count=2, size=32):
-    """`count` PNGs for each class and split; returns split -> images in the order of the sorted class names."""
+    """`count` PNGs for each class and split; returns split -> images, sorted by class name."""
     written = {}
     for seed, split in enumerate(("train", "test")):
         images = made_images(count * len(classes), seed, size)
@@ -116,7 +117,7 @@ def test_digits_are_1797_images_of_ten_classes(digits):
     assert digits.train_labels.dtype == digits.test_labels.dtype == np.int64
     assert digits.classes == tuple("0123456789")
     assert set(digits.train_labels) == set(digits.test_labels) == set(range(10))
-    assert not digits.natural
+    assert not digits.mirror_and_cutout
 
 
 def test_digits_are_the_archive_enlarged_four_times_in_three_equal_channels(digits):
@@ -148,16 +149,15 @@ def test_cifar10_reads_a_keras_archive(tmp_path, save, flat):
     assert np.array_equal(data.test_labels, arrays["y_test"][:, 0])
     assert data.train_labels.dtype == np.int64
     assert data.classes == cifar10.CLASSES
-    assert data.natural
+    assert data.mirror_and_cutout
 
 
 @pytest.mark.parametrize(
     "dump",
     [
         python2_pickle,
-        lambda content: pickle.dumps(
-            content, protocol=2
-        ),  # bytes are written as a call of _codecs.encode
+        # bytes are written as a call of _codecs.encode
+        lambda content: pickle.dumps(content, protocol=2),
         lambda content: pickle.dumps(content, protocol=4),
     ],
     ids=["python2", "python3-protocol2", "python3-protocol4"],
@@ -217,7 +217,7 @@ class Response(io.BytesIO):
 
 
 def made_archive(folder):
-    """What is in the archive's folder, written below `folder`: train images; and the archive's bytes."""
+    """Train images of an archive's folder, written below `folder`, and the archive's bytes."""
     train_images, _ = write_batches(folder / "cifar-10-batches-py")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -243,9 +243,8 @@ def test_of_processes_that_download_at_once_the_first_one_s_images_stay(
     train_images, archive = made_archive(tmp_path / "made")
 
     def urlopen(*_, **__):
-        shutil.copytree(
-            tmp_path / "made", tmp_path / "data", dirs_exist_ok=True
-        )  # the other process is done meanwhile
+        # the other process is done meanwhile
+        shutil.copytree(tmp_path / "made", tmp_path / "data", dirs_exist_ok=True)
         return Response(archive)
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
@@ -325,7 +324,8 @@ def test_archive_of_python_objects_is_refused(tmp_path):
         ("y_test", np.full((10, 1), -1), "labels -1..-1"),
         ("y_test", np.full((10, 1), 0.5), "labels 0.5..0.5 are not integers"),
         ("y_test", np.zeros((10, 2), np.int64), "10 images but labels of shape (10, 2)"),
-        ("y_test", np.full((10, 1), "cat"), "labels"),  # NumPy has no minimum of strings
+        # NumPy has no minimum of strings
+        ("y_test", np.full((10, 1), "cat"), "labels"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, key, value, said):
@@ -344,7 +344,7 @@ def test_wrong_arrays_are_named(tmp_path, key, value, said):
         pickle.dumps({b"data": 1}),
         pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [0, 1]}, protocol=4),
         python2_pickle(batch_content(made_images(4), range(4)))[:-100],
-        # OverflowError, AttributeError and ModuleNotFoundError; the user would read the last as a missing package
+        # OverflowError, AttributeError, and ModuleNotFoundError, which would read as a missing package
         b"\x80\x04\x95" + b"\xff" * 8 + b".",
         b"\x80\x02}K\x01a.",
         b"\x80\x02cnumpy.nothing\nndarray\n.",
@@ -397,7 +397,7 @@ def test_folder_resizes_to_img_size(tmp_path):
             Image.new("RGB", (50, 20), colour).save(tmp_path / split / name / "image.png")
     data = dataset.load("folder", tmp_path, 24)
     assert data.classes == ("blue", "red")
-    assert data.natural
+    assert data.mirror_and_cutout
     assert data.train_images.shape == (2, 24, 24, 3)
     assert data.train_images.dtype == np.uint8
     assert np.array_equal(data.train_labels, [0, 1])
@@ -506,25 +506,25 @@ def test_dataset_package_works_without_torch():
 
 
 def test_split_is_a_partition(digits):
-    chosen, held_out = dataset.split_train(digits.train_labels, 3)
-    assert sorted([*chosen, *held_out]) == list(range(len(digits.train_labels)))
+    train_part, val = dataset.split_train(digits.train_labels, 3)
+    assert sorted([*train_part, *val]) == list(range(len(digits.train_labels)))
 
 
-def test_split_holds_out_two_percent_of_every_class():
+def test_val_has_two_percent_of_every_class():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (100, 200, 500, 1000)))
-    _, held_out = dataset.split_train(labels, 0)
-    assert np.bincount(labels[held_out]).tolist() == [2, 4, 10, 20]
+    _, val = dataset.split_train(labels, 0)
+    assert np.bincount(labels[val]).tolist() == [2, 4, 10, 20]
 
 
-def test_split_holds_out_an_image_of_a_rare_class():
+def test_val_has_an_image_of_a_rare_class():
     labels = np.repeat([0, 1], (100, 3))
-    _, held_out = dataset.split_train(labels, 0)
-    assert np.bincount(labels[held_out]).tolist() == [2, 1]
+    _, val = dataset.split_train(labels, 0)
+    assert np.bincount(labels[val]).tolist() == [2, 1]
 
 
 def test_split_trains_on_every_class():
-    chosen, _ = dataset.split_train(np.array([0, 0, 0, 1]), 0)
-    assert 3 in chosen
+    train_part, _ = dataset.split_train(np.array([0, 0, 0, 1]), 0)
+    assert 3 in train_part
 
 
 def test_split_depends_on_the_seed_alone(digits):
@@ -534,8 +534,8 @@ def test_split_depends_on_the_seed_alone(digits):
 
 
 def test_split_is_shuffled(digits):
-    chosen, held_out = dataset.split_train(digits.train_labels, 0)
-    for part in (chosen, held_out):
+    train_part, val = dataset.split_train(digits.train_labels, 0)
+    for part in (train_part, val):
         assert not np.array_equal(part, np.sort(part))
         assert len(set(digits.train_labels[part[:100]])) == 10
 
@@ -563,7 +563,7 @@ def test_what_a_network_sees_of_a_pixel_is_exact_in_fp16_too(kind, divisors):
 
 def test_plain_batches_are_the_normalised_images_in_order(digits):
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    batches = Batches(digits.test_images, digits.test_labels, mean, std, 128, CPU)
+    batches = Batches(digits.test_images, digits.test_labels, Normalize(mean, std), 128, CPU)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert [len(labels) for _, labels in batches] == [128, 128, 104]
     assert len(batches) == 3
@@ -577,28 +577,31 @@ def test_plain_batches_are_the_normalised_images_in_order(digits):
 )
 def test_first_serves_exactly_that_many_images(count, sizes):
     images = made_images(10, size=8)
-    served = list(Batches(images, np.arange(10), [0.0] * 3, [1.0] * 3, 4, CPU).first(count))
+    served = list(Batches(images, np.arange(10), UNIT, 4, CPU).first(count))
     assert [len(batch) for batch in served] == sizes
     expected = images[:count].transpose(0, 3, 1, 2) / 255
     np.testing.assert_allclose(torch.cat(served), expected, atol=1e-6)
 
 
-GREY = 127.5 / 255  # a mean that no pixel has: normalised, only blanked pixels are 0
+GREY = 127.5 / 255
+"""A mean that no pixel has: normalised, only pixels that are cut out are 0."""
 
 
 def epoch_of(images, seed, batch_size=32, **options):
-    """Images (N, 3, H, W), normalised around GREY, and labels of one augmented epoch; labels are the originals' indices."""
-    options = {"augment": True, "natural": True, **options}
+    """One augmented epoch: images (N, 3, H, W), normalised around GREY; labels, their indices."""
+    options = {"augment": True, "mirror_and_cutout": True, **options}
     batches = Batches(
-        images, np.arange(len(images)), [GREY] * 3, [0.5] * 3, batch_size, CPU, **options
+        images, np.arange(len(images)), Normalize([GREY] * 3, [0.5] * 3), batch_size, CPU, **options
     )
     torch.manual_seed(seed)
     return list(batches)
 
 
-def augmented(images, natural, seed, batch_size=32):
-    """Augmented uint8 images (N, H, W, 3) of one epoch, where they are blanked (N, H, W), and the index of each original."""
-    parts, indices = zip(*epoch_of(images, seed, batch_size, natural=natural), strict=True)
+def augmented(images, mirror_and_cutout, seed, batch_size=32):
+    """One epoch: uint8 images (N, H, W, 3), where they are blanked (N, H, W), original indices."""
+    parts, indices = zip(
+        *epoch_of(images, seed, batch_size, mirror_and_cutout=mirror_and_cutout), strict=True
+    )
     normalised = torch.cat(parts)
     blank = (normalised == 0).all(1)
     assert torch.equal(blank, (normalised == 0).any(1))  # in all channels alike
@@ -607,41 +610,39 @@ def augmented(images, natural, seed, batch_size=32):
 
 
 def found_moves(image, blank, original):
-    """Every (down, right, mirrored) that turns `original`, on black, into `image` where that is not blank."""
+    """Every (down, right, mirrored) that makes `image`, where not blank, of `original` on black."""
     height, width, _ = original.shape
     moves = set()
     for mirrored in (False, True):
-        padded = np.pad(original, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)))
-        for down in range(2 * SHIFT + 1):
-            for right in range(2 * SHIFT + 1):
+        padded = np.pad(original, ((MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0)))
+        for down in range(2 * MAX_SHIFT + 1):
+            for right in range(2 * MAX_SHIFT + 1):
                 moved = padded[down : down + height, right : right + width]
                 if ((moved[:, ::-1] if mirrored else moved) == image).all(-1)[~blank].all():
-                    moves.add((down - SHIFT, right - SHIFT, mirrored))
+                    moves.add((down - MAX_SHIFT, right - MAX_SHIFT, mirrored))
     return moves
 
 
-@pytest.mark.parametrize("natural", [False, True])
-def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(natural):
-    originals = np.random.default_rng(0).integers(
-        1, 256, (320, 12, 10, 3), dtype=np.uint8
-    )  # not square, no black
-    images, blank, indices = augmented(originals, natural, seed=0)
+@pytest.mark.parametrize("mirror_and_cutout", [False, True])
+def test_augmented_images_are_shifted_originals_mirrored_only_where_allowed(mirror_and_cutout):
+    # not square, no black
+    originals = np.random.default_rng(0).integers(1, 256, (320, 12, 10, 3), dtype=np.uint8)
+    images, blank, indices = augmented(originals, mirror_and_cutout, seed=0)
     moves = [
         found_moves(*found, originals[index])
         for *found, index in zip(images, blank, indices, strict=True)
     ]
     assert all(len(found) == 1 for found in moves)
     downs, rights, mirrored = zip(*(found.pop() for found in moves), strict=True)
-    assert set(downs) == set(rights) == set(range(-SHIFT, SHIFT + 1))
-    assert len(set(zip(downs, rights, strict=True))) > 2 * (
-        2 * SHIFT + 1
-    )  # neither follows from the other
-    assert set(mirrored) == ({False, True} if natural else {False})
-    assert not natural or 0.4 < np.mean(mirrored) < 0.6
+    assert set(downs) == set(rights) == set(range(-MAX_SHIFT, MAX_SHIFT + 1))
+    # neither follows from the other
+    assert len(set(zip(downs, rights, strict=True))) > 2 * (2 * MAX_SHIFT + 1)
+    assert set(mirrored) == ({False, True} if mirror_and_cutout else {False})
+    assert not mirror_and_cutout or 0.4 < np.mean(mirrored) < 0.6
 
 
 @pytest.mark.parametrize(("size", "side"), [((32, 32), 12), ((12, 10), 4), ((9, 8), 3)])
-def test_each_natural_image_loses_one_square_of_three_eighths_of_its_width(size, side):
+def test_each_image_that_may_loses_one_square_of_three_eighths_of_its_width(size, side):
     originals = np.random.default_rng(0).integers(0, 256, (640, *size, 3), dtype=np.uint8)
     blank = augmented(originals, True, seed=0)[1]
     corners = set()
@@ -650,9 +651,8 @@ def test_each_natural_image_loses_one_square_of_three_eighths_of_its_width(size,
         assert mask.sum() == len(spans[0]) * len(spans[1])  # a filled rectangle
         for span, length in zip(spans, size, strict=True):
             assert len(span) == span[-1] - span[0] + 1
-            clipped = (
-                span[0] == 0 or span[-1] == length - 1
-            )  # its centre is in the image, its edges need not be
+            # its centre is in the image, its edges need not be
+            clipped = span[0] == 0 or span[-1] == length - 1
             assert side // 2 <= len(span) <= side if clipped else len(span) == side
         corners.add((spans[0][0], spans[1][0]))
     assert len(corners) > min(200, size[0] * size[1] // 3)
@@ -660,7 +660,7 @@ def test_each_natural_image_loses_one_square_of_three_eighths_of_its_width(size,
     assert blank.any(0).all()  # no place is spared
 
 
-def test_nothing_is_blanked_where_images_are_not_natural_or_not_augmented():
+def test_nothing_is_blanked_where_it_is_not_allowed_or_nothing_is_augmented():
     originals = made_images(64, size=8)
     assert not augmented(originals, False, seed=0)[1].any()
     for images, _ in epoch_of(originals, 0, augment=False):
@@ -682,29 +682,34 @@ def test_augmentation_is_a_function_of_torch_seed():
 
 
 def test_epochs_leave_out_different_images():
-    batches = Batches(
-        made_images(40, size=8), np.arange(40), [0.0] * 3, [1.0] * 3, 32, CPU, augment=True
-    )
+    batches = Batches(made_images(40, size=8), np.arange(40), UNIT, 32, CPU, augment=True)
     torch.manual_seed(0)
     epochs = [set(torch.cat([labels for _, labels in batches]).tolist()) for _ in range(2)]
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("natural", [False, True])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_parts_of_all_ranks_are_the_batches_of_one_process(ranks, natural):
+@pytest.mark.parametrize("mirror_and_cutout", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_parts_of_all_ranks_are_the_batches_of_one_process(world_size, mirror_and_cutout):
     originals = made_images(100, size=8)
-    whole = epoch_of(originals, 0, natural=natural)
-    parts = [epoch_of(originals, 0, natural=natural, share=(rank, ranks)) for rank in range(ranks)]
+    whole = epoch_of(originals, 0, mirror_and_cutout=mirror_and_cutout)
+    parts = [
+        epoch_of(
+            originals, 0, mirror_and_cutout=mirror_and_cutout, rank=rank, world_size=world_size
+        )
+        for rank in range(world_size)
+    ]
     assert {len(epoch) for epoch in parts} == {len(whole)} == {3}
-    for (images, labels), *shares in zip(whole, *parts, strict=True):
-        assert {len(labels) for _, labels in shares} == {32 // ranks}
-        assert torch.equal(torch.cat([images for images, _ in shares]), images)
-        assert torch.equal(torch.cat([labels for _, labels in shares]), labels)
+    for (images, labels), *served in zip(whole, *parts, strict=True):
+        assert {len(labels) for _, labels in served} == {32 // world_size}
+        assert torch.equal(torch.cat([images for images, _ in served]), images)
+        assert torch.equal(torch.cat([labels for _, labels in served]), labels)
 
 
 def test_ranks_get_equal_parts_of_fewer_images_than_a_batch():
-    shares = [epoch_of(made_images(21, size=8), 0, 64, share=(rank, 2)) for rank in range(2)]
-    labels = [torch.cat([labels for _, labels in epoch]).tolist() for epoch in shares]
+    served = [
+        epoch_of(made_images(21, size=8), 0, 64, rank=rank, world_size=2) for rank in range(2)
+    ]
+    labels = [torch.cat([labels for _, labels in epoch]).tolist() for epoch in served]
     assert [len(part) for part in labels] == [10, 10]
     assert len(set(sum(labels, []))) == 20
