@@ -1,41 +1,80 @@
-"""Accuracy and speed of any network that maps a batch of images to logits. Imports no torch."""
+"""The one interface of every back end, and how its accuracy and speed are measured. No torch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-EVALUATION_BATCH = 128
-WARM_UP_RUNS, MIN_RUNS, MIN_SECONDS = 5, 30, 1.0
-BURST = 20  # runs that a GPU's events time back to back, so that it never waits for the host
-PASSES = 5  # over the test set, for the end-to-end throughput
+from utils.errors import UserError
+
+WARM_UP_RUNS = 5
+MIN_RUNS = 30
+MIN_SECONDS = 1.0
+
+BURST = 20
+"""Runs that a GPU's events time back to back, so that it never waits for the host."""
+
+PASSES = 5
+"""Over the test set, for the end-to-end throughput."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that a back end runs, which may hold several nodes of the graph.
+
+    Args:
+        precision: type of its first input ("INT8", "FP16", ...), "-" if the back end does not tell.
+        tactic: the kernel that it runs.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    tactic: str
+
+    def __str__(self) -> str:
+        return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
 
 
 class Network:
-    """A back end's network: raw images (N, H, W, 3) uint8 -> logits (N, classes) float32, both on the host."""
+    """A network on a back end: images (N, H, W, 3) uint8 -> logits (N, classes) float32.
+
+    Both are on the host. What a back end cannot tell has a default here, so no caller needs to
+    know which one it holds.
+    """
 
     name: str
-    path: Path
-    """The file it was loaded from."""
-    layers: Sequence[Any] = ()
-    """What it runs, where the back end can tell (TensorRT)."""
+    """The back end's, in tables and records."""
+
+    path: Path | None = None
+    """The file that it was loaded from, if it was one."""
+
+    layers: Sequence[Layer] = ()
+    """What it runs, where the back end can tell."""
+
+    evaluation_batch: int = 128
+    """Images at a time when a whole test set is evaluated."""
+
+    device_time: bool = False
+    """Whether `latencies_ms` counts the device alone: the throughput from host to host is then a
+    figure of its own."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Logits of each batch, in order; back ends that can work on several at a time do."""
+        """Logits of each batch, in order; a back end may work on several batches at a time."""
         return map(self, batches)
 
     def latencies_ms(self, images: np.ndarray) -> np.ndarray:
-        """Times of single runs over one batch in ms, at least 30 and 1 s of them, after a warm-up.
+        """Times (runs,) of single runs over one batch, as many as `repeated_ms` makes.
 
-        Here wall-clock time, from images to logits on the host; a GPU's back end counts its device time alone.
+        Here they are wall-clock times, from images to logits on the host.
         """
 
         def once() -> list[float]:
@@ -45,40 +84,48 @@ class Network:
 
         return repeated_ms(once)
 
+    def layer_times_ms(self) -> list[float | None]:
+        """The time of each of `layers`, None where it is not known."""
+        return [None for _ in self.layers]
+
+    def float_nodes(self, nodes: Iterable[str]) -> list[str]:
+        """Those of the graph's `nodes`, all meant to run in INT8, that do not.
+
+        Raises:
+            UserError: the back end does not tell what it runs.
+        """
+        raise UserError(f"{self.name} does not tell what it runs: that needs --backend tensorrt")
+
 
 def repeated_ms(burst: Callable[[], Sequence[float]]) -> np.ndarray:
-    """Times in ms that `burst` measures, called until there are enough of them; those of the first calls do not count."""
+    """Times (runs,) that `burst` measures: at least 30 and 1 s of them, after a warm-up."""
     for _ in range(WARM_UP_RUNS):
         burst()
-    times: list[float] = []
-    while len(times) < MIN_RUNS or sum(times) < 1000 * MIN_SECONDS:
-        times += burst()
-    return np.asarray(times)
+    times_ms: list[float] = []
+    while len(times_ms) < MIN_RUNS or sum(times_ms) < 1000 * MIN_SECONDS:
+        times_ms += burst()
+    return np.asarray(times_ms)
 
 
 def predict(network: Network, images: np.ndarray, batch_size: int, what: str = "") -> np.ndarray:
-    """Predicted classes (N,) int64 of images (N, H, W, 3) uint8, under a progress bar if it is named by `what`."""
-    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    """Predicted classes (N,) int64 of images (N, H, W, 3) uint8.
+
+    Args:
+        what: label of the progress bar; there is none without it.
+    """
+    starts = range(0, len(images), batch_size)
+    batches = (images[start : start + batch_size] for start in starts)
     logits = network.stream(batches)
-    total = -(-len(images) // batch_size)
-    return np.concatenate(
-        [
-            part.argmax(1)
-            for part in tqdm(logits, what, total, False, unit="batch", disable=not what)
-        ]
-    )
+    bar = tqdm(logits, what, len(starts), leave=False, unit="batch", disable=not what)
+    return np.concatenate([batch_logits.argmax(1) for batch_logits in bar])
 
 
 def end_to_end_img_s(network: Network, images: np.ndarray, batch_size: int) -> float:
-    """Images per second from the host's images to the host's labels: the median of several passes, after one to warm up."""
-    times = []
-    for _ in range(PASSES + 1):
+    """Images per second from images to labels, both on the host: the median of several passes."""
+    times_s = []
+    for _ in range(1 + PASSES):
         start = time.perf_counter()
         predict(network, images, batch_size)
-        times.append(time.perf_counter() - start)
-    return len(images) / float(np.median(times[1:]))
-
-
-def percent_equal(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of equal elements, in percent."""
-    return 100 * float((a == b).mean())
+        times_s.append(time.perf_counter() - start)
+    # the first pass warms up
+    return len(images) / float(np.median(times_s[1:]))

@@ -1,6 +1,7 @@
-"""ONNX Runtime on the CPU as a back end: an independent check of what an exported graph computes. Imports no torch.
+"""ONNX Runtime on the CPU as a back end: an independent check of what an exported graph computes.
 
-It runs INT8 graphs with exact INT8 rounding but in float arithmetic: its accuracy is an INT8 engine's, its speed is not.
+It runs INT8 graphs with exact INT8 rounding but in float arithmetic: its accuracy is that of an
+INT8 engine, its speed is not. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import onnxruntime
 
 from utils.backends.network import Network
 from utils.errors import UserError
+from utils.manifest import INPUT, OUTPUT
 
 
 class OnnxRuntimeNetwork(Network):
-    """An ONNX file as a function: images (N, H, W, 3) uint8 -> logits (N, classes) float32.
+    """An ONNX file as a network.
 
     Raises:
         UserError: the file is missing, truncated or not a graph that ONNX Runtime can run.
@@ -27,17 +29,17 @@ class OnnxRuntimeNetwork(Network):
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals (what TensorRT needs), and would
-        # dequantize the weights in every call. Taken literally instead, Q/DQ nodes round and the rest is fast float.
+        # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals, which
+        # TensorRT needs, and would dequantize the weights in every call. Taken literally instead,
+        # Q/DQ nodes round and the rest is fast float.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        providers = ["CPUExecutionProvider"]
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            raise UserError(
-                f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; export it again"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {self._session.get_inputs()[0].name: images})[0]
+        [logits] = self._session.run([OUTPUT], {INPUT: images})
+        return logits

@@ -1,0 +1,422 @@
+"""TensorRT engines, built from an exported ONNX graph and cached. Imports no torch.
+
+One code path serves four generations, because the precision lives in the graph. What a version
+lacks is asked with `hasattr`, never by its number:
+
+    what TensorRT has                               8.6   10    11   RTX
+    strongly typed networks                          -    yes   yes   yes
+    builder flags INT8 and FP16, calibrators        yes   yes    -     -
+    the creation flag EXPLICIT_BATCH                yes   yes    -     -
+    profiles that several contexts share (preview)  yes   yes    -     -
+    REQUIRE_USER_ALLOCATION                          -     -     -    yes
+
+Where networks are strongly typed, the graph's types are the engine's: what an INT8 engine does not
+quantize, its remainder, is FP16 or FP32 as in the file. In 8.6 the graph is FP32 with Q/DQ nodes,
+and builder flags allow FP16 and INT8 where it asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.manifest import ENGINES, IMPLICIT, PRECISIONS, graph_file
+
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+"""Python packages of TensorRT; the first that is installed is used."""
+
+OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+"""Tactics that TensorRT brings itself. Those of cuBLAS and cuDNN, which 11 has no more, are used in
+no version."""
+
+CALIBRATION_BATCH = 128
+
+INSTALL = "pip install -r requirements-gpu.txt"
+NO_GPU = "run on a GPU machine or use --backend onnxruntime"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine depends on besides its graph.
+
+    Args:
+        precision: a record's precision: one of `PRECISIONS`, or `IMPLICIT`.
+        batch_sizes: ascending; one optimization profile for each, tuned for it and good for
+            smaller batches.
+        remainder: "fp16" or "fp32", what an INT8 network computes in where it is not quantized.
+        workspace_gb: memory that a layer may use for scratch space, in GiB.
+        level: the builder's optimization level, 0 (quick) to 5 (thorough).
+    """
+
+    precision: str
+    batch_sizes: tuple[int, ...]
+    remainder: str = "fp16"
+    workspace_gb: float = 4.0
+    level: int = 3
+
+    @property
+    def int8(self) -> bool:
+        """Whether layers may run in INT8."""
+        return self.precision == IMPLICIT or PRECISIONS[self.precision].int8
+
+    @property
+    def fp16(self) -> bool:
+        """Whether layers may run in FP16."""
+        return self.precision == "FP16" or (self.int8 and self.remainder == "fp16")
+
+
+# The packages
+
+
+def load_tensorrt() -> ModuleType:
+    """The TensorRT module that is installed.
+
+    Raises:
+        UserError: none is, or its libraries cannot be loaded.
+    """
+    installed = [name for name in MODULES if importlib.util.find_spec(name)]
+    if not installed:
+        raise UserError(f"the Python package tensorrt is missing (on a GPU machine: {INSTALL})")
+    try:
+        return importlib.import_module(installed[0])
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{installed[0]} cannot be loaded ({error}); "
+            "it wants an NVIDIA driver and its own libraries"
+        ) from None
+
+
+def load_cuda(trt: ModuleType) -> ModuleType:
+    """PyCUDA's driver module, with the primary context current: the one that torch uses too.
+
+    Raises:
+        UserError: no PyCUDA, driver or GPU; or a GPU that this TensorRT does not run on.
+    """
+    try:
+        cuda = importlib.import_module("pycuda.driver")
+        importlib.import_module("pycuda.autoprimaryctx")
+    except ModuleNotFoundError:
+        raise UserError(f"the Python package pycuda is missing ({INSTALL})") from None
+    except Exception as error:  # no driver: ImportError; no GPU: PyCUDA's own, known only to it
+        raise UserError(f"there is no usable NVIDIA GPU here ({error}); {NO_GPU}") from None
+    if trt.__name__.startswith("tensorrt_rtx"):
+        _require_rtx_gpu(trt, cuda.Context.get_device())
+    return cuda
+
+
+def _require_rtx_gpu(trt: ModuleType, device: Any) -> None:
+    """Raise UserError if TensorRT-RTX does not run on the GPU."""
+    major, minor = device.compute_capability()
+    # it knows Turing (7.5) too, but only engines that are built for Turing alone run there
+    if major >= 8 and f"SM{major}{minor}" in trt.ComputeCapability.__members__:
+        return
+    raise UserError(
+        f"TensorRT-RTX {trt.__version__} does not run on {device.name()} "
+        f"(compute capability {major}.{minor}); install tensorrt there: {INSTALL}"
+    )
+
+
+def require_gpu() -> tuple[ModuleType, ModuleType]:
+    """TensorRT and PyCUDA's driver module, ready to run.
+
+    Raises:
+        UserError: one line that says what is missing and how to get it.
+    """
+    trt = load_tensorrt()
+    cuda = load_cuda(trt)
+    return trt, cuda
+
+
+def strongly_typed(trt: ModuleType, precision: str) -> bool:
+    """Whether the graph's types are the engine's. Implicit calibration leaves them to TensorRT."""
+    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    return typed and precision != IMPLICIT
+
+
+def graph_name(trt: ModuleType, options: EngineOptions) -> str:
+    """The exported graph that an engine is built from, see `utils.manifest`."""
+    if strongly_typed(trt, options.precision):
+        return graph_file(options.precision, options.remainder)
+    # the builder's flags choose the types: graphs without Q/DQ nodes differ in nothing else
+    explicit = options.int8 and options.precision != IMPLICIT
+    return graph_file(options.precision if explicit else "FP32")
+
+
+# The cache
+
+
+class CacheFile:
+    """A file that counts only if it was written whole, and for this key.
+
+    The file holds its content alone: `trtexec --loadEngine` and Triton load an engine from it.
+    Beside it, `<name>.json` holds the key, for people to read, and the content's SHA-256.
+    """
+
+    def __init__(self, folder: Path, name: str, key: dict[str, Any]):
+        text = json.dumps(key)
+        # as it comes back from a file: JSON has no tuples
+        self._key = json.loads(text)
+        stem, suffix = name.rsplit(".", 1)
+        self.path = folder / f"{stem}-{_sha256(text.encode())[:12]}.{suffix}"
+        self._sidecar = folder / f"{self.path.name}.json"
+
+    def read(self) -> bytes | None:
+        """The content, None if there is none that counts."""
+        try:
+            found = json.loads(self._sidecar.read_text())
+            content = self.path.read_bytes()
+        except (OSError, ValueError):
+            return None
+        return content if found == self._description(content) else None
+
+    def write(self, content: bytes) -> None:
+        # a process that is killed on the way leaves no file that counts: the sidecar goes first
+        # and comes last
+        self._sidecar.unlink(missing_ok=True)
+        with atomic_path(self.path) as partial:
+            partial.write_bytes(content)
+        with atomic_path(self._sidecar) as partial:
+            partial.write_text(json.dumps(self._description(content), indent=1))
+
+    def _description(self, content: bytes) -> dict[str, Any]:
+        return {"key": self._key, "sha256": _sha256(content)}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def cached_plan(
+    trt: ModuleType,
+    cuda: ModuleType,
+    folder: Path,
+    options: EngineOptions,
+    calibration: np.ndarray,
+    timings: Path | None = None,
+) -> tuple[bytes, Path]:
+    """An engine of one of the graphs in `folder`, and its file; built if it is not there yet.
+
+    Args:
+        calibration: images (N, H, W, 3) uint8, which only the precision `IMPLICIT` uses.
+        timings: folder of the kernel timings that builds leave for later ones of like networks;
+            by default each export has its own.
+
+    Raises:
+        UserError: the graph cannot be read, or as `build_plan` and `_make_calibrator`.
+    """
+    path = folder / graph_name(trt, options)
+    try:
+        graph = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); export it again") from None
+
+    # three keys, each with what its file depends on: kernel times on the platform, ranges on the
+    # graph and the images too, the engine on everything
+    device = cuda.Context.get_device()
+    platform = {
+        "tensorrt": f"{trt.__name__} {trt.__version__}",
+        "gpu": device.name(),
+        "compute_capability": device.compute_capability(),
+    }
+    implicit = options.precision == IMPLICIT
+    images_sha256 = _sha256(calibration.tobytes()) if implicit else None
+    source = {"graph_sha256": _sha256(graph), "calibration_sha256": images_sha256, **platform}
+    key = {**source, "options": asdict(options)}
+
+    engines = folder / ENGINES
+    engine = CacheFile(engines, f"{options.precision.lower()}.engine", key)
+    timing = CacheFile(timings or engines, "timing.cache", platform)
+    table = CacheFile(engines, "calibration.cache", source)
+    plan = engine.read()
+    if plan is None:
+        calibrator = _make_calibrator(trt, cuda, calibration, table) if implicit else None
+        plan = build_plan(trt, graph, options, timing, calibrator)
+        engine.write(plan)
+    return plan, engine.path
+
+
+# The builder
+
+
+def make_logger(trt: ModuleType) -> Any:
+    """A TensorRT logger that prints nothing and keeps the errors: the last explains a failure."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(["no reason given"], maxlen=3)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def _make_calibrator(
+    trt: ModuleType, cuda: ModuleType, images: np.ndarray, table: CacheFile
+) -> Any:
+    """What feeds images (N, H, W, 3) uint8 to TensorRT's entropy calibration.
+
+    The ranges that it finds go to `table`, which is read in its place if it holds some.
+
+    Raises:
+        UserError: this TensorRT has no calibrators.
+    """
+    if not hasattr(trt, "IInt8EntropyCalibrator2"):
+        raise UserError(
+            f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; "
+            "use explicit"
+        )
+    batch_size = min(CALIBRATION_BATCH, len(images))
+
+    class Calibrator(trt.IInt8EntropyCalibrator2):
+        def __init__(self) -> None:
+            trt.IInt8EntropyCalibrator2.__init__(self)
+            # whole batches only
+            self._starts = iter(range(0, len(images) - batch_size + 1, batch_size))
+            self._memory = cuda.mem_alloc(images[:batch_size].nbytes)
+
+        def get_batch_size(self) -> int:
+            return batch_size
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            """Device address of the next batch for the one input; None after the last."""
+            start = next(self._starts, None)
+            if start is None:
+                return None
+            batch = images[start : start + batch_size]
+            cuda.memcpy_htod(self._memory, np.ascontiguousarray(batch))
+            return [int(self._memory)]
+
+        def read_calibration_cache(self) -> bytes | None:
+            return table.read()
+
+        def write_calibration_cache(self, content: Any) -> None:
+            table.write(bytes(content))
+
+    return Calibrator()
+
+
+def _bits(kind: Any, names: Iterable[str]) -> int:
+    """The bit mask of those members of the enumeration `kind` that this version has."""
+    members = [getattr(kind, name) for name in names if hasattr(kind, name)]
+    return sum(1 << int(member) for member in members)
+
+
+def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any, Any]:
+    """Builder and parsed network of an ONNX graph.
+
+    Raises:
+        UserError: TensorRT cannot start, or its parser rejects the graph; the line holds the
+            parser's own words.
+    """
+    try:
+        builder = trt.Builder(log)
+    except Exception:  # pybind11 says only that a factory returned nothing
+        raise UserError(f"TensorRT {trt.__version__} cannot start: {log.errors[-1]}") from None
+    flags = ["EXPLICIT_BATCH"]
+    if strongly_typed(trt, precision):
+        flags.append("STRONGLY_TYPED")
+    network = builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, flags))
+    parser = trt.OnnxParser(network, log)
+    parsed = parser.parse(graph)
+    # an empty file passes for an empty graph
+    if not parsed or network.num_inputs == 0:
+        errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
+        reason = "; ".join(errors) or log.errors[-1]
+        raise UserError(f"TensorRT {trt.__version__} rejects the graph: {reason}")
+    return builder, network
+
+
+def _describe(error: Any) -> str:
+    """A parser's error in one line, with the node that it is about where the version tells."""
+    text = " ".join(error.desc().split())
+    node = ""
+    if hasattr(error, "node_operator"):
+        node = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{node}: {text}" if node else text
+
+
+def configure(
+    trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None
+) -> Any:
+    """The builder's configuration."""
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
+    config.set_tactic_sources(_bits(trt.TacticSource, OWN_KERNELS))
+    config.builder_optimization_level = options.level
+    # the inspector then names types and kernels
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    # without it, 8.6 runs only one batch size in each profile
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    # without it, RTX may allocate while a CUDA graph is recorded
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+    if not strongly_typed(trt, options.precision):
+        if options.int8:
+            config.set_flag(trt.BuilderFlag.INT8)
+        if options.fp16:
+            config.set_flag(trt.BuilderFlag.FP16)
+
+    for batch_size in options.batch_sizes:
+        config.add_optimization_profile(_make_profile(builder, network, 1, batch_size))
+    if calibrator is not None:
+        config.int8_calibrator = calibrator
+        batch_size = calibrator.get_batch_size()
+        profile = _make_profile(builder, network, batch_size, batch_size)
+        config.set_calibration_profile(profile)
+    return config
+
+
+def _make_profile(builder: Any, network: Any, smallest: int, largest: int) -> Any:
+    """An optimization profile for batches of `smallest` to `largest` images, best at `largest`."""
+    images = network.get_input(0)
+    image_shape = tuple(images.shape)[1:]
+    least, most = (smallest, *image_shape), (largest, *image_shape)
+    profile = builder.create_optimization_profile()
+    profile.set_shape(images.name, least, most, most)
+    return profile
+
+
+def build_plan(
+    trt: ModuleType,
+    graph: bytes,
+    options: EngineOptions,
+    timing: CacheFile,
+    calibrator: Any = None,
+) -> bytes:
+    """A serialized engine; the kernel times that were measured for it are added to `timing`.
+
+    Raises:
+        UserError: the parser rejects the graph or the builder fails; the line holds TensorRT's
+            own words.
+    """
+    log = make_logger(trt)
+    what = f"{options.precision} engine"
+    builder, network = parse(trt, log, graph, options.precision)
+    config = configure(trt, builder, network, options, calibrator)
+    # False: times that were measured elsewhere do not count
+    config.set_timing_cache(config.create_timing_cache(timing.read() or b""), False)
+    # it takes up to minutes, in which TensorRT says nothing
+    print(f"TensorRT builds the {what}", file=sys.stderr, flush=True)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(f"TensorRT {trt.__version__} cannot build the {what}: {log.errors[-1]}")
+    timing.write(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
