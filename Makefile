@@ -7,7 +7,7 @@ RESULTS ?= out/results
 DATA ?= data
 DEMO := out/demo
 
-.PHONY: demo test lint reproduce tables install clean
+.PHONY: demo test test-slow test-all lint reproduce tables install clean
 
 demo: install  ## float training, calibration, QAT, export and one table, on a CPU in two to three minutes
 	rm -rf $(DEMO)
@@ -17,17 +17,22 @@ demo: install  ## float training, calibration, QAT, export and one table, on a C
 	$(BIN)/python infer.py --m resnet18 --load_ckpt $(DEMO)/qat/ckpt_best --FP32 --INT8PTC --INT8QAT \
 		--record $(DEMO)/record.json --plot $(DEMO)/plot.png
 
-test: install  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test: install  ## the quick tests, at most four minutes on two cores
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-slow: install  ## the others that need no GPU
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: test test-slow  ## all tests that need no GPU
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-reproduce: install  ## the study behind the README's results; with MODEL=resnet18 SEEDS=1 a few minutes on one GPU
+reproduce: install  ## the study behind the results; with MODEL=resnet18 SEEDS=1 a few minutes on one GPU
 	$(BIN)/python benchmarks/reproduce.py --m $(MODEL) --seeds $(SEEDS) --results $(RESULTS) --data_dir $(DATA) $(ARGS)
 
-tables: install  ## write the README's tables and plots again from results/
+tables: install  ## write the tables and plots of README and docs again from results/
 	$(BIN)/python benchmarks/tables.py
 
 install: .venv/installed
