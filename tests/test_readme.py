@@ -1,4 +1,4 @@
-"""The README keeps its word: its tables are the records', its commands parse, its links lead somewhere, its demo runs."""
+"""README and docs keep their word: tables, commands, links, code and the demo."""
 
 import json
 import re
@@ -6,104 +6,213 @@ import shlex
 import subprocess
 from dataclasses import fields
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, Small
 from PIL import Image
+from torch import nn
 
 import infer
 import train
-from benchmarks import tables as summary
-from benchmarks import train_speed
+from benchmarks import tables, train_speed
 from utils import records
 
 README = (ROOT / "README.md").read_text()
+WITH_TABLES = tables.documents()
+DOCUMENTS = [
+    *WITH_TABLES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "layers" / "README.md",
+    ROOT / "results" / "README.md",
+]
 RECORDS = sorted((ROOT / "results").rglob("*.json"))
+ORIGINAL_COMMANDS = """\
+python train.py --m resnet18 --pretrain --num_epochs 40 --test_trt --FP16 --INT8PTC
+python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt /tmp/pytorch_exp/ckpt_best \
+--num_epochs 10 --lr 1e-4 --lrdt 10
+python infer.py --m resnet18 --load_ckpt /tmp/pytorch_exp_1/ckpt_best --quantize --INT8QAT
+"""
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text, language):
+    """What stands in the document's code blocks of a language, in quotes too."""
+    without_quotes = re.sub(r"^> ?", "", text, flags=re.MULTILINE)
+    return re.findall(rf"```{language}\n(.*?)```", without_quotes, re.DOTALL)
 
 
 def commands(text):
-    """The words of each command that starts with `python train.py` or the like."""
+    """The words of each command that runs train.py or infer.py."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    return [
-        shlex.split(line, comments=True) for line in lines if re.search(r"(train|infer)\.py ", line)
-    ]
+    ours = [line for line in lines if re.search(r"(train|infer)\.py ", line)]
+    return [shlex.split(line, comments=True) for line in ours]
 
 
 def parse(words):
-    script = next(
-        index for index, word in enumerate(words) if word.endswith(("train.py", "infer.py"))
-    )
-    module = train if words[script].endswith("train.py") else infer
-    return module, module.build_parser().parse_args(words[script + 1 :])
+    """The script of a command, and its flags as that script's parser reads them."""
+    for index, word in enumerate(words):
+        if word.endswith(("train.py", "infer.py")):
+            script = train if word.endswith("train.py") else infer
+            return script, script.build_parser().parse_args(words[index + 1 :])
+    raise AssertionError(words)
 
 
-def test_tables_are_those_of_the_records():
-    assert summary.refresh_tables(README) == README, "run `make tables`"
-    assert "<!-- table: " in README
+def commands_of_documents():
+    found = []
+    for path in DOCUMENTS:
+        for block in blocks(path.read_text(), "sh"):
+            found += commands(block)
+    return found
 
 
-def test_plots_are_those_of_the_records():
-    for folder in re.findall(rf"\(([^)\s]+)/{summary.PLOT}\)", README):
-        with Image.open(ROOT / folder / summary.PLOT) as image:
-            assert json.loads(image.text["Description"]) == summary.points(
-                summary.load(ROOT / folder)
-            ), "run `make tables`"
+# Tables and plots
+
+
+@pytest.mark.parametrize("path", WITH_TABLES, ids=name_of)
+def test_tables_are_those_of_the_records(path):
+    text = path.read_text()
+    assert tables.refresh_tables(text) == text, "run `make tables`"
+
+
+def test_every_kind_of_table_is_somewhere():
+    text = "".join(path.read_text() for path in WITH_TABLES)
+    kinds = re.findall(r"<!-- (\w+): results/", text)
+    assert set(kinds) == set(tables.TABLES)
 
 
 def test_a_changed_number_is_noticed():
-    table = re.search(r"<!-- table: .*?<!-- end -->", README, re.DOTALL)[0]
-    assert (
-        summary.refresh_tables(table.replace("100.00", "99.99", 1))
-        == table
-        != table.replace("100.00", "99.99", 1)
-    )
+    table = re.search(r"<!-- headline: .*?<!-- end -->", README, re.DOTALL)[0]
+    changed = table.replace("95.77", "95.78", 1)
+    assert changed != table
+    assert tables.refresh_tables(changed) == table
 
 
-@pytest.mark.parametrize(
-    "words", commands("\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))), ids=" ".join
-)
-def test_commands_parse(words):
-    module, args = parse([word for word in words if word != "…"])
-    assert args.model in (None, "resnet18") or module is infer
+@pytest.mark.parametrize("path", WITH_TABLES, ids=name_of)
+def test_plots_are_those_of_the_records(path):
+    for folder in tables.plot_folders(path):
+        with Image.open(folder / tables.PLOT) as image:
+            shown = json.loads(image.text["Description"])
+        assert shown == tables.points(tables.load(folder)), "run `make tables`"
 
 
-def test_linked_files_exist():
-    for target in re.findall(
-        r"\]\((?!https?:)([^)#]+)", README + (ROOT / "layers" / "README.md").read_text()
-    ):
-        assert (ROOT / target).exists(), target
-
-
-def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
-    recipe = subprocess.run(
-        ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    argvs = commands(recipe.replace("out/demo", str(tmp_path)))
-    assert len(argvs) == 3
-    for words in argvs:
-        module, args = parse(words)
-        argv = [*words[2:], "--num_epochs", "1"] if module is train else words[2:]
-        module.main(argv)
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert {row["precision"] for row in record["rows"]} >= {
-        "FP32",
-        "INT8-PTC",
-        "INT8-QAT",
-        "FAKE-QUANT-QAT",
-    }
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+def test_the_readme_shows_the_plot():
+    assert tables.plot_folders(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "results")))
 def test_records_are_of_known_kinds_and_of_committed_code(path):
     record = json.loads(path.read_text())
     assert record["kind"] in ("inference", "calibrators", "train_speed")
-    assert record["commit"] is None or re.fullmatch(
-        r"[0-9a-f]{40}", record["commit"]
-    )  # None: ran outside a checkout
+    # None: it ran outside a checkout.
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
     assert record["rows"]
-    keys = {
-        "inference": set(records.make_row("", "")),
-        "train_speed": {field.name for field in fields(train_speed.Row)},
+    row_of = {"inference": records.Row, "train_speed": train_speed.Row}
+    if record["kind"] in row_of:
+        keys = {field.name for field in fields(row_of[record["kind"]])}
+        for row in record["rows"]:
+            assert set(row) == keys
+
+
+# Prose
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("words", commands_of_documents(), ids=" ".join)
+def test_commands_parse(words):
+    parse([word for word in words if word != "…"])
+
+
+def test_the_original_commands_are_there():
+    assert ORIGINAL_COMMANDS in blocks(README, "sh")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_make_has_the_targets(path):
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for block in blocks(path.read_text(), "sh"):
+        assert set(re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)) <= set(targets)
+
+
+def headings(path):
+    """The anchors of a document's headings, as GitHub makes them."""
+    anchors = set()
+    for title in re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE):
+        letters = re.sub(r"[^\w\- ]", "", title.lower())
+        anchors.add(letters.replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in headings(linked), target
+
+
+# Code
+
+
+def test_the_python_code_runs(tmp_path, monkeypatch):
+    """The README's blocks, one after the other, with a network of five classes."""
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def fine_tune(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    model = Small()
+    before = model.conv.weight.detach().clone()
+    names = {
+        "model": model,
+        "batches": [images],
+        "fine_tune": fine_tune,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "images": np.zeros((7, 32, 32, 3), dtype=np.uint8),
     }
-    for row in record["rows"] if record["kind"] in keys else ():
-        assert set(row) == keys[record["kind"]]
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(README, "python"):
+        exec(block, names)
+    assert "conv" in names["names"]
+    assert "fc" not in names["names"]
+    assert not torch.equal(model.conv.weight, before)
+    assert names["logits"].shape == (7, 5)
+    assert names["logits"].dtype == np.float32
+    assert np.isfinite(names["logits"]).all()
+
+
+# The demo
+
+
+def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
+    """Its commands, as make would run them, but with one epoch and few images."""
+    dry_run = ["make", "-n", "demo"]
+    said = subprocess.run(dry_run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = commands(said.replace("out/demo", str(tmp_path)))
+    assert len(recipe) == 3
+    for words in recipe:
+        script, _ = parse(words)
+        argv = words[2:]
+        if script is train:
+            argv += ["--num_epochs", "1"]
+        script.main(argv)
+    record = json.loads((tmp_path / "record.json").read_text())
+    precisions = {row["precision"] for row in record["rows"]}
+    assert precisions >= {"FP32", "INT8-PTC", "INT8-QAT", "FAKE-QUANT-QAT"}
+    assert (tmp_path / "plot.png").stat().st_size > 1000
