@@ -1,8 +1,9 @@
-"""TensorRT and PyCUDA that need no GPU: what a recording in `tensorrt_api` lacks, the fake lacks too.
+"""TensorRT and PyCUDA that need no GPU: what a recording lacks, a fake lacks too.
 
-An attribute that was not recorded raises AttributeError, when read and when written, so code that works with the fake asks
-the real version for nothing it does not have. One that is recorded but not faked raises NotImplementedError: `hasattr` never
-gets a wrong answer. Names that start with an underscore are for tests.
+Recordings are in `tensorrt_api`. An attribute that was not recorded raises AttributeError, when
+read and when written. So code that works with the fake asks the real version for nothing it does
+not have. One that is recorded but not faked raises NotImplementedError: `hasattr` never gets a
+wrong answer. Names that start with an underscore are for tests.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class RecordedEnum(enum.Enum):
 
 
 class BaseOfPython:
-    """What Python classes derive from: a logger, a calibrator, a profiler. The real ones insist on a call of __init__."""
+    """What Python classes derive from: a logger, a calibrator, a profiler.
+
+    The real ones insist on a call of __init__.
+    """
 
     def __init__(self):
         self._initialised = True
@@ -279,21 +283,25 @@ class IExecutionContext:
 
 
 BEHAVIOURS = (
-    *(
-        Builder,
-        INetworkDefinition,
-        OnnxParser,
-        ParserError,
-        IBuilderConfig,
-        IOptimizationProfile,
-        ITimingCache,
-    ),
-    *(Runtime, ICudaEngine, EngineInspector, IExecutionContext),
+    Builder,
+    INetworkDefinition,
+    OnnxParser,
+    ParserError,
+    IBuilderConfig,
+    IOptimizationProfile,
+    ITimingCache,
+    Runtime,
+    ICudaEngine,
+    EngineInspector,
+    IExecutionContext,
 )
 
 
 def logits_of(images):
-    """What the fake engine computes: (N, H, W, 3) uint8 -> (N, CLASSES) float32, different for different images."""
+    """What the fake engine computes: (N, H, W, 3) uint8 -> (N, CLASSES) float32.
+
+    Different images have different logits.
+    """
     flat = images.reshape(len(images), -1).astype(np.float32)
     return np.ascontiguousarray(np.stack([flat.sum(1), flat[:, 0], flat[:, -1]], 1))
 
@@ -301,8 +309,13 @@ def logits_of(images):
 def fake_tensorrt(generation):
     """A module with what was recorded of that generation.
 
-    For tests it also has `_fails` (which step fails), `_built` (networks and configurations of all builds), `_cuda` (where
-    engines run), `_inspect` (what the inspector says of an optimization profile) and `_profiled` (names that a profiler hears).
+    For tests it also has
+
+    - `_fails`: which step fails,
+    - `_built`: networks and configurations of all builds,
+    - `_cuda`: where engines run,
+    - `_inspect`: what the inspector says of an optimization profile,
+    - `_profiled`: names that a profiler hears.
     """
     recording = json.loads((RECORDINGS / f"{generation}.json").read_text())
     module = ModuleType("tensorrt_rtx_bindings" if generation == "rtx" else "tensorrt")
@@ -336,7 +349,7 @@ def fake_tensorrt(generation):
 
 
 class FakeStream:
-    """Work runs when somebody waits for it, as late as may be; or at once, as early as may be, if the stream is eager."""
+    """Work runs as late as may be, when somebody waits for it; if the stream is eager, at once."""
 
     def __init__(self, cuda):
         self.cuda, self.handle = cuda, len(cuda.streams)
@@ -393,7 +406,7 @@ class FakeMemory:
 
 
 class FakeGraph:
-    """In place of `utils.backends.tensorrt._CudaGraph`."""
+    """In place of `utils.backends.tensorrt_run._CudaGraph`."""
 
     def __init__(self, stream, enqueue):
         self.stream, stream.captured = stream, []
@@ -406,7 +419,11 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """`pycuda.driver`. Of each two streams, the first (copies) and the second (compute) are eager if `eager` names 0 and 1."""
+    """`pycuda.driver`.
+
+    Of each two streams the first is for copies, the second for compute. The first is eager if
+    `eager` has a 0, the second if it has a 1.
+    """
 
     class MemoryError(Exception):
         pass

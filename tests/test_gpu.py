@@ -1,13 +1,15 @@
-"""Engines on a GPU, against what ONNX Runtime or PyTorch predicts of the same networks on the whole test set.
-
-Needs TensorRT, PyCUDA, NumPy and tqdm, neither torch nor onnx, and pytest only if pytest runs it:
+"""Engines on a GPU, against what ONNX Runtime or PyTorch predicts of the whole test set.
 
     EXPORT_DIR=... DATA_DIR=... python -m pytest -m gpu
-    python tests/test_gpu.py EXPORT_DIR DATA_DIR                one line for each test, without pytest
-    python tests/test_gpu.py --reference EXPORT_DIR DATA_DIR    write ONNX Runtime's predictions there, on any machine with it
+    python tests/test_gpu.py EXPORT_DIR DATA_DIR
+    python tests/test_gpu.py --reference EXPORT_DIR DATA_DIR
 
-EXPORT_DIR is what `infer.py --export_only` wrote, DATA_DIR where its test images are. Without ONNX Runtime's predictions
-the reference is PyTorch's. Engines are built anew in a temporary folder: what is in EXPORT_DIR is only read.
+The second form runs without pytest and prints one line for each test. The third writes ONNX
+Runtime's predictions to EXPORT_DIR, on any machine that has it; without them PyTorch's are the
+reference. EXPORT_DIR is what `infer.py --export_only` wrote, DATA_DIR where its test images are.
+
+Needs TensorRT, PyCUDA, NumPy and tqdm, neither torch nor onnx. Engines are built anew in a
+temporary folder: what is in EXPORT_DIR is only read.
 """
 
 from __future__ import annotations
@@ -27,20 +29,36 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
-import infer
-from utils.backends import network as measure
-from utils.backends import tensorrt as engines
+from utils.backends import tensorrt_build
+from utils.backends.network import MIN_RUNS, predict
+from utils.backends.tensorrt_build import EngineOptions, load_tensorrt
+from utils.backends.tensorrt_run import TensorRTNetwork
+from utils.compare import load_data, read_export
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.manifest import IMPLICIT, PRECISIONS, graph_file
+from utils.metrics import percent_equal
 
 REFERENCE = "onnxruntime.npz"
-SIZES, LEVEL, REFERENCE_BATCH = (1, 128), 2, 1000
-AGREEMENT_PCT, ACCURACY_POINTS, BATCH_AGREEMENT_PCT, IMPLICIT_POINTS = 99.5, 0.1, 99.9, 1.0
-IMPLICIT = "INT8-PTC-IMPLICIT"
+REFERENCE_BATCH = 1000
+SIZES = (1, 128)
+LEVEL = 2
+
+AGREEMENT_PCT = 99.5
+BATCH_AGREEMENT_PCT = 99.9
+ACCURACY_POINTS = 0.1
+IMPLICIT_POINTS = 1.0
+
 PARAMETERS = {
-    "precision": ("FP32", "FP16", "INT8-PTC", "INT8-QAT"),
+    "precision": tuple(PRECISIONS),
     "int8": ("INT8-PTC", "INT8-QAT"),
-    "damage": ("a flipped bit", "a lost end", "another engine's file"),
+    "damage": (
+        "a flipped bit",
+        "a lost end",
+        "another engine's file",
+        "another engine's key",
+        "a lost key",
+    ),
 }
 """Argument of tests -> values that they run with."""
 
@@ -50,41 +68,50 @@ class Export:
 
     def __init__(self, folder: Path, data_dir: Path, timings: Path | None = None):
         self._timings = timings
-        self.manifest, in_torch = infer.read_export(folder)
-        info = self.manifest["data"]
-        data = dataset.load(info["dataset"], data_dir, info["img_size"])
-        chosen, _ = dataset.split_train(data.train_labels, info["split_seed"])
-        self.calibration = data.train_images[
-            chosen[: self.manifest["quantization"]["calib_images"]]
-        ]
+        self.manifest, in_pytorch = read_export(folder)
+
+        # the data set, and the images that ranges were calibrated on
+        info = self.manifest.data
+        data = load_data(info.dataset, data_dir, info.img_size, info)
         self.images, self.labels = data.test_images, data.test_labels
-        self.references = {name: in_torch[infer.FAKE.get(name, "FP32")] for name in self.precisions}
+        train_part, _ = dataset.split_train(data.train_labels, info.split_seed)
+        first = train_part[: self.manifest.quantization.calib_images]
+        self.calibration = data.train_images[first]
+
+        # what engines are compared with
+        self.references = {}
+        for name in self.precisions:
+            reference = in_pytorch.get(PRECISIONS[name].in_pytorch, in_pytorch["FP32"])
+            self.references[name] = reference
         if (folder / REFERENCE).is_file():
             with np.load(folder / REFERENCE) as arrays:
                 self.references |= dict(arrays)
+
+        # a folder with the same graphs, for engines
         self._temporary = tempfile.TemporaryDirectory()
-        self._networks, self._predictions = {}, {}
+        self._networks = {}
+        self._predictions = {}
         for path in folder.glob("*.onnx"):
             (Path(self._temporary.name) / path.name).symlink_to(path.resolve())
 
     @property
     def precisions(self) -> list[str]:
-        return [
-            name
-            for name in PARAMETERS["precision"]
-            if (name if name in infer.FAKE else "FP32") in self.manifest["int8_nodes"]
-        ]
+        """Those that the export has a graph for."""
+        present = []
+        for name, precision in PRECISIONS.items():
+            if not precision.int8 or name in self.manifest.int8_nodes:
+                present.append(name)
+        return present
 
-    def load(self, precision: str) -> engines.TensorRTNetwork:
+    def load(self, precision: str) -> TensorRTNetwork:
         """The engine, read from the folder or built into it."""
         if precision not in (*self.precisions, IMPLICIT):
             raise SkipTest(f"{precision} is not in this export")
-        options = engines.EngineOptions(precision, SIZES, level=LEVEL)
-        return engines.TensorRTNetwork(
-            Path(self._temporary.name), options, self.calibration, self._timings
-        )
+        options = EngineOptions(precision, SIZES, level=LEVEL)
+        folder = Path(self._temporary.name)
+        return TensorRTNetwork(folder, options, self.calibration, self._timings)
 
-    def network(self, precision: str) -> engines.TensorRTNetwork:
+    def network(self, precision: str) -> TensorRTNetwork:
         """The engine, loaded once."""
         if precision not in self._networks:
             self._networks[precision] = self.load(precision)
@@ -93,13 +120,12 @@ class Export:
     def predictions(self, precision: str) -> np.ndarray:
         """Of the whole test set, at the largest batch size."""
         if precision not in self._predictions:
-            self._predictions[precision] = measure.predict(
-                self.network(precision), self.images, SIZES[-1]
-            )
+            predicted = predict(self.network(precision), self.images, SIZES[-1])
+            self._predictions[precision] = predicted
         return self._predictions[precision]
 
     def accuracy_pct(self, predictions: np.ndarray) -> float:
-        return measure.percent_equal(predictions, self.labels)
+        return percent_equal(predictions, self.labels)
 
 
 def in_batches(images: np.ndarray) -> list[np.ndarray]:
@@ -107,7 +133,7 @@ def in_batches(images: np.ndarray) -> list[np.ndarray]:
 
 
 def assert_agree(predictions: np.ndarray, reference: np.ndarray, least_pct: float) -> None:
-    agreement_pct = measure.percent_equal(predictions, reference)
+    agreement_pct = percent_equal(predictions, reference)
     assert agreement_pct >= least_pct, (
         f"{agreement_pct:.2f} % of the predictions agree, less than {least_pct} %"
     )
@@ -118,16 +144,16 @@ def test_predictions_agree_with_the_reference(export, precision):
 
 
 def test_accuracy_is_that_of_the_reference(export, precision):
-    engine_pct, reference_pct = map(
-        export.accuracy_pct, (export.predictions(precision), export.references[precision])
-    )
+    engine_pct = export.accuracy_pct(export.predictions(precision))
+    reference_pct = export.accuracy_pct(export.references[precision])
     assert abs(engine_pct - reference_pct) <= ACCURACY_POINTS, (
         f"{engine_pct:.2f} %, the reference has {reference_pct:.2f} %"
     )
 
 
 def test_every_node_that_is_meant_for_int8_runs_in_it(export, int8):
-    network, nodes = export.network(int8), export.manifest["int8_nodes"][int8]
+    network = export.network(int8)
+    nodes = export.manifest.int8_nodes[int8]
     missing = network.float_nodes(nodes)
     layers = "\n".join(map(str, network.layers))
     assert len(nodes) > 0
@@ -137,37 +163,68 @@ def test_every_node_that_is_meant_for_int8_runs_in_it(export, int8):
 def test_a_cached_engine_gives_the_logits_of_the_one_just_built(export, precision):
     batches = in_batches(export.images[: 3 * SIZES[-1]])
     fresh = np.concatenate(list(export.network(precision).stream(batches)))
-    with mock.patch.object(engines, "build_plan", side_effect=AssertionError("it was built again")):
+    with never_built():
         cached = export.load(precision)
     assert cached.path == export.network(precision).path
     assert np.array_equal(np.concatenate(list(cached.stream(batches))), fresh)
 
 
-def damaged(content: bytes, damage: str, other: bytes) -> bytes:
+def never_built():
+    """Meanwhile, building an engine is an error."""
+    error = AssertionError("it was built again")
+    return mock.patch.object(tensorrt_build, "build_plan", side_effect=error)
+
+
+def key_of(path: Path) -> Path:
+    """The file beside an engine that says what it is."""
+    return path.with_name(f"{path.name}.json")
+
+
+def do_damage(path: Path, damage: str, other: Path) -> None:
+    """Damage an engine's file or its key, by what is those of the `other` engine."""
+    content = path.read_bytes()
     middle = len(content) // 2
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    return {
-        "a flipped bit": flipped,
-        "a lost end": content[:middle],
-        "another engine's file": other,
-    }[damage]
+    if damage == "a flipped bit":
+        flipped = bytes([content[middle] ^ 1])
+        path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
+    elif damage == "a lost end":
+        path.write_bytes(content[:middle])
+    elif damage == "another engine's file":
+        path.write_bytes(other.read_bytes())
+    elif damage == "another engine's key":
+        path.write_bytes(other.read_bytes())
+        key_of(path).write_bytes(key_of(other).read_bytes())
+    else:
+        key_of(path).unlink()
 
 
 def test_a_damaged_engine_file_is_built_again(export, damage):
-    path, expected = export.network("FP16").path, export.predictions("FP16")
-    path.write_bytes(damaged(path.read_bytes(), damage, export.network("FP32").path.read_bytes()))
-    before, content = path.stat(), path.read_bytes()
-    with mock.patch.object(engines, "build_plan", wraps=engines.build_plan) as build:
+    path = export.network("FP16").path
+    expected = export.predictions("FP16")
+    do_damage(path, damage, export.network("FP32").path)
+    before = path.stat()
+    build_plan = tensorrt_build.build_plan
+    with mock.patch.object(tensorrt_build, "build_plan", wraps=build_plan) as build:
         network = export.load("FP16")
         export.load("FP16")
     assert build.call_count == 1, f"it was built {build.call_count} times"
+    assert network.path == path
     assert path.stat().st_mtime_ns > before.st_mtime_ns
-    assert path.read_bytes() != content
-    assert_agree(measure.predict(network, export.images, SIZES[-1]), expected, BATCH_AGREEMENT_PCT)
+    assert_agree(predict(network, export.images, SIZES[-1]), expected, BATCH_AGREEMENT_PCT)
+
+
+def test_an_engine_file_is_a_plan_that_any_tensorrt_runtime_loads(export, precision):
+    plan = export.network(precision).path.read_bytes()
+    trt = load_tensorrt()
+    log = tensorrt_build.make_logger(trt)
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    assert engine is not None, log.errors[-1]
+    assert engine.num_optimization_profiles == len(SIZES)
 
 
 def test_a_stream_with_a_ragged_end_gives_what_single_batches_give(export, precision):
-    network, size = export.network(precision), SIZES[-1]
+    network = export.network(precision)
+    size = SIZES[-1]
     batches = in_batches(export.images[: 3 * size - 91])
     streamed = list(network.stream(batches))
     assert [len(logits) for logits in streamed] == [size, size, size - 91]
@@ -180,17 +237,14 @@ def test_a_stream_with_a_ragged_end_gives_what_single_batches_give(export, preci
 
 
 def test_batch_1_predicts_what_batch_128_does(export, precision):
-    assert_agree(
-        measure.predict(export.network(precision), export.images, 1),
-        export.predictions(precision),
-        BATCH_AGREEMENT_PCT,
-    )
+    one_by_one = predict(export.network(precision), export.images, 1)
+    assert_agree(one_by_one, export.predictions(precision), BATCH_AGREEMENT_PCT)
 
 
 def test_latencies_are_positive(export, precision):
     for size in SIZES:
         times_ms = export.network(precision).latencies_ms(export.images[:size])
-        assert len(times_ms) >= measure.MIN_RUNS
+        assert len(times_ms) >= MIN_RUNS
         assert (times_ms > 0).all(), f"a run at batch size {size} took {times_ms.min()} ms"
 
 
@@ -198,18 +252,16 @@ def test_implicit_calibration_keeps_the_accuracy_where_the_version_has_it(export
     try:
         export.network(IMPLICIT)
     except UserError as error:
-        if "has no calibrators any more" not in str(error) or hasattr(
-            engines.load_tensorrt(), "IInt8EntropyCalibrator2"
-        ):
-            raise
-        return
-    implicit_pct, fp32_pct = map(
-        export.accuracy_pct, (export.predictions(IMPLICIT), export.predictions("FP32"))
-    )
+        refused = "has no calibrators any more" in str(error)
+        if refused and not hasattr(load_tensorrt(), "IInt8EntropyCalibrator2"):
+            return
+        raise
+    implicit_pct = export.accuracy_pct(export.predictions(IMPLICIT))
+    fp32_pct = export.accuracy_pct(export.predictions("FP32"))
     assert abs(implicit_pct - fp32_pct) <= IMPLICIT_POINTS, (
         f"{implicit_pct:.2f} %, FP32 has {fp32_pct:.2f} %"
     )
-    with mock.patch.object(engines, "build_plan", side_effect=AssertionError("it was built again")):
+    with never_built():
         export.load(IMPLICIT)
 
 
@@ -217,31 +269,36 @@ def write_reference(folder: Path, data_dir: Path) -> None:
     """ONNX Runtime's predictions for each precision, to `onnxruntime.npz` in the export."""
     from utils.backends.onnxruntime import OnnxRuntimeNetwork
 
-    export, predictions = Export(folder, data_dir), {}
+    export = Export(folder, data_dir)
+    predictions = {}
     for name in export.precisions:
-        network = OnnxRuntimeNetwork(folder / infer.graph_file(name))
-        predictions[name] = measure.predict(
-            network, export.images, REFERENCE_BATCH, f"onnxruntime {name}"
-        )
+        network = OnnxRuntimeNetwork(folder / graph_file(name))
+        title = f"onnxruntime {name}"
+        predictions[name] = predict(network, export.images, REFERENCE_BATCH, title)
         print(f"{name}: {export.accuracy_pct(predictions[name]):.2f} %")
     with atomic_path(folder / REFERENCE) as partial, partial.open("wb") as file:
         np.savez(file, **predictions)
 
 
-def run_one(test, **arguments) -> str:
+def run_one(test, export: Export, **arguments: str) -> str:
     """Run a test and print a line of it; returns passed, failed or skipped."""
-    name = f"{test.__name__}[{', '.join(value for value in arguments.values() if isinstance(value, str))}]".replace(
-        "[]", ""
-    )
-    start, outcome, reason = time.perf_counter(), "passed", ""
+    name = test.__name__
+    if arguments:
+        name += f"[{', '.join(arguments.values())}]"
+    start = time.perf_counter()
+    outcome = "passed"
+    reason = ""
     try:
-        test(**arguments)
+        test(export=export, **arguments)
     except SkipTest as skip:
-        outcome, reason = "skipped", f": {skip}"
+        outcome = "skipped"
+        reason = f": {skip}"
     except Exception as error:
-        outcome, reason = "failed", f": {type(error).__name__}: {error}"
+        outcome = "failed"
+        reason = f": {type(error).__name__}: {error}"
         traceback.print_exc()
-    print(f"{outcome.upper()} {name} {time.perf_counter() - start:.1f} s{reason}", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{outcome.upper()} {name} {seconds:.1f} s{reason}", flush=True)
     return outcome
 
 
@@ -249,17 +306,14 @@ def run_all(export: Export) -> int:
     """Run every test with every value of its argument; returns the exit code."""
     outcomes = []
     for test in [value for name, value in globals().items() if name.startswith("test_")]:
-        names = [name for name in inspect.signature(test).parameters if name in PARAMETERS]
-        values = [{names[0]: value} for value in PARAMETERS[names[0]]] if names else [{}]
-        outcomes += [run_one(test, export=export, **arguments) for arguments in values]
+        parameters = inspect.signature(test).parameters
+        names = [name for name in parameters if name in PARAMETERS]
+        if not names:
+            outcomes.append(run_one(test, export))
+        for name in names:
+            outcomes += [run_one(test, export, **{name: value}) for value in PARAMETERS[name]]
     counts = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
-    print(
-        ", ".join(
-            f"{count} {outcome}"
-            for outcome, count in counts.items()
-            if count or outcome != "skipped"
-        )
-    )
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return int(counts["failed"] > 0)
 
 

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 
+EVALUATION_BATCH = 128
+
 WARM_UP_RUNS = 5
 MIN_RUNS = 30
 MIN_SECONDS = 1.0
@@ -57,7 +59,7 @@ class Network:
     layers: Sequence[Layer] = ()
     """What it runs, where the back end can tell."""
 
-    evaluation_batch: int = 128
+    evaluation_batch: int = EVALUATION_BATCH
     """Images at a time when a whole test set is evaluated."""
 
     device_time: bool = False
