@@ -1,4 +1,4 @@
-"""The multiplication of a feature map as a module, so that it can be selected for quantization like any other layer."""
+"""The scaling of a feature map as a module, so that it can be selected for quantization."""
 
 from __future__ import annotations
 

@@ -1,9 +1,13 @@
-"""Signed symmetric INT8 fake quantization: `Quantizer` while ranges are found and trained with, `FrozenQuantizer` after.
+"""Signed symmetric INT8 fake quantization: `Quantizer` to train with, `FrozenQuantizer` after.
 
-The scheme is that of Wu et al., "Integer Quantization for Deep Learning Inference" (arXiv:2004.09602): a real value x is
-represented by the code clamp(round(x / scale)), scale = amax / 127, round half to even, zero point 0. Weights have one
-range for each output channel and codes -127..127; activations one range for the tensor and codes -128..127, as ONNX's
-QuantizeLinear saturates them.
+The scheme is that of Wu et al., "Integer Quantization for Deep Learning Inference"
+(arXiv:2004.09602). A range `amax` gives the step size, and a real value x has an INT8 code:
+
+    scale = amax / 127        code = clamp(round(x / scale))        x is about scale * code
+
+Ties round to even and the zero point is 0. Weights have one range for each output channel and codes
+-127..127. Activations have one range for the tensor and codes -128..127, as ONNX's QuantizeLinear
+saturates them. Fake quantization computes scale * code in float: what an INT8 kernel multiplies.
 """
 
 from __future__ import annotations
@@ -16,67 +20,77 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
-absl.logging.set_verbosity(
-    absl.logging.FATAL
-)  # the library reports every step of calibration as a warning
+# the library reports every step of calibration as a warning
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 CODE_MAX = 127
-RANGE_FLOOR = 1e-12  # an all-zero channel gets this range instead of a division by zero
+RANGE_FLOOR = 1e-12
+"""The range of an all-zero channel, instead of a division by zero."""
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Values (C,) shaped to go along axis 0 of `like`: (C, 1, ...). Takes NumPy arrays too."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int) -> Tensor:
-    """Round `x` to the grid `scale * code`, code in `code_min`..127; the gradient passes straight through inside it.
+    """Round `x` to the grid `scale * code`, code in `code_min`..127.
+
+    The gradient passes straight through where the code is inside these limits and is 0 beyond.
 
     Args:
         x: any shape.
-        scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0 of `x`.
+        scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0.
     """
-    if torch.compiler.is_compiling() or (
-        x.is_cuda and scale.ndim
-    ):  # torch's own for channels waits for the GPU
-        return StraightThrough.apply(x, scale.reshape(-1, *[1] * (x.ndim - 1)), code_min)
+    # on a GPU, torch's own kernel for channels waits for the device
+    waits = x.is_cuda and scale.ndim > 0
+    if waits or torch.compiler.is_compiling():
+        return StraightThrough.apply(x, per_channel(scale, x), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, code_min, CODE_MAX)
 
 
 class StraightThrough(torch.autograd.Function):
-    """torch's fake quantization bit for bit, in operations that a compiler fuses into the layers before and after."""
+    """torch's fake quantization bit for bit, in operations that a compiler fuses with others."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, code_min: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.code_min = code_min
-        values = _codes(x, scale).clamp(code_min, CODE_MAX) * scale
-        return (
-            values if values.dtype == x.dtype else values.to(x.dtype)
-        )  # compiled, `.to` the same type loses the gradient
+        values = _unclamped_codes(x, scale).clamp(code_min, CODE_MAX) * scale
+        # compiled, `.to` the type that it has already loses the gradient
+        return values if values.dtype == x.dtype else values.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        codes = _codes(*ctx.saved_tensors)
-        return gradient * ((codes >= ctx.code_min) & (codes <= CODE_MAX)), None, None
+        codes = _unclamped_codes(*ctx.saved_tensors)
+        inside = (codes >= ctx.code_min) & (codes <= CODE_MAX)
+        return gradient * inside, None, None
 
 
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
+def _unclamped_codes(x: Tensor, scale: Tensor) -> Tensor:
+    # as torch's kernels do: times the float32 inverse, which can differ from a division at ties
     return torch.round(x.float() * (1 / scale))
 
 
 class Quantizer(TensorQuantizer):
-    """Training form: a `pytorch_quantization` quantizer with torch's own fused fake-quantization kernels.
+    """Training form: a `pytorch_quantization` quantizer with torch's own fused kernels.
 
-    The library's class supplies the switches (`enable_calib`, `disable_quant`, ...) and the calibrator hook. Its range
-    buffer `_amax` exists here from the start, NaN until calibrated, so that state dicts always have the same keys and a
-    checkpoint loads on any device (the library creates the buffer while loading, on the GPU only).
+    The library's class supplies the switches (`enable_calib`, `disable_quant`, ...) and the hook of
+    the calibrators. Its range buffer `_amax` exists here from the start, NaN until calibrated, so
+    that state dicts always have the same keys and a checkpoint loads on any device. (The library
+    creates the buffer while loading, on the GPU only.)
 
     Args:
         channels: number of output channels for a weight, None for an activation.
     """
 
     def __init__(self, channels: int | None = None):
-        axis = None if channels is None else 0
-        super().__init__(QuantDescriptor(num_bits=8, axis=axis, narrow_range=channels is not None))
-        shape = () if channels is None else (channels,)
+        weight = channels is not None
+        axis = 0 if weight else None
+        super().__init__(QuantDescriptor(num_bits=8, axis=axis, narrow_range=weight))
+        shape = (channels,) if weight else ()
         self.register_buffer("_amax", torch.full(shape, torch.nan))
         self.register_buffer("_zero_point", torch.zeros(shape, dtype=torch.int32), persistent=False)
 
@@ -99,7 +113,11 @@ class Quantizer(TensorQuantizer):
 
 
 class FrozenQuantizer(nn.Module):
-    """Inference form: one QuantizeLinear / DequantizeLinear pair with a constant scale, nothing of the library left."""
+    """Inference form: one QuantizeLinear / DequantizeLinear pair with a constant scale.
+
+    Nothing of pytorch-quantization is left in it. ONNX knows no limit of -127, and a frozen weight
+    needs none: `layers.quantized.freeze_weight` leaves no code -128 in it.
+    """
 
     def __init__(self, scale: Tensor):
         super().__init__()
@@ -107,9 +125,7 @@ class FrozenQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(
-            x, self.scale, self.zero_point, -CODE_MAX - 1
-        )  # weights hold no code -128: see utils.quantization.fold
+        return fake_quantize(x, self.scale, self.zero_point, -CODE_MAX - 1)
 
     def extra_repr(self) -> str:
         granularity = "per-tensor" if self.scale.ndim == 0 else f"per-channel({len(self.scale)})"

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50 (He et al., 2016, arXiv:1512.03385) with torchvision's parameter names and weights layout.
+"""ResNet-18/34/50 (He et al., 2016, arXiv:1512.03385), with parameters named as in torchvision.
 
 As in torchvision, the stride of a bottleneck sits in its 3x3 convolution ("ResNet v1.5").
 """
@@ -30,11 +30,14 @@ class BasicBlock(nn.Module):
         identity = x
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return self.relu(_joined(self.add, x, identity, self.downsample))
+        return self.relu(_residual_sum(self.add, x, identity, self.downsample))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: (N, in, H, W) -> (N, 4 width, H/stride, W/stride)."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut.
+
+    (N, in, H, W) -> (N, 4 width, H/stride, W/stride).
+    """
 
     expansion = 4
 
@@ -55,7 +58,7 @@ class Bottleneck(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        return self.relu(_joined(self.add, x, identity, self.downsample))
+        return self.relu(_residual_sum(self.add, x, identity, self.downsample))
 
 
 class ResNet(nn.Module):
@@ -64,8 +67,8 @@ class ResNet(nn.Module):
     Args:
         block: BasicBlock or Bottleneck.
         depths: number of blocks in each of the four stages.
-        stem: "imagenet" (7x7 convolution of stride 2 and a max pool: 32x32 images enter the stages at 8x8) or "cifar"
-            (3x3 convolution: they enter at 32x32).
+        stem: "imagenet" (7x7 convolution of stride 2 and a max pool: 32x32 images enter the stages
+            at 8x8) or "cifar" (3x3 convolution: they enter at 32x32).
     """
 
     def __init__(
@@ -76,31 +79,27 @@ class ResNet(nn.Module):
         stem: str,
     ):
         super().__init__()
-        imagenet = stem == "imagenet"
-        self.conv1 = (
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-            if imagenet
-            else nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        )
+        # stem
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
+        # stages: each doubles the channels, and all but the first halve the image
         channels = 64
         for stage, depth in enumerate(depths):
             width = 64 * 2**stage
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(
-                    block(
-                        channels,
-                        width,
-                        stride,
-                        _shortcut(channels, width * block.expansion, stride),
-                    )
-                )
+                shortcut = _shortcut(channels, width * block.expansion, stride)
+                blocks.append(block(channels, width, stride, shortcut))
                 channels = width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        # classifier
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -110,16 +109,20 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # (N, C, 1, 1) -> (N, C)
+        x = torch.flatten(self.avgpool(x), 1)  # (N, C, 1, 1) -> (N, C)
+        return self.fc(x)
 
 
-def _joined(add: Add, x: Tensor, identity: Tensor, downsample: nn.Module | None) -> Tensor:
-    """The residual sum, both tensors of one shape; the convolution behind `add`'s first operand computes it.
+def _residual_sum(add: Add, x: Tensor, identity: Tensor, downsample: nn.Module | None) -> Tensor:
+    """The sum of a block's output `x` and its shortcut, both of one shape.
 
-    That is the shortcut's where there is one: TensorRT's kernels that add are slower than those that do not, and a 1x1
+    The convolution that computes the first operand of `add` also adds: that of the shortcut where
+    there is one. TensorRT's kernels that add are slower than those that do not, and a 1x1
     convolution has the least to lose.
     """
-    return add(x, identity) if downsample is None else add(downsample(identity), x)
+    if downsample is None:
+        return add(x, identity)
+    return add(downsample(identity), x)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:

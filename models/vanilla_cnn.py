@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class VanillaCNN(nn.Module):
-    """Six 3x3 convolutions in three stages, halving the image after each: (N, 3, H, W) -> (N, num_classes) logits."""
+    """Six 3x3 convolutions in three stages, each of which halves the image.
+
+    (N, 3, H, W) normalised images -> (N, num_classes) logits.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -15,11 +18,9 @@ class VanillaCNN(nn.Module):
         channels = 3
         for width in (64, 128, 256):
             for _ in range(2):
-                layers += [
-                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
+                layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+                layers.append(nn.BatchNorm2d(width))
+                layers.append(nn.ReLU())
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
@@ -27,4 +28,5 @@ class VanillaCNN(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.features(x)), 1))  # (N, C, 1, 1) -> (N, C)
+        x = self.avgpool(self.features(x))  # (N, 256, 1, 1)
+        return self.fc(torch.flatten(x, 1))

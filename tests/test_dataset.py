@@ -344,7 +344,7 @@ def test_wrong_arrays_are_named(tmp_path, key, value, said):
         pickle.dumps({b"data": 1}),
         pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [0, 1]}, protocol=4),
         python2_pickle(batch_content(made_images(4), range(4)))[:-100],
-        # OverflowError, AttributeError, and ModuleNotFoundError, which would read as a missing package
+        # OverflowError, AttributeError, and ModuleNotFoundError, which reads as a missing package
         b"\x80\x04\x95" + b"\xff" * 8 + b".",
         b"\x80\x02}K\x01a.",
         b"\x80\x02cnumpy.nothing\nndarray\n.",

@@ -1,4 +1,19 @@
-"""Find the ranges of a quantized model from images: the weights' from the weights, the activations' from what flows by."""
+"""Find the ranges of a quantized network from images.
+
+Weights: the largest magnitude of each output channel. Activations: one range for the tensor, from
+the magnitudes |x| that flow by in the float network, by one of five methods:
+
+    max         the largest |x|
+    percentile  the 99.99th percentile of |x|
+    entropy     the range that keeps the histogram of |x| most alike, by Kullback-Leibler divergence
+                (Migacz, "8-bit inference with TensorRT", GTC 2017)
+    mse         the range of the least squared rounding error
+    sqnr        the range of the least squared rounding error relative to the squared values, image
+                by image and then averaged: in deep networks a few images have activations far
+                larger than all others, which alone decide a sum
+
+All but "max" go over the images twice: the second pass counts |x| between 0 and the largest.
+"""
 
 from __future__ import annotations
 
@@ -13,47 +28,44 @@ from tqdm import tqdm
 
 from layers.quantizers import CODE_MAX, Quantizer
 from utils.errors import UserError
+from utils.specs import CALIBRATORS
+
+VALUES_AT_A_TIME = 1 << 23
+"""histc counts in float32, which is exact up to 2 ** 24."""
 
 PERCENTILE = 99.99
-BINS = 2048
-ENTROPY_STRIDE = (
-    32  # histogram bins between two candidate ranges; at 1 the library needs seconds for each layer
-)
-CANDIDATES = 2 ** torch.linspace(-10, 0, 61)  # ranges to try, as shares of the largest magnitude
-OCTAVES, OCTAVE = (
-    20,
-    128,
-)  # octaves below the largest magnitude, of less all candidates make 0; bins in each
-FIRST = (
-    127 - OCTAVES
-) * OCTAVE  # the upper 16 bits of 2 ** -OCTAVES in float32: its exponent and 7 bits of its mantissa
-PART = 1 << 23  # values counted at a time: float32, in which histc counts, is exact up to 2 ** 24
+HISTOGRAM_BINS = 2048
+ENTROPY_STRIDE = 32
+"""Histogram bins between two candidate ranges; at 1 the library needs seconds for each layer."""
+
+CANDIDATES = 2 ** torch.linspace(-10, 0, 61)
+"""The ranges that "mse" and "sqnr" try, as shares of the largest magnitude."""
+OCTAVES = 20
+BINS_PER_OCTAVE = 128
+BINS = OCTAVES * BINS_PER_OCTAVE
+"""Bins of magnitudes for "mse" and "sqnr": see `_RoundingError`."""
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRATORS[0]) -> None:
     """Set every range of `model`; its weights and BatchNorm statistics stay as they are.
-
-    Weights: the largest magnitude of each output channel. Activations: one range for the tensor, from |x|. "max" takes the
-    largest, "percentile" the 99.99th percentile, "entropy" the range with the least Kullback-Leibler divergence (Migacz,
-    "8-bit inference with TensorRT", GTC 2017), "mse" that with the least squared rounding error, and "sqnr" that with the
-    least ratio of this error to the squared values themselves, image by image and then averaged: in deep networks a few
-    images have activations far larger than all others, which alone decide a sum. All but "max" go over the images twice.
 
     Args:
         batches: normalised images (B, 3, H, W) on the model's device.
-        method: one of utils.flags.CALIBRATORS.
+        method: one of `utils.specs.CALIBRATORS`.
 
     Raises:
-        UserError: an activation was not finite or never computed.
+        UserError: no such method, or an activation was not finite or never computed.
     """
+    if method not in CALIBRATORS:
+        raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
     batches = list(batches)
     quantizers = {
         name: module for name, module in model.named_modules() if isinstance(module, Quantizer)
     }
-    activations = {
-        name: quantizer for name, quantizer in quantizers.items() if quantizer.axis is None
-    }
+    activations = {name: found for name, found in quantizers.items() if found.axis is None}
+
+    # first pass, in float: the largest magnitudes, which are all that "max" needs
     for quantizer in quantizers.values():
         quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
         quantizer.disable_quant()
@@ -62,23 +74,28 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str) -> None:
             module.weight_quantizer._calibrator.collect(module.weight)
     _collect(model, batches, activations.values())
     largest = {name: quantizer._calibrator.compute_amax() for name, quantizer in quantizers.items()}
-    for name, amax in largest.items():
-        if amax is None or not torch.isfinite(amax).all():
-            raise UserError(
-                f"calibration of {name} found no finite value: the model's weights or the images are broken"
-            )
-    if method != "max":
+    _require_finite(largest)
+
+    # second pass: how the activations are spread below them
+    if method in SECOND_PASS:
         for name, quantizer in activations.items():
-            quantizer._calibrator = (_Noise if method in ("sqnr", "mse") else _Histogram)(
-                largest[name], method
-            )
+            quantizer._calibrator = SECOND_PASS[method](largest[name], method)
         _collect(model, batches, activations.values())
-    for quantizer in tqdm(
-        quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False
-    ):
+
+    progress = tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False)
+    for quantizer in progress:
         quantizer.set_range(quantizer._calibrator.compute_amax())
         quantizer.enable_quant()
         quantizer._calibrator = None
+
+
+def _require_finite(largest: dict[str, Tensor | None]) -> None:
+    for name, amax in largest.items():
+        if amax is None or not torch.isfinite(amax).all():
+            raise UserError(
+                f"calibration of {name} found no finite value: "
+                "the model's weights or the images are broken"
+            )
 
 
 def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Quantizer]) -> None:
@@ -86,96 +103,133 @@ def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Q
     training = model.training
     model.eval()
     for quantizer in quantizers:
-        quantizer._if_calib = True
+        quantizer.enable_calib()
     for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
         model(images)
     for quantizer in quantizers:
-        quantizer._if_calib = False
+        quantizer.disable_calib()
     model.train(training)
 
 
 class _Histogram:
-    """Counts |x| up to its largest value, which is known; a range by "percentile" or "entropy".
+    """Counts |x| in bins of equal width up to its largest value, for "percentile" and "entropy".
 
-    The library's own histogram grows with the values it sees, and fails if the first are zeros.
+    The library's own histogram grows with the values that it sees, and fails if the first are
+    zeros. Its search for the range is taken as it is.
     """
 
     def __init__(self, largest: Tensor, method: str):
-        self.largest, self.method = largest, method
-        self.counts = torch.zeros(BINS, dtype=torch.int64, device=largest.device)
+        self.largest = largest
+        self.method = method
+        self.counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=largest.device)
 
     def collect(self, x: Tensor) -> None:
         upper = float(self.largest) or 1.0  # waits for the device
-        for part in x.abs().float().flatten().split(PART):
-            self.counts += torch.histc(part, BINS, 0, upper).long()
+        for values in x.abs().float().flatten().split(VALUES_AT_A_TIME):
+            self.counts += torch.histc(values, HISTOGRAM_BINS, 0, upper).long()
 
     def compute_amax(self) -> Tensor:
         """The range; 0 if all values are."""
-        return self.largest.new_tensor(
-            _library_amax(self.counts.cpu().numpy().tobytes(), float(self.largest), self.method)
-        )
+        counts = self.counts.cpu().numpy().tobytes()
+        return self.largest.new_tensor(_library_amax(counts, float(self.largest), self.method))
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # a block's first convolution, its downsampling and its addition see the same values
+# a block's first convolution, its shortcut and its addition see the same values
+@functools.lru_cache(maxsize=8)
 def _library_amax(counts: bytes, largest: float, method: str) -> float:
     if largest == 0:
         return 0.0
     calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
-    # tensors would become 32-bit integers, which large images overflow; the search by entropy writes into its counts
+    # an array, as tensors would become 32-bit integers, which many large images overflow; a copy,
+    # as the search by entropy writes into it
     calibrator._calib_hist = np.frombuffer(counts, np.int64).copy()
-    calibrator._calib_bin_edges = np.linspace(0, largest, BINS + 1)
-    options = {"percentile": PERCENTILE} if method == "percentile" else {"stride": ENTROPY_STRIDE}
-    return float(calibrator.compute_amax(method, **options))
+    calibrator._calib_bin_edges = np.linspace(0, largest, HISTOGRAM_BINS + 1)
+    if method == "percentile":
+        return float(calibrator.compute_amax("percentile", percentile=PERCENTILE))
+    return float(calibrator.compute_amax("entropy", stride=ENTROPY_STRIDE))
 
 
-@functools.lru_cache(maxsize=1)
-def _bin_errors(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Squared rounding error by each candidate (candidates, bins), and square (bins,), of values spread evenly in each bin."""
-    edges = (
-        torch.arange(FIRST, FIRST + OCTAVES * OCTAVE + 1, dtype=torch.int32, device=device) << 16
-    ).view(torch.float32)
-    values = (
-        edges[:-1] + edges.diff() * (torch.arange(8, device=device)[:, None] + 0.5) / 8
-    )  # (8, bins)
-    steps = CANDIDATES.to(device)[:, None, None] / CODE_MAX
-    errors = ((values / steps).round().clamp_max(CODE_MAX) * steps - values).square()
-    return errors.mean(1), values.square().mean(0)
+class _RoundingError:
+    """Squared rounding error of every candidate range, for "mse" and "sqnr".
 
+    To round every activation with every candidate would be 61 passes over memory. Instead its
+    magnitude v, as share of the largest one, is counted in bins so small that the values in one bin
+    have about the same error; then
 
-class _Noise:
-    """Sums the squared rounding error of each candidate range: all images' alike ("mse") or relative to each ("sqnr").
+        error of a candidate = sum over bins of (count in the bin) * (mean error in the bin)
 
-    From |x| as share of its largest value, counted in bins as wide as the values are large.
+    is one matrix product. How small? Candidate c rounds to steps of c / 127, and c goes down to
+    2^-10. Bins of equal width would have to suit the finest of these steps everywhere. But what
+    lies beyond c is clipped, with the smooth error (v - c)^2, so only bins below c must be about as
+    fine as c / 127. Bins of 1/128 of an octave are: those below c are at most c / 128 wide.
+
+    They are found without a logarithm. A float32 v >= 0 is, from its highest bit down, a 0, 8 bits
+    of exponent (floor(log2 v) + 127) and 23 bits of mantissa. So its upper 16 bits, read as an
+    integer, count the 1/128 octaves from below:
+
+        bits(v) >> 16  =  128 * (floor(log2 v) + 127)  +  the upper 7 bits of the mantissa
+
+    `BINS` of them reach from 2^-20 to 1. What is smaller is left out: the finest candidate's half
+    step is 2^-18, so all of them make it 0, an error that is the same for all.
     """
 
     def __init__(self, largest: Tensor, method: str):
-        self.largest, self.relative = largest, method == "sqnr"
-        self.noise = torch.zeros(len(CANDIDATES), device=largest.device)
+        self.largest = largest
+        self.relative = method == "sqnr"
+        self.errors = torch.zeros(len(CANDIDATES), device=largest.device)
 
     def collect(self, x: Tensor) -> None:
-        errors, squares = _bin_errors(x.device)
-        x = x.flatten(1)
-        for images in x.split(max(1, PART // x.shape[1])):
-            share = images.abs().float() / self.largest.clamp_min(1e-30)
-            bins = ((share.view(torch.int32) >> 16) - FIRST + 1).clamp_(
-                0, OCTAVES * OCTAVE
-            )  # bin 0: zeros
-            image = torch.arange(len(images), device=x.device, dtype=torch.int32)[:, None] * (
-                OCTAVES * OCTAVE + 1
-            )
-            counts = torch.bincount(
-                (bins + image).flatten(), minlength=len(images) * (OCTAVES * OCTAVE + 1)
-            )
-            counts = counts.view(len(images), -1)[:, 1:].float()
-            noise = errors @ counts.T  # (candidates, images)
+        errors, squares = _errors_of_bins(x.device)
+        x = x.flatten(1)  # (N, values)
+        for images in x.split(max(1, VALUES_AT_A_TIME // x.shape[1])):
+            counts = _count(images.abs().float() / self.largest.clamp_min(1e-30))  # (n, BINS)
+            found = errors @ counts.T  # (candidates, n)
             if self.relative:
-                noise = noise / (counts @ squares).clamp_min(1e-30)
-            self.noise += noise.sum(1)
+                found = found / (counts @ squares).clamp_min(1e-30)
+            self.errors += found.sum(1)
 
     def compute_amax(self) -> Tensor:
-        return CANDIDATES.to(self.largest.device)[self.noise.argmin()] * self.largest
+        best = self.errors.argmin()
+        return CANDIDATES.to(self.largest.device)[best] * self.largest
+
+
+_FIRST_BIN = (127 - OCTAVES) * BINS_PER_OCTAVE
+"""The upper 16 bits of 2^-OCTAVES."""
+
+
+def _count(shares: Tensor) -> Tensor:
+    """(n, values) in 0..1 -> (n, BINS) float32: how many values of each image lie in each bin."""
+    # column 0 is for what is too small; 1 itself belongs to the last bin
+    bins = ((shares.view(torch.int32) >> 16) - _FIRST_BIN + 1).clamp_(0, BINS)
+    # one count over all images: each has its own BINS + 1 numbers
+    image = torch.arange(len(shares), device=shares.device, dtype=torch.int32)[:, None]
+    numbers = bins + image * (BINS + 1)
+    counts = torch.bincount(numbers.flatten(), minlength=len(shares) * (BINS + 1))
+    return counts.view(len(shares), -1)[:, 1:].float()
+
+
+@functools.lru_cache(maxsize=1)
+def _errors_of_bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean squared rounding error by each candidate (candidates, BINS), mean square (BINS,)."""
+    # a bin's lower edge has 16 zero bits below its number
+    numbers = torch.arange(_FIRST_BIN, _FIRST_BIN + BINS + 1, dtype=torch.int32, device=device)
+    edges = (numbers << 16).view(torch.float32)
+    # eight values spread evenly in each bin stand for all: (8, BINS)
+    places = (torch.arange(8, device=device)[:, None] + 0.5) / 8
+    values = edges[:-1] + edges.diff() * places
+    # round them with each candidate's step: (candidates, 8, BINS)
+    steps = CANDIDATES.to(device)[:, None, None] / CODE_MAX
+    rounded = (values / steps).round().clamp_max(CODE_MAX) * steps
+    return (rounded - values).square().mean(1), values.square().mean(0)
+
+
+SECOND_PASS = {
+    "percentile": _Histogram,
+    "entropy": _Histogram,
+    "mse": _RoundingError,
+    "sqnr": _RoundingError,
+}
+"""Method -> what counts the activations, given their largest magnitude and the method."""
 
 
 def require_calibrated(model: nn.Module) -> None:

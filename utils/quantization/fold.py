@@ -1,4 +1,14 @@
-"""From the training form to the inference form: BatchNorm folded, ranges frozen."""
+"""Fold for export: from the training form to the inference form, BatchNorm folded, ranges frozen.
+
+In evaluation mode BatchNorm is a multiplication and an addition for each channel, and a convolution
+is linear in its weight. With m the running mean and v the running variance,
+
+    BN(conv(x)) = gamma * (W x + b - m) / sqrt(v + eps) + beta
+                = (f * W) x + f * (b - m) + beta,        f = gamma / sqrt(v + eps)
+
+is a convolution again. Its weight has one range for each output channel, which takes up |f|, so
+every INT8 code stays what training made it: see `layers.quantized.freeze_weight`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +16,16 @@ import copy
 from collections import Counter
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from layers.quantized import QUANTIZED_FORM, QuantConv2d, QuantLinear
-from layers.quantizers import FrozenQuantizer, Quantizer
-
-FACTOR_FLOOR = 1e-12  # a BatchNorm factor of 0 would make a scale of 0, which no engine accepts
+from layers.quantized import (
+    QUANTIZED_FORM,
+    PointwiseLinear,
+    QuantConv2d,
+    QuantLinear,
+    freeze_weight,
+)
+from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 
 
 class _Tracer(fx.Tracer):
@@ -22,106 +36,71 @@ class _Tracer(fx.Tracer):
 
 
 def conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of every convolution and the BatchNorm that is the only reader of its output, where each is called once."""
+    """Names of every convolution and BatchNorm that can be folded into it.
+
+    The BatchNorm is the only reader of the convolution's output, each is called once, and nobody
+    else reads their parameters.
+    """
     modules = dict(model.named_modules())
     nodes = list(_Tracer().trace(model).nodes)
     calls = Counter(node.target for node in nodes if node.op == "call_module")
-    read = {
-        node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"
-    }  # their parameters serve others too
+    # "conv.weight" is read directly: `conv` serves another purpose too
+    read_directly = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
     pairs = []
-    for bn in nodes:
-        source = next(iter(bn.all_input_nodes), None)
-        if (
-            bn.op != "call_module"
-            or source is None
-            or source.op != "call_module"
-            or len(source.users) > 1
-        ):
+    for node in nodes:
+        source = next(iter(node.all_input_nodes), None)
+        if source is None or source.op != "call_module" or node.op != "call_module":
             continue
-        conv_type, norm = type(modules[source.target]), modules[bn.target]
-        if (
-            conv_type not in (nn.Conv2d, QuantConv2d)
-            or not isinstance(norm, nn.BatchNorm2d)
-            or norm.running_var is None
-        ):
+        conv, bn = modules[source.target], modules[node.target]
+        if type(conv) not in (nn.Conv2d, QuantConv2d) or not isinstance(bn, nn.BatchNorm2d):
             continue
-        if calls[source.target] == calls[bn.target] == 1 and read.isdisjoint(
-            (source.target, bn.target)
-        ):
-            pairs.append((source.target, bn.target))
+        names = (source.target, node.target)
+        only_reader = len(source.users) == 1
+        called_once = all(calls[name] == 1 for name in names)
+        has_statistics = bn.running_var is not None
+        if only_reader and called_once and has_statistics and read_directly.isdisjoint(names):
+            pairs.append(names)
     return pairs
 
 
 @torch.no_grad()
-def freeze_weight(layer: nn.Module, factor: Tensor | None = None) -> None:
-    """Put `factor` (one for each output channel, default 1) into a quantized layer's weight and freeze its range.
-
-    The range is multiplied by |factor|, so every INT8 code stays what training made it, but for its sign where the factor
-    is negative. The weight is stored on its INT8 grid, where rounding it again changes nothing.
-    """
-    scale = layer.weight_quantizer.scale
-    channels = (-1, *[1] * (layer.weight.ndim - 1))  # (C,) -> (C, 1, 1, 1) or (C, 1)
-    codes = (layer.weight_quantizer(layer.weight) / scale.reshape(channels)).round()
-    if factor is not None:
-        scale = scale * factor.abs().clamp_min(FACTOR_FLOOR)
-        codes = torch.where(factor.reshape(channels) < 0, -codes, codes)
-    layer.weight = nn.Parameter(codes * scale.reshape(channels), requires_grad=False)
-    layer.weight_quantizer = FrozenQuantizer(scale)
-
-
-@torch.no_grad()
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    """Make `conv` compute what `bn(conv(x))` computes in evaluation mode."""
+    """Make `conv` compute what `bn(conv(x))` computes in evaluation mode, in place."""
+    # f = gamma / sqrt(v + eps), (C,)
     factor = torch.rsqrt(bn.running_var + bn.eps)
     if bn.affine:
         factor = factor * bn.weight
-    bias = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
-    conv.bias = nn.Parameter(bias * factor + (bn.bias if bn.affine else 0), requires_grad=False)
-    if hasattr(conv, "weight_quantizer"):
+    # f * (b - m) + beta, (C,)
+    centred = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+    beta = bn.bias if bn.affine else 0
+    conv.bias = nn.Parameter(centred * factor + beta, requires_grad=False)
+    # f * W, (C, in, kernel height, kernel width)
+    if isinstance(conv, QuantConv2d):
         freeze_weight(conv, factor)
     else:
-        conv.weight = nn.Parameter(conv.weight * factor.reshape(-1, 1, 1, 1), requires_grad=False)
-
-
-class PointwiseLinear(QuantConv2d):
-    """Inference form of `QuantLinear`: (N, in) -> (N, out) as a 1x1 convolution.
-
-    TensorRT 8.6 has INT8 kernels for convolutions, but dequantizes the operands of a matrix product.
-    """
-
-    @classmethod
-    def from_linear(cls, linear: QuantLinear) -> PointwiseLinear:
-        """Take over parameters and quantizers of `linear`; the weight (out, in) becomes (out, in, 1, 1)."""
-        conv = cls(linear.in_features, linear.out_features, 1)
-        conv.weight, conv.bias = (
-            nn.Parameter(linear.weight[:, :, None, None], requires_grad=False),
-            linear.bias,
-        )
-        conv.input_quantizer, conv.weight_quantizer = (
-            linear.input_quantizer,
-            linear.weight_quantizer,
-        )
-        return conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            super().forward(x[:, :, None, None]).flatten(1)
-        )  # (N, in) -> (N, in, 1, 1) -> (N, out)
+        weight = conv.weight * per_channel(factor, conv.weight)
+        conv.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def to_inference(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the CPU in its inference form; `model`, float or quantized, stays as it is."""
+    """A copy of `model` on the CPU in its inference form.
+
+    `model`, float or quantized, stays as it is. Its quantizers must be calibrated.
+    """
     model = copy.deepcopy(model).cpu().float().eval()
+    # BatchNorm into convolutions, whose quantized weights are frozen by that
     for conv_name, bn_name in conv_bn_pairs(model):
         fold_batch_norm(model.get_submodule(conv_name), model.get_submodule(bn_name))
         model.set_submodule(bn_name, nn.Identity())
+    # the weights of all other quantized layers
     for module in list(model.modules()):
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
+    # the ranges of activations
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantizer):
             model.set_submodule(name, FrozenQuantizer(module.scale))
+    # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, PointwiseLinear.from_linear(module))
