@@ -198,6 +198,16 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _platform(trt: ModuleType, cuda: ModuleType) -> dict[str, Any]:
+    """What any engine depends on, and any kernel's time."""
+    device = cuda.Context.get_device()
+    return {
+        "tensorrt": f"{trt.__name__} {trt.__version__}",
+        "gpu": device.name(),
+        "compute_capability": device.compute_capability(),
+    }
+
+
 def cached_plan(
     trt: ModuleType,
     cuda: ModuleType,
@@ -224,12 +234,7 @@ def cached_plan(
 
     # three keys, each with what its file depends on: kernel times on the platform, ranges on the
     # graph and the images too, the engine on everything
-    device = cuda.Context.get_device()
-    platform = {
-        "tensorrt": f"{trt.__name__} {trt.__version__}",
-        "gpu": device.name(),
-        "compute_capability": device.compute_capability(),
-    }
+    platform = _platform(trt, cuda)
     implicit = options.precision == IMPLICIT
     images_sha256 = _sha256(calibration.tobytes()) if implicit else None
     source = {"graph_sha256": _sha256(graph), "calibration_sha256": images_sha256, **platform}
