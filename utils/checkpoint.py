@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +13,71 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.manifest import PRECISIONS
+from utils.schema import parse
+from utils.specs import DataSpec, NetworkSpec, Quantization
 
-FORMAT = 1
+FORMAT = 2
 RANGE_SUFFIX = "_quantizer._amax"
 COUNTER_SUFFIX = ".num_batches_tracked"
-"""BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as torchvision's, lack it."""
+"""BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as
+torchvision's, lack it."""
+
+State = dict[str, Tensor]
 
 
-def save(path: Path, checkpoint: dict[str, Any]) -> None:
+@dataclass
+class Checkpoint:
+    """What train.py writes after each epoch. A bare state dict is one with `state` alone.
+
+    Args:
+        state: the model's parameters, BatchNorm statistics and, if it is quantized, ranges.
+        quantization: None for a float network.
+        ptq_state: what QAT started from, the float weights with calibrated ranges.
+        recipe: fields of the `utils.recipe.Recipe` it is trained by.
+        optimizer: the optimizer's own state dict.
+        epoch: how many are completed.
+        best_val_loss: the lowest of all epochs so far.
+        history: losses and accuracies of each epoch.
+    """
+
+    state: State
+    network: NetworkSpec | None = None
+    data: DataSpec | None = None
+    quantization: Quantization | None = None
+    ptq_state: State | None = None
+    recipe: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    epoch: int = 0
+    best_val_loss: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it says how to rebuild its network: a bare state dict does not."""
+        return self.network is not None and self.data is not None and self.recipe is not None
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a killed process or a full disk leaves what was there before.
 
     Raises:
         OSError: the file cannot be written.
     """
+    # not asdict, which would copy every tensor
+    content = {"format": FORMAT, **vars(checkpoint)}
+    for name in ("network", "data", "quantization"):
+        if content[name] is not None:
+            content[name] = asdict(content[name])
     with atomic_path(path) as partial, partial.open("wb") as file:
         try:
-            torch.save({"format": FORMAT, **checkpoint}, file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch's own, raised over that of a failed write
             raise error.__context__ or error from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint written by `save`, or a plain state dict, onto the CPU; runs no code from the file.
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint of `save`, or a bare state dict, onto the CPU; runs no code from the file.
 
     Raises:
         UserError: missing, truncated, or something else.
@@ -52,34 +97,61 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one"
         ) from None
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        return content
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(value, Tensor) for value in content.values())
-    ):
-        return {"state": content}
+
+    if isinstance(content, dict) and content.get("format") in (1, FORMAT):
+        if content["format"] == 1:
+            content = _from_format_1(content)
+        return parse(Checkpoint, content, str(path))
+    tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    if tensors and content:
+        return Checkpoint(content)
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
 
 
-def load_whole(path: Path) -> dict[str, Any]:
-    """As `load`, but raises UserError for a plain state dict, which does not say how to rebuild its network."""
-    content = load(path)
-    if "model" not in content:
+def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The present fields of a checkpoint from before they had these names."""
+    flags = dict(content.get("flags", {}))
+    flags["precisions"] = [name for name, p in PRECISIONS.items() if flags.pop(p.flag, False)]
+    renamed = {"held_out_loss": "val_loss", "held_out_accuracy_pct": "val_accuracy_pct"}
+    history = []
+    for epoch in content.get("history", []):
+        history.append({renamed.get(key, key): value for key, value in epoch.items()})
+    return {
+        **content,
+        "network": content.get("model"),
+        "ptq_state": content.get("start"),
+        "recipe": {"seed": content.get("seed", 0), **flags},
+        "best_val_loss": content.get("best_loss", math.inf),
+        "history": history,
+    }
+
+
+def load_whole(path: Path) -> Checkpoint:
+    """As `load`, but raises UserError for a bare state dict."""
+    checkpoint = load(path)
+    if not checkpoint.whole:
         raise UserError(
             f"{path} is a bare state dict: a checkpoint that train.py wrote is needed here"
         )
-    return content
+    return checkpoint
 
 
 def by_epoch(folder: Path) -> dict[int, Path]:
     """Each `ckpt_<epoch>` of a folder."""
-    return {int(p.name[5:]): p for p in folder.glob("ckpt_*") if p.name[5:].isdigit()}
+    found = {}
+    for path in folder.glob("ckpt_*"):
+        epoch = path.name.removeprefix("ckpt_")
+        if epoch.isdigit():
+            found[int(epoch)] = path
+    return found
 
 
 def latest(path: Path) -> Path:
-    """`path` itself if it is a file, otherwise the `ckpt_<epoch>` with the highest epoch in that folder."""
+    """`path` itself if it is a file, else the `ckpt_<epoch>` of the highest epoch in that folder.
+
+    Raises:
+        UserError: the folder holds none.
+    """
     if not path.is_dir():
         return path
     there = by_epoch(path)
@@ -88,33 +160,38 @@ def latest(path: Path) -> Path:
     return there[max(there)]
 
 
-def load_weights(
-    model: nn.Module, state: dict[str, Tensor], allow_missing_ranges: bool = False
-) -> str:
-    """Load `state` so that every float weight lands exactly once; returns one line that accounts for all of it.
+def has_ranges(state: State) -> bool:
+    """Whether a state is a quantized model's."""
+    return any(key.endswith(RANGE_SUFFIX) for key in state)
+
+
+def without_ranges(state: State) -> State:
+    """The float model's part of a state."""
+    return {key: value for key, value in state.items() if not key.endswith(RANGE_SUFFIX)}
+
+
+def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = False) -> str:
+    """Load `state` so that every float weight lands exactly once; returns a line that says so.
 
     Args:
-        allow_missing_ranges: `state` may be a float model's, the ranges of `model` are still to be calibrated.
+        allow_missing_ranges: `state` may be a float model's; ranges are still to be calibrated.
 
     Raises:
-        UserError: unexpected, missing, misshapen or not finite tensors, listed. `model` is unchanged then.
+        UserError: unexpected, missing, misshapen or not finite tensors, listed. `model` is
+            unchanged then.
     """
     own = model.state_dict()
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
     missing = {key for key in own.keys() - state.keys() if not key.endswith(COUNTER_SUFFIX)}
     uncalibrated = missing & ranges
+    shared = own.keys() & state.keys()
     problems = {
-        "missing": sorted(missing - ranges if allow_missing_ranges else missing),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "misshapen": sorted(
-            key for key in own.keys() & state.keys() if own[key].shape != state[key].shape
-        ),
-        "not finite": sorted(key for key, value in state.items() if not value.isfinite().all()),
+        "missing": missing - ranges if allow_missing_ranges else missing,
+        "unexpected": state.keys() - own.keys(),
+        "misshapen": {key for key in shared if own[key].shape != state[key].shape},
+        "not finite": {key for key, value in state.items() if not value.isfinite().all()},
     }
     if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys
-        )
         hint = ""
         if not allow_missing_ranges and missing and missing <= ranges:
             hint = " (a float checkpoint for a quantized model: add --partial_ckpt)"
@@ -122,14 +199,21 @@ def load_weights(
             hint = " (a quantized checkpoint for a float model or other --quant_layers)"
         elif problems["not finite"]:
             hint = " (a training that diverged or a damaged file: use another checkpoint)"
-        raise UserError(f"the checkpoint does not fit the model{hint}: {listed}")
+        raise UserError(f"the checkpoint does not fit the model{hint}: {_listed(problems)}")
     model.load_state_dict(state, strict=False)
     loaded_ranges = len(ranges) - len(uncalibrated)
     return (
-        f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each exactly once; "
-        f"0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
+        f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each "
+        f"exactly once; 0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
     )
 
 
-def _first(keys: list[str], count: int = 5) -> str:
-    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
+def _listed(problems: dict[str, set[str]]) -> str:
+    """How many keys have which problem, and the first five of each."""
+    texts = []
+    for what, keys in problems.items():
+        if keys:
+            first = ", ".join(sorted(keys)[:5])
+            more = ", ..." if len(keys) > 5 else ""
+            texts.append(f"{len(keys)} {what}: {first}{more}")
+    return "; ".join(texts)

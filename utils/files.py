@@ -16,26 +16,28 @@ from utils.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block succeeds and deleted if it fails.
+    """A temporary path beside `path`, renamed to it if the block succeeds, deleted if it fails.
 
-    A link stays one, to the new content; what is no file, such as /dev/null, is written to as it is.
+    A link stays one, to the new content; what is no file, such as /dev/null, is written to.
 
     Raises:
-        OSError: the file cannot be written (full disk, no permission); what was at `path` before is still there.
+        OSError: the file cannot be written (full disk, no permission); what was at `path` before
+            is still there.
     """
     path = path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
         yield path
         return
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
     except OSError as error:
-        if error.filename in (None, str(partial)):  # a write to a full disk does not name its file
+        # a write to a full disk does not name its file
+        if error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
     finally:
@@ -44,19 +46,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(folder: Path, voucher: str) -> Iterator[Path]:
-    """A temporary folder whose files move to `folder`, which exists, if the block succeeds; if not, those there stay.
+def staged(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder`, which exists, if the block succeeds.
 
-    The file `voucher`, which vouches for all others, goes first and comes last: there is none if the move is cut short.
+    If it fails, those in `folder` stay.
+
+    Args:
+        last: the file that describes all others. It is removed first and moved last: there is
+            none if the move is cut short.
 
     Raises:
         OSError: a file cannot be written.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
-            yield Path(name)
-            (folder / voucher).unlink(missing_ok=True)
-            for path in sorted(Path(name).iterdir(), key=lambda path: path.name == voucher):
+            draft = Path(name)
+            yield draft
+            (folder / last).unlink(missing_ok=True)
+            for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
                 path.replace(folder / path.name)
     except OSError as error:
         error.filename = str(folder)  # the temporary one is gone
@@ -73,7 +80,8 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process's ends with it
+            # the system gives up a killed process's lock
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another process is at work in {folder}: wait for it, or name another folder"
@@ -84,7 +92,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def link(source: Path, path: Path) -> None:
-    """Let `path` be the file `source` too, atomically; a copy where the file system has no hard links."""
+    """Let `path` be the file `source` too, atomically; a copy where there are no hard links."""
     with atomic_path(path) as partial:
         try:
             partial.hardlink_to(source)

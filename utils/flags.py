@@ -1,136 +1,157 @@
-"""Flags that train.py and infer.py share, and how they agree with a checkpoint."""
+"""The flags that train.py and infer.py share, and how contradictions are refused. No torch."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from utils.errors import UserError
+from utils.manifest import PRECISIONS
+from utils.specs import CALIBRATORS, DataSpec, NetworkSpec, Quantization
 
 T = TypeVar("T")
+Flags = argparse.Namespace
+
+QUANTIZATION = tuple(field.name for field in fields(Quantization))
+"""The flags that say how to quantize."""
+
+Refusal = tuple[Callable[[Flags], Any], str]
+"""A contradiction: what finds it in the flags, and a line that says it, `{0}` for the find."""
 
 
-CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
-"""How activation ranges are found; the first is the default (`benchmarks/calibrators.py` compares them)."""
-PRECISIONS = {"FP32": "--FP32", "FP16": "--FP16", "INT8-PTC": "--INT8PTC", "INT8-QAT": "--INT8QAT"}
-"""What a back end can be asked to run -> the flag that asks for it."""
+def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with the shared flags, in groups.
 
-QUANTIZATION = ("quant_layers", "skip_layers", "calibrator", "calib_images")
-"""What says how to quantize."""
-
-
-def add_shared(parser: argparse.ArgumentParser, datasets: tuple[str, ...]) -> None:
-    """Model, data and quantization flags. What a checkpoint knows has no default here: `agreed` decides."""
-    add = parser.add_argument
-    add(
-        "--m",
-        "--model",
-        dest="model",
-        help="network, such as resnet18 (a checkpoint knows its own)",
+    What a checkpoint knows has no default here: `agreed` decides.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument_group("network").add_argument
+    add("--m", "--model", dest="model", help="such as resnet18 (a checkpoint knows its own)")
     add(
         "--stem",
         choices=("auto", "imagenet", "cifar"),
         default="auto",
-        help="first layers: ImageNet's 7x7 stride 2 + pool, or CIFAR's 3x3; auto: imagenet with --pretrain, else cifar",
+        help="first layers: ImageNet's 7x7 of stride 2 and a pool, or CIFAR's 3x3; "
+        "auto: imagenet with --pretrain, else cifar",
     )
+    add("--load_ckpt", type=Path, metavar="FILE", help="checkpoint to start from")
+
+    add = parser.add_argument_group("images").add_argument
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
-    add(
-        "--data_dir",
-        type=Path,
-        default=Path("data"),
-        help="where the images are (default: %(default)s)",
-    )
-    add(
-        "--img_size",
-        type=int,
-        help="width that images of --dataset folder are resized to (default: 32)",
-    )
-    add("--load_ckpt", type=Path, help="checkpoint to start from")
-    add(
-        "--quantize",
-        action="store_true",
-        help="quantize the selected layers (infer.py: whatever the checkpoint holds)",
-    )
-    add(
-        "--quant_layers",
-        nargs="+",
-        metavar="GLOB",
-        help="layers to quantize, by name (default: '*')",
-    )
+    add("--data_dir", type=Path, default=Path("data"), help="where they are (default: %(default)s)")
+    add("--img_size", type=int, help="width to resize images of --dataset folder to (default: 32)")
+
+    default = Quantization()
+    add = parser.add_argument_group("quantization").add_argument
+    add("--quantize", action="store_true", help="quantize the selected layers")
+    add("--quant_layers", nargs="+", metavar="GLOB", help="layers to quantize (default: '*')")
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
     add(
         "--calibrator",
         choices=CALIBRATORS,
-        help=f"how activation ranges are found (default: {CALIBRATORS[0]})",
+        help=f"how activation ranges are found (default: {default.calibrator})",
     )
     add(
         "--calib_images",
         type=int,
         metavar="N",
-        help="train images to calibrate with (default: 1024)",
+        help=f"train images to calibrate with (default: {default.calib_images})",
     )
-    add(
-        "--FP32",
-        action="store_true",
-        help="FP32 by the back end too, not only by PyTorch (none of the four: every precision)",
-    )
-    add("--FP16", action="store_true", help="FP16")
-    add("--INT8PTC", action="store_true", help="INT8 by calibration alone")
-    add("--INT8QAT", action="store_true", help="INT8 from a quantization-aware checkpoint")
+
+    add = parser.add_argument_group("engines: one row each; none named: all").add_argument
+    for name, precision in PRECISIONS.items():
+        add(
+            f"--{precision.flag}",
+            dest="precisions",
+            action="append_const",
+            const=name,
+            help=precision.help,
+        )
     add(
         "--ptc_mode",
         choices=("explicit", "implicit"),
         default="explicit",
-        help="implicit: also TensorRT's own calibration",
+        help="implicit: also an engine by TensorRT's own calibration",
     )
     add(
         "--backend",
         choices=("auto", "tensorrt", "onnxruntime"),
         default="auto",
-        help="what runs the exported networks; auto: TensorRT if it is there, else ONNX Runtime",
+        help="what runs the exported networks; auto: TensorRT where it runs, else ONNX Runtime",
     )
+    return parser
 
 
-def named_precisions(args: argparse.Namespace) -> list[str]:
-    """Those of `PRECISIONS` whose flags are given."""
-    return [
-        precision
-        for precision, flag in PRECISIONS.items()
-        if getattr(args, flag.removeprefix("--"))
-    ]
+def given(flags: Flags, names: Sequence[str]) -> str:
+    """Those of the flags `names` that have a value, as the user writes them."""
+    return ", ".join(f"--{name}" for name in names if getattr(flags, name, None) is not None)
 
 
-def handed_on(args: argparse.Namespace) -> list[str]:
-    """The flags that train.py hands to infer.py, as words of a command line."""
-    words = [PRECISIONS[precision] for precision in named_precisions(args)]
-    for name in ("data_dir", "backend", "ptc_mode", *QUANTIZATION):
-        value = getattr(args, name)
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+def refuse(refusals: Sequence[Refusal], flags: Flags) -> None:
+    """Raises UserError with the line of the first contradiction that the flags have."""
+    for find, text in refusals:
+        found = find(flags)
+        if found:
+            raise UserError(text.format(found))
 
 
-def agreed(flag: str, given: T | None, known: T | None, default: T | None = None) -> T:
+def agreed(flag: str, value: T | None, known: T | None, default: T | None = None) -> T:
     """What the command line gives, else what the checkpoint knows, else the default.
 
     Raises:
         UserError: the command line contradicts the checkpoint, or nobody knows.
     """
-    if given is not None and known is not None and given != known:
+    if value is not None and known is not None and value != known:
         raise UserError(
-            f"{flag} {given} contradicts the checkpoint, which says {known}; drop the flag or change the file"
+            f"{flag} {value} contradicts the checkpoint, which says {known}; "
+            "drop the flag or change the file"
         )
-    for value in (given, known, default):
-        if value is not None:
-            return value
+    for choice in (value, known, default):
+        if choice is not None:
+            return choice
     raise UserError(f"{flag} is needed here")
 
 
 def agreed_network(
-    args: argparse.Namespace, name: str | None, stem: str | None, default: str | None = None
+    flags: Flags, known: NetworkSpec | None, default_stem: str | None = None
 ) -> tuple[str, str]:
-    """Name and stem of the network, as `agreed` with what the checkpoint knows; --stem auto gives none."""
-    given = None if args.stem == "auto" else args.stem
-    return agreed("--m", args.model, name), agreed("--stem", given, stem, default)
+    """Name and stem of the network, as `agreed` with what a checkpoint knows."""
+    stem = None if flags.stem == "auto" else flags.stem
+    return (
+        agreed("--m", flags.model, known and known.name),
+        agreed("--stem", stem, known and known.stem, default_stem),
+    )
+
+
+def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int]:
+    """Name of the data set and width of its images, as `agreed` with what a checkpoint knows."""
+    dataset = agreed("--dataset", flags.dataset, known and known.dataset, "cifar10")
+    if dataset != "folder" and flags.img_size not in (None, 32):
+        raise UserError(
+            f"--img_size {flags.img_size}: the images of {dataset} are 32 pixels wide; it is for "
+            "--dataset folder"
+        )
+    return dataset, agreed("--img_size", flags.img_size, known and known.img_size, 32)
+
+
+def agreed_quantization(flags: Flags, known: Quantization | None) -> Quantization:
+    """What to quantize and how to calibrate, as `agreed` with what a quantized checkpoint knows.
+
+    Raises:
+        UserError: a contradiction, or no image to calibrate with.
+    """
+    default = Quantization()
+    values = {}
+    for name in QUANTIZATION:
+        value = getattr(flags, name)
+        values[name] = agreed(
+            f"--{name}", value, getattr(known, name, None), getattr(default, name)
+        )
+    if values["calib_images"] < 1:
+        raise UserError(f"--calib_images {values['calib_images']}: at least 1")
+    return Quantization(**values)

@@ -1,15 +1,24 @@
 """What an export folder holds: its graphs, their tensors, and the manifest. Imports no torch.
 
-    <precision>.onnx         for ONNX Runtime and OpenVINO, and for TensorRT without strong typing
-    <precision>_fp16.onnx    the same graph, FP16 where it is not INT8: strongly typed TensorRT's
-    predictions.npz          what PyTorch predicts of the test images in each precision
-    export.json              the manifest: network, data, quantization, PyTorch's rows
-    engines/                 TensorRT's cache
+<precision>.onnx         for ONNX Runtime and OpenVINO, and for TensorRT without strong typing
+<precision>_fp16.onnx    the same graph, FP16 where it is not INT8: strongly typed TensorRT's
+predictions.npz          what PyTorch predicts of the test images in each precision
+export.json              the manifest: network, data, quantization, PyTorch's rows
+engines/                 TensorRT's cache
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.records import Row
+from utils.schema import parse
+from utils.specs import DataSpec, Quantization
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 """Names of a graph's input (batch, height, width, 3) uint8, its output (batch, classes) float32,
@@ -24,21 +33,23 @@ class Precision:
 
     Args:
         flag: the command line's word for it, without dashes.
+        help: what the command line says of the flag.
         in_pytorch: the row of PyTorch whose predictions it is compared with. Fake quantization
             computes in float exactly what an INT8 engine computes.
         int8: whether its graph has Q/DQ nodes.
     """
 
     flag: str
+    help: str
     in_pytorch: str
     int8: bool
 
 
 PRECISIONS = {
-    "FP32": Precision("FP32", "FP32", int8=False),
-    "FP16": Precision("FP16", "FP16", int8=False),
-    "INT8-PTC": Precision("INT8PTC", "FAKE-QUANT-PTC", int8=True),
-    "INT8-QAT": Precision("INT8QAT", "FAKE-QUANT-QAT", int8=True),
+    "FP32": Precision("FP32", "FP32 by the back end too, not by PyTorch alone", "FP32", False),
+    "FP16": Precision("FP16", "FP16", "FP16", False),
+    "INT8-PTC": Precision("INT8PTC", "INT8 by calibration alone (PTQ)", "FAKE-QUANT-PTC", True),
+    "INT8-QAT": Precision("INT8QAT", "INT8 of a QAT checkpoint", "FAKE-QUANT-QAT", True),
 }
 """Name in tables and records -> what it is."""
 
@@ -55,3 +66,41 @@ def graph_file(precision: str, remainder: str = "fp32") -> str:
     stem = precision.lower().replace("-", "_")
     half = remainder == "fp16" and PRECISIONS[precision].int8
     return f"{stem}_fp16.onnx" if half else f"{stem}.onnx"
+
+
+@dataclass
+class Manifest:
+    """`export.json`.
+
+    Args:
+        seed: of the training.
+        int8_nodes: precision -> the graph's nodes that are meant to run in INT8.
+        environment: where PyTorch's rows were measured.
+        rows: PyTorch's.
+    """
+
+    model: str
+    stem: str
+    data: DataSpec
+    seed: int
+    quantization: Quantization
+    int8_nodes: dict[str, list[str]]
+    environment: dict[str, str | None]
+    rows: list[Row]
+
+
+def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Manifest of an export, and what PyTorch predicts of the test images by row, FP32 always.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    try:
+        manifest = parse(Manifest, json.loads((folder / MANIFEST).read_text()), MANIFEST)
+        with np.load(folder / PREDICTIONS) as arrays:
+            return manifest, {"FP32": arrays["FP32"], **arrays}
+    except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
+        raise UserError(
+            f"{folder} is no complete export ({type(error).__name__}: {error}); make one with "
+            "infer.py --load_ckpt"
+        ) from None

@@ -1,4 +1,7 @@
-"""Several processes that train one model, each on its part of every batch, through torch.distributed (started by torchrun)."""
+"""Several processes that train one model, each on its part of every batch.
+
+They talk through torch.distributed and are started by torchrun.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from utils.device import default_device
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among `count`, and its device."""
+    """This process's rank among `world_size`, and its device."""
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started, over NCCL on GPUs and gloo on CPUs; a plain process is rank 0 of 1."""
-    gpu = torch.cuda.is_available()
+def started() -> Iterator[Ranks]:
+    """The ranks that torchrun started, over NCCL on GPUs and gloo on CPUs.
+
+    A plain process is rank 0 of 1.
+    """
+    device = default_device()
     if "RANK" not in os.environ:
-        yield Ranks(0, 1, torch.device("cuda" if gpu else "cpu"))
+        yield Ranks(0, 1, device)
         return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -44,6 +57,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def active() -> bool:
+    """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -60,47 +74,51 @@ def average(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, all in one message."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, mean in zip(
-        tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True
-    ):
+    flat /= dist.get_world_size()
+    means = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
         tensor.copy_(mean.reshape(tensor.shape))
 
 
 def share_model(model: nn.Module) -> None:
-    """Start every rank from rank 0's weights, and let every BatchNorm see the batches of all ranks; in place."""
+    """Start every rank from rank 0's weights; every BatchNorm sees all ranks' batches; in place."""
     if not active():
         return
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = RankedBatchNorm2d
+            module.__class__ = SyncBatchNorm
 
 
-class RankedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batches of all ranks, so that N ranks train what one process would at the same global batch.
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over all ranks' batches: N ranks train what one does at the same global batch.
 
-    torch's SyncBatchNorm needs a GPU; this one runs on gloo too.
+    torch's own needs a GPU; this one runs on gloo too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x32, ranks = x.float(), dist.get_world_size()
+        x32 = x.float()
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+
+        # every rank's variance and mean: each adds its own to a table of zeros
         own = torch.stack(torch.var_mean(x32, (0, 2, 3), correction=0))  # (2, C)
-        before = dist.get_rank()
-        variances, means = all_reduce(
-            F.pad(own[None], (0, 0, 0, 0, before, ranks - 1 - before))
-        ).unbind(1)  # (ranks, C)
+        table = F.pad(own[None], (0, 0, 0, 0, rank, world_size - 1 - rank))  # (world_size, 2, C)
+        variances, means = all_reduce(table).unbind(1)  # (world_size, C) each
+
+        # Var[x] = E[Var[x | rank]] + Var[E[x | rank]]; as E[x^2] - E[x]^2 it could be negative
         mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(
-            0
-        )  # the square's mean less the mean's square could be negative
+        variance = (variances + (means - mean).square()).mean(0)
+
         with torch.no_grad():
-            count = x.numel() // len(mean) * ranks
+            count = x.numel() // len(mean) * world_size
+            unbiased = variance * (count / (count - 1))
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+
         factor = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * factor
         return (x32 * factor[:, None, None] + shift[:, None, None]).to(x.dtype)

@@ -1,0 +1,429 @@
+"""A checkpoint exported, its networks evaluated on a back end, and the rows and record of it.
+
+Only `export_checkpoint` needs torch: exported networks are evaluated where it is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import dataset
+from utils import records
+from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
+from utils.errors import UserError
+from utils.files import locked, staged
+from utils.flags import Flags, Refusal
+from utils.manifest import (
+    IMPLICIT,
+    MANIFEST,
+    PRECISIONS,
+    PREDICTIONS,
+    Manifest,
+    graph_file,
+    read_export,
+)
+from utils.metrics import percent_equal
+from utils.records import Record, Row
+from utils.specs import DataSpec, Quantization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from utils.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to run of an export, on which back end, and how to time it.
+
+    Args:
+        precisions: of `PRECISIONS`; none: every one that is exported.
+        backend: "tensorrt", "onnxruntime", or "auto".
+        ptc_mode: "implicit" adds an engine by TensorRT's own calibration.
+        batch_sizes: of the latencies; none: accuracy only.
+        remainder: "fp16" or "fp32", what TensorRT computes the unquantized layers in.
+        workspace_gb: TensorRT's limit of scratch memory.
+        opt_level: of TensorRT's builder, 0 to 5.
+        timing_cache: a folder of kernel timings to share between exports.
+        audit: whether to list engine layers, and to fail if one meant for INT8 is not.
+        torch_compile: batch sizes at which PyTorch's own FP16 is timed, eager and compiled.
+    """
+
+    precisions: Sequence[str] = ()
+    backend: str = "auto"
+    ptc_mode: str = "explicit"
+    batch_sizes: Sequence[int] = (1, 128)
+    remainder: str = "fp16"
+    workspace_gb: float = 4.0
+    opt_level: int = 3
+    timing_cache: Path | None = None
+    audit: bool = False
+    torch_compile: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, flags: Flags) -> Comparison:
+        """What the flags say; where there is no such flag, the default."""
+        values = {}
+        for name in (entry.name for entry in fields(cls)):
+            value = getattr(flags, name, None)
+            if value is not None:
+                values[name] = value
+        # in the table's order, each once
+        named = values.get("precisions", ())
+        values["precisions"] = [name for name in PRECISIONS if name in named]
+        return cls(**values)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The precisions to run, implicit calibration after its explicit twin."""
+        wanted = list(self.precisions or PRECISIONS)
+        if self.ptc_mode == "implicit":
+            wanted.insert(wanted.index("INT8-PTC") + 1, IMPLICIT)
+        return wanted
+
+    @property
+    def tensorrt_flag(self) -> str:
+        """A flag that only TensorRT can obey, if one is given, else ""."""
+        return _tensorrt_flag(self)
+
+
+def _tensorrt_flag(options: Any) -> str:
+    if options.backend == "tensorrt":
+        return "--backend tensorrt"
+    if options.ptc_mode == "implicit":
+        return "--ptc_mode implicit"
+    return "--audit" if getattr(options, "audit", False) else ""
+
+
+COMPARISON_REFUSALS: tuple[Refusal, ...] = (
+    (
+        lambda flags: (
+            flags.ptc_mode == "implicit" and flags.precisions and "INT8-PTC" not in flags.precisions
+        ),
+        "--ptc_mode implicit is a second --INT8PTC: name that too, or drop it",
+    ),
+    (
+        lambda flags: flags.backend == "onnxruntime" and _tensorrt_flag(flags),
+        "{0} is TensorRT's: drop it or --backend onnxruntime",
+    ),
+)
+
+
+def load_data(
+    name: str, data_dir: Path, img_size: int, known: DataSpec | None, other_images: bool = False
+) -> dataset.ImageData:
+    """A data set, and whether it is the one that a checkpoint or an export was made with.
+
+    Args:
+        known: what that says of its images; None: there is none.
+        other_images: the images may be others, of the same classes.
+
+    Raises:
+        UserError: the files hold something else, or cannot be read.
+    """
+    data = dataset.load(name, data_dir, img_size)
+    if known is None:
+        return data
+    if list(data.classes) != known.classes:
+        raise UserError(
+            f"--data_dir {data_dir}: classes differ from those the network was trained on"
+        )
+    if not other_images and known.digest not in (None, data.digest()):
+        raise UserError(
+            f"--data_dir {data_dir}: other images, or in another order, than the checkpoint or "
+            "export was made with; name those, or begin with a float network again"
+        )
+    return data
+
+
+def export_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint is exported to, unless the user names a folder."""
+    return checkpoint.with_name(f"{checkpoint.name}_onnx")
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    data: dataset.ImageData,
+    quantization: Quantization,
+    comparison: Comparison,
+    folder: Path,
+) -> None:
+    """Evaluate a checkpoint's networks in PyTorch and export them to `folder`.
+
+    Raises:
+        UserError: INT8-QAT is asked for of a float checkpoint, the checkpoint does not fit its
+            networks, or another process is at work in `folder`.
+    """
+    if "INT8-QAT" in comparison.precisions and checkpoint.quantization is None:
+        raise UserError(
+            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
+        )
+    from dataset.batches import Batches
+    from layers import Normalize
+    from utils.device import default_device
+    from utils.networks import restore
+    from utils.quantization.export import export_onnx, int8_nodes
+
+    # the networks, calibrated on the checkpoint's own train images where they must be
+    info = checkpoint.data
+    train_part, _ = data.split(info.split_seed)
+    normalize = Normalize(info.mean, info.std)
+    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
+    networks = restore(checkpoint, comparison.wanted, quantization, batches)
+
+    # before an earlier export is touched: it may fail
+    rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), staged(folder, MANIFEST) as draft:
+        nodes = {}
+        for precision, network in networks.items():
+            path = draft / graph_file(precision)
+            export_onnx(network, path, data.train_images.shape[1:3], info.mean, info.std)
+            nodes[precision] = int8_nodes(path)
+        np.savez(draft / PREDICTIONS, **predictions)
+        manifest = Manifest(
+            model=checkpoint.network.name,
+            stem=checkpoint.network.stem,
+            data=replace(info, digest=data.digest()),
+            seed=checkpoint.recipe["seed"],
+            quantization=quantization,
+            int8_nodes=nodes,
+            environment=records.environment(rows),
+            rows=rows,
+        )
+        records.write(draft / MANIFEST, manifest)
+
+
+def evaluate_in_pytorch(
+    networks: dict[str, nn.Module],
+    data: dataset.ImageData,
+    info: DataSpec,
+    comparison: Comparison,
+) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """Rows and test predictions of the networks, by precision, as PyTorch runs them.
+
+    Fake quantization computes in float, so it gets no latency. With `torch_compile` there are
+    FP16 rows of PyTorch itself, eager and compiled, to compare engines with.
+    """
+    from layers import FromImages
+    from utils.backends.pytorch import TorchNetwork
+    from utils.device import default_device
+
+    device = default_device()
+    if comparison.torch_compile and device.type != "cuda":
+        raise UserError("--torch_compile compares GPU times, and there is no GPU here: drop it")
+
+    # (back end, precision, batch sizes to time)
+    runs = []
+    for precision in networks:
+        runs.append(("pytorch", precision, comparison.batch_sizes if precision == "FP32" else ()))
+    if comparison.torch_compile:
+        runs.append(("pytorch", "FP16", comparison.torch_compile))
+        runs.append(("torch.compile", "FP16", comparison.torch_compile))
+
+    rows: list[Row] = []
+    predictions: dict[str, np.ndarray] = {}
+    for backend, precision, batch_sizes in runs:
+        half = precision == "FP16"
+        model = copy.deepcopy(networks["FP32" if half else precision])
+        model = FromImages(model, info.mean, info.std)
+        network = TorchNetwork(model.half() if half else model, device, backend)
+
+        title = PRECISIONS[precision].in_pytorch
+        batch_size = max(batch_sizes, default=EVALUATION_BATCH)
+        predicted = predict(network, data.test_images, batch_size, f"{backend} {title}")
+        # torch.compile's FP16 comes after eager's
+        predictions.setdefault(title, predicted)
+        row = Row(backend, title, **accuracies(predicted, data.test_labels, predictions["FP32"]))
+        rows += timed_rows(row, network, data.test_images, batch_sizes)
+    return rows, predictions
+
+
+def accuracies(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    fp32: np.ndarray,
+    reference: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Accuracy, what it is above that of FP32's predictions, and agreement, all in percent.
+
+    Args:
+        reference: the predictions to agree with; None: FP32's.
+    """
+    accuracy_pct = percent_equal(predicted, labels)
+    return {
+        "accuracy_pct": accuracy_pct,
+        "delta_pct": accuracy_pct - percent_equal(fp32, labels),
+        "agreement_pct": percent_equal(predicted, fp32 if reference is None else reference),
+    }
+
+
+def timed_rows(
+    row: Row, network: Network, images: np.ndarray, batch_sizes: Sequence[int]
+) -> list[Row]:
+    """`row` with the latency percentiles at each batch size; without a batch size `row` itself."""
+    rows = []
+    for batch_size in batch_sizes:
+        batch = np.resize(images, (batch_size, *images.shape[1:]))
+        p50, p99 = np.percentile(network.latencies_ms(batch), (50, 99))
+        rows.append(row.timed(batch_size, float(p50), float(p99)))
+    return rows or [row]
+
+
+def choose_backend(
+    folder: Path, comparison: Comparison, calibration: np.ndarray
+) -> Callable[[str], Network]:
+    """A function from a precision to its network.
+
+    "auto" is ONNX Runtime where TensorRT cannot run, and says why.
+
+    Args:
+        calibration: images (N, H, W, 3) uint8 for TensorRT's own calibration.
+
+    Raises:
+        UserError: TensorRT is asked for by name and cannot run here.
+    """
+    if comparison.backend != "onnxruntime":
+        from utils.backends.tensorrt_build import EngineOptions, require_gpu
+        from utils.backends.tensorrt_run import TensorRTNetwork
+
+        try:
+            require_gpu()
+        except UserError as error:
+            if comparison.tensorrt_flag:
+                raise UserError(f"{comparison.tensorrt_flag}: {error}") from None
+            print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
+        else:
+            if not comparison.batch_sizes:
+                raise UserError("--batch_size: TensorRT builds an engine for sizes, name some")
+
+            def build(precision: str) -> Network:
+                options = EngineOptions(
+                    precision,
+                    batch_sizes=tuple(sorted(set(comparison.batch_sizes))),
+                    remainder=comparison.remainder,
+                    workspace_gb=comparison.workspace_gb,
+                    level=comparison.opt_level,
+                )
+                return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
+
+            return build
+    from utils.backends.onnxruntime import OnnxRuntimeNetwork
+
+    return lambda precision: OnnxRuntimeNetwork(folder / graph_file(precision))
+
+
+def evaluate_network(
+    network: Network,
+    precision: str,
+    data: dataset.ImageData,
+    predictions: dict[str, np.ndarray],
+    batch_sizes: Sequence[int],
+) -> list[Row]:
+    """A row for each batch size with the network's own time, and one from host to host.
+
+    The latter only where the former is the device's alone. The agreement is with what PyTorch
+    predicts in the same precision or, where it was not run in that, in FP32.
+    """
+    batch_size = network.evaluation_batch
+    title = f"{network.name} {precision}"
+    predicted = predict(network, data.test_images, batch_size, title)
+
+    in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
+    reference = predictions.get(in_pytorch)
+    row = Row(
+        network.name,
+        precision,
+        **accuracies(predicted, data.test_labels, predictions["FP32"], reference),
+        file_mb=network.path.stat().st_size / 1e6,
+    )
+    if network.layers:
+        row.layers = len(network.layers)
+        row.int8_layers = sum(layer.precision == "INT8" for layer in network.layers)
+
+    rows = timed_rows(row, network, data.test_images, batch_sizes)
+    if network.device_time:
+        end_to_end = replace(row, backend=f"{network.name} end-to-end", batch_size=batch_size)
+        end_to_end.throughput_img_s = end_to_end_img_s(network, data.test_images, batch_size)
+        rows.append(end_to_end)
+    return rows
+
+
+def evaluate_export(
+    folder: Path, data: dataset.ImageData, comparison: Comparison
+) -> tuple[list[Row], list[str]]:
+    """Evaluate exported files on a back end.
+
+    Returns:
+        The rows, and what the audit found: each node meant for INT8 that does not run in it.
+
+    Raises:
+        UserError: the export is incomplete, or lacks a precision that is asked for by name.
+    """
+    manifest, predictions = read_export(folder)
+    for precision in comparison.precisions:
+        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
+            flag = PRECISIONS[precision].flag
+            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
+
+    # TensorRT's own calibration sees what ours saw
+    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
+    first = train_part[: manifest.quantization.calib_images]
+    backend = choose_backend(folder, comparison, data.train_images[first])
+
+    rows: list[Row] = []
+    complaints: list[str] = []
+    for precision in comparison.wanted:
+        int8 = precision in PRECISIONS and PRECISIONS[precision].int8
+        nodes = manifest.int8_nodes.get(precision if int8 else "FP32")
+        if nodes is None:
+            print(f"{precision}: not in this export, no row")
+            continue
+        network = backend(precision)
+        rows += evaluate_network(network, precision, data, predictions, comparison.batch_sizes)
+        if comparison.audit:
+            print_layers(network, precision)
+            complaints += [f"{precision}: {node}" for node in network.float_nodes(nodes)]
+    return rows, complaints
+
+
+def print_layers(network: Network, precision: str) -> None:
+    """What the network runs: each layer's time alone, in sum more than all together take."""
+    print(f"{precision}, batch size {network.evaluation_batch}; ms of each layer alone")
+    for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
+        time = "-" if ms is None else f"{ms:.4f}"
+        print(f"{time:>8} {layer}")
+
+
+def make_record(folder: Path, rows: list[Row], flags: dict[str, str] | None = None) -> Record:
+    """A record of the PyTorch rows that an export holds, and of `rows`.
+
+    Args:
+        flags: those of the command line that were given.
+    """
+    manifest, _ = read_export(folder)
+    environment, torch_rows = records.merge_environment(manifest.environment, manifest.rows, rows)
+    return Record(
+        model=manifest.model,
+        stem=manifest.stem,
+        dataset=manifest.data.dataset,
+        seed=manifest.seed,
+        quantization=manifest.quantization,
+        flags=flags or {},
+        commit=records.commit(),
+        environment=environment,
+        rows=torch_rows + rows,
+    )
+
+
+def print_record(record: Record) -> None:
+    """What was compared, as a table."""
+    print(f"{record.model} ({record.stem} stem) on {record.dataset}, test set")
+    print(records.text_table(records.cells_of(record.rows), names=2), flush=True)

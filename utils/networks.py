@@ -1,0 +1,123 @@
+"""Names and checkpoints to networks: float, calibrated and fine-tuned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import models
+from utils.checkpoint import Checkpoint, load_weights, without_ranges
+from utils.errors import UserError
+from utils.specs import NetworkSpec, Quantization
+
+if TYPE_CHECKING:
+    from dataset.batches import Batches
+
+
+def build_float(spec: NetworkSpec) -> nn.Module:
+    """The float network, freshly initialised.
+
+    Raises:
+        UserError: no model of that name.
+    """
+    if spec.name not in models.MODELS:
+        raise UserError(f"no model {spec.name!r}; there are {', '.join(models.MODELS)}")
+    return models.build(spec.name, spec.num_classes, spec.stem)
+
+
+def build_quantized(spec: NetworkSpec, quantization: Quantization) -> nn.Module:
+    """The same with the selected layers in their training forms, ranges not calibrated."""
+    # float training needs no pytorch-quantization, which this imports
+    from utils.quantization.swap import quantize_modules
+
+    model = build_float(spec)
+    quantize_modules(model, quantization.quant_layers, quantization.skip_layers)
+    return model
+
+
+def calibrate_model(model: nn.Module, quantization: Quantization, batches: Batches) -> None:
+    """Calibrate with the first images of `batches`, a train part without augmentation."""
+    from utils.quantization.calibrate import calibrate
+
+    calibrate(model, batches.first(quantization.calib_images), quantization.calibrator)
+
+
+def load_imagenet_weights(model: nn.Module, name: str) -> None:
+    """Load torchvision's ImageNet weights into everything but the classifier.
+
+    Looks in TORCH_HOME first, then downloads. The classifier keeps its initialisation.
+
+    Raises:
+        UserError: no such weights, no network, a damaged file, or a network whose parameters are
+            not torchvision's.
+    """
+    from torchvision.models import get_model_weights, list_models
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+    except ValueError:
+        known = ", ".join(model for model in models.MODELS if model in list_models())
+        raise UserError(
+            f"--pretrain: torchvision has no ImageNet weights for {name}, but for {known}"
+        ) from None
+    try:
+        pretrained = weights.get_state_dict(progress=True)
+    except Exception as error:  # the network's errors, and whatever torch.load raises on damage
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); "
+            f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
+        ) from None
+
+    # the classifier of the model, everything else from ImageNet
+    state = model.state_dict()
+    for key, value in pretrained.items():
+        if not key.startswith(models.CLASSIFIERS):
+            state[key] = value
+    try:
+        load_weights(model, state)
+    except UserError as error:
+        raise UserError(f"--pretrain: {error}; use --stem imagenet") from None
+
+
+def restore(
+    checkpoint: Checkpoint,
+    wanted: Sequence[str],
+    quantization: Quantization,
+    batches: Batches,
+) -> dict[str, nn.Module]:
+    """The networks, by precision, that a checkpoint holds or that calibration makes of it.
+
+    A float checkpoint gives FP32 and, calibrated here, INT8-PTC. A quantized one holds the float
+    weights and ranges it started from, and so gives all three.
+
+    Args:
+        wanted: precisions; FP32 comes in any case.
+        batches: of the train part, which also say the device.
+    """
+    quantized = checkpoint.quantization is not None
+    start = checkpoint.ptq_state if quantized else checkpoint.state
+    spec = checkpoint.network
+
+    networks = {"FP32": build_float(spec)}
+    load_weights(networks["FP32"], without_ranges(start))
+
+    if "INT8-PTC" in wanted:
+        model = build_quantized(spec, quantization)
+        load_weights(model, start, allow_missing_ranges=not quantized)
+        model.to(batches.device)
+        if not quantized:
+            calibrate_model(model, quantization, batches)
+        networks["INT8-PTC"] = model
+
+    if "INT8-QAT" in wanted and quantized:
+        model = build_quantized(spec, quantization)
+        load_weights(model, checkpoint.state)
+        networks["INT8-QAT"] = model
+
+    for network in networks.values():
+        network.to(batches.device)
+    return networks

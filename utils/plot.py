@@ -1,0 +1,55 @@
+"""A record as a picture. Imports no torch."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.records import Record
+
+MARKERS = "os^Dv<>Pp*hXd8H"
+
+
+def plot(path: Path, record: Record) -> None:
+    """Accuracy against throughput, one point for each row that has both, as PNG.
+
+    Raises:
+        UserError: no row has both.
+    """
+    rows = [row for row in record.rows if row.throughput_img_s and row.accuracy_pct is not None]
+    if not rows:
+        raise UserError("--plot: no row has both an accuracy and a throughput")
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    # a colour for each network, a marker for each batch size
+    networks = dict.fromkeys(f"{row.backend} {row.precision}" for row in rows)
+    colours = {network: f"C{index}" for index, network in enumerate(networks)}
+    batch_sizes = sorted({row.batch_size for row in rows})
+    markers = dict(zip(batch_sizes, cycle(MARKERS), strict=False))
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        axes.scatter(
+            row.throughput_img_s,
+            row.accuracy_pct,
+            color=colours[f"{row.backend} {row.precision}"],
+            marker=markers[row.batch_size],
+            s=60,
+        )
+    for network, colour in colours.items():
+        axes.scatter([], [], color=colour, label=network)
+    for batch_size, marker in markers.items():
+        axes.scatter([], [], color="grey", marker=marker, label=f"batch {batch_size}")
+    machine = record.environment["gpu"] or record.environment["cpu"]
+    axes.set(xscale="log", xlabel="images/s", ylabel="test accuracy (%)")
+    axes.set_title(f"{record.model} on {record.dataset}, {machine}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)

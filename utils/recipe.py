@@ -1,0 +1,265 @@
+"""Flags and a checkpoint to one frozen recipe: defaults filled in, contradictions refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import Checkpoint, has_ranges
+from utils.compare import COMPARISON_REFUSALS, Comparison
+from utils.errors import UserError
+from utils.flags import (
+    QUANTIZATION,
+    Flags,
+    Refusal,
+    agreed,
+    agreed_images,
+    agreed_network,
+    agreed_quantization,
+    given,
+    refuse,
+)
+from utils.manifest import PRECISIONS
+from utils.specs import Quantization
+
+BATCH_SIZE = {"cuda": 512, "cpu": 128}
+LABEL_SMOOTHING = 0.1
+SAM_RHO = 0.005
+SAM, FROZEN_BATCH_NORM = "SAM", "frozen BatchNorm"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How one kind of training runs unless flags say otherwise.
+
+    Args:
+        optimizer, cpu_optimizer: on a GPU and on a CPU.
+        peak_lr: of each optimizer that may be used, at batch size 128; proportional to that.
+        last_third: what is different in the last third of the epochs: "SAM" (with Muon alone),
+            "frozen BatchNorm", or "".
+    """
+
+    num_epochs: int
+    optimizer: str
+    cpu_optimizer: str
+    peak_lr: Mapping[str, float]
+    last_third: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training, entirely. What is also a flag has the flag's name.
+
+    Args:
+        kind: its row in the table of defaults.
+        lr: the peak learning rate.
+        lrdt: epochs between two divisions of `lr` by 10; None: warm-up, then a line to 0.
+        sam_rho: of SAM in the last third of the epochs; 0: no SAM.
+        freeze_batch_norm: whether BatchNorm's statistics stay in the last third.
+        compile: whether torch.compile is used; None: where the run is long enough.
+        quantization: what QAT quantizes and `--test_trt` calibrates; None where neither is.
+        comparison: what `--test_trt` builds afterwards; None for nothing.
+    """
+
+    kind: str
+    model: str
+    stem: str
+    num_epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    lrdt: int | None = None
+    label_smoothing: float = LABEL_SMOOTHING
+    sam_rho: float = 0.0
+    freeze_batch_norm: bool = False
+    compile: bool | None = None
+    seed: int = 0
+    dataset: str = "cifar10"
+    data_dir: Path = Path("data")
+    img_size: int = 32
+    pretrain: bool = False
+    load_ckpt: Path | None = None
+    partial_ckpt: bool = False
+    quantization: Quantization | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def quantize(self) -> bool:
+        return self.kind == "QAT"
+
+    def flags(self) -> dict[str, Any]:
+        """Its fields as plain values by the names of flags: a checkpoint stores them."""
+        content = asdict(self)
+        quantization = content.pop("quantization") or {}
+        comparison = content.pop("comparison") or {}
+        content |= {"quantize": self.quantize, "test_trt": bool(comparison)}
+        content |= quantization | comparison
+        for name, value in content.items():
+            if isinstance(value, Path):
+                content[name] = str(value.resolve())
+        return content
+
+
+def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: Any) -> Recipe:
+    """The recipe of one kind. What is `chosen`, and not None, stands in place of its default.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        chosen: fields of `Recipe`, `model` and `stem` among them.
+
+    Raises:
+        UserError: an optimizer that is not for this kind of training.
+    """
+    values = {name: value for name, value in chosen.items() if value is not None}
+    values["kind"] = kind
+    values.setdefault("num_epochs", defaults.num_epochs)
+    batch_size = values.setdefault("batch_size", BATCH_SIZE[device_type])
+    default = defaults.optimizer if device_type == "cuda" else defaults.cpu_optimizer
+    optimizer = values.setdefault("optimizer", default)
+    if optimizer not in defaults.peak_lr:
+        raise UserError(
+            f"--optimizer {optimizer} sets the length of every kernel, so it trains from scratch "
+            f"only: use {' or '.join(defaults.peak_lr)}"
+        )
+    values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
+    # Muon's runs end with SAM; with SGD it cost accuracy on digits
+    sam = defaults.last_third == SAM and optimizer == "muon"
+    values["sam_rho"] = SAM_RHO if sam else 0.0
+    values["freeze_batch_norm"] = defaults.last_third == FROZEN_BATCH_NORM
+    return Recipe(**values)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    (
+        lambda flags: flags.quantize and not (flags.load_ckpt or flags.resume or flags.list_layers),
+        "--quantize starts from a trained network: name it with --load_ckpt",
+    ),
+    (
+        lambda flags: flags.partial_ckpt and not flags.quantize,
+        "--partial_ckpt: this run trains in float; add --quantize, or drop it",
+    ),
+    (
+        lambda flags: (
+            not (flags.quantize or flags.test_trt or flags.list_layers)
+            and given(flags, QUANTIZATION)
+        ),
+        "{0}: this run trains in float; add --quantize, or drop it",
+    ),
+    (
+        lambda flags: not flags.test_trt and _engine_flags(flags),
+        "{0}: nothing is exported here; add --test_trt, or drop it",
+    ),
+    (
+        lambda flags: not flags.quantize and "INT8-QAT" in (flags.precisions or ()),
+        "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and "
+        "build that engine then",
+    ),
+    (
+        lambda flags: flags.pretrain and flags.load_ckpt and not flags.resume,
+        "--pretrain and --load_ckpt both name weights to start from: drop one",
+    ),
+    *COMPARISON_REFUSALS,
+)
+"""What train.py's flags may not say, checked in this order."""
+
+LIMITS = {
+    "num_epochs": (1, math.inf),
+    "batch_size": (2, math.inf),
+    "lr": (0, math.inf),
+    "lrdt": (1, math.inf),
+    "seed": (0, 2**32 - 1),  # a million times it, as an epoch's seed is, is one that torch takes
+}
+"""Field of a recipe -> its lowest and highest value."""
+
+
+def _engine_flags(flags: Flags) -> str:
+    """Those flags that only matter for engines, as the user writes them."""
+    words = [f"--{PRECISIONS[name].flag}" for name in flags.precisions or ()]
+    if flags.backend != "auto":
+        words.append("--backend")
+    if flags.ptc_mode != "explicit":
+        words.append("--ptc_mode")
+    return ", ".join(words)
+
+
+def resolve(
+    flags: Flags,
+    checkpoint: Checkpoint | None,
+    defaults: Mapping[str, Defaults],
+    device_type: str,
+) -> Recipe:
+    """The recipe that train.py's flags mean.
+
+    Args:
+        checkpoint: what the run starts from or resumes, if anything. A resumed run's own recipe
+            is the default of its flags already.
+        defaults: of each kind of training.
+
+    Raises:
+        UserError: the flags contradict each other or the checkpoint, or a value cannot be.
+    """
+    refuse(REFUSALS, flags)
+    _refuse_start(flags, checkpoint)
+
+    # which row of the table
+    if flags.quantize:
+        kind = "QAT"
+    elif flags.load_ckpt:
+        kind = "fine-tuning"
+    elif flags.pretrain:
+        kind = "pretrained"
+    else:
+        kind = "scratch"
+
+    # what a checkpoint decides too
+    network = checkpoint.network if checkpoint else None
+    model, stem = agreed_network(flags, network, "imagenet" if flags.pretrain else "cifar")
+    dataset, img_size = agreed_images(flags, checkpoint.data if checkpoint else None)
+    quantization = None
+    if flags.quantize or flags.test_trt:
+        known = checkpoint.quantization if checkpoint else None
+        quantization = agreed_quantization(flags, known)
+
+    # everything else is as the flags say, or a default
+    chosen = {}
+    for name in (field.name for field in fields(Recipe)):
+        chosen[name] = getattr(flags, name, None)
+    chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
+    chosen |= {"quantization": quantization, "comparison": None}
+    if flags.test_trt:
+        chosen["comparison"] = Comparison.of(flags)
+    recipe = make_recipe(kind, defaults[kind], device_type, **chosen)
+    _check_limits(recipe)
+    return recipe
+
+
+def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:
+    """Raises UserError where the flags ask of the checkpoint what it cannot be."""
+    if checkpoint is None:
+        return
+    if flags.resume:
+        if flags.quantize != (checkpoint.quantization is not None):
+            raise UserError(
+                "--resume goes on with a run as it was; QAT starts with --load_ckpt, --quantize "
+                "and --partial_ckpt"
+            )
+        # the optimizer's state is of no use to another
+        agreed("--optimizer", flags.optimizer, checkpoint.recipe.get("optimizer"))
+    if flags.quantize and checkpoint.quantization is None and has_ranges(checkpoint.state):
+        raise UserError(
+            f"--load_ckpt {flags.load_ckpt}: ranges, but not what they are of; load train.py's "
+            "checkpoint itself"
+        )
+
+
+def _check_limits(recipe: Recipe) -> None:
+    for name, (low, high) in LIMITS.items():
+        if name == "num_epochs" and recipe.quantize:
+            low = 0  # calibrates only
+        value = getattr(recipe, name)
+        if value is not None and not low <= value <= high:
+            most = f", at most {high}" if high < math.inf else ""
+            raise UserError(f"--{name} {value}: at least {low}{most}")

@@ -1,0 +1,56 @@
+"""What a checkpoint, an export and a record say of a network. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
+"""How activation ranges are found (`utils.quantization.calibrate`); the first is the default.
+`benchmarks/calibrators.py` compares them."""
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Enough to build the float network: its name in `models.MODELS`, stem and classes."""
+
+    name: str
+    stem: str
+    num_classes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.stem} stem)"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The images that a network was trained on, and how it sees them.
+
+    Args:
+        digest: tells these images from any others (`dataset.ImageData.digest`).
+        split_seed: draws the val part from the train images.
+        mean, std: of each channel, in units of the full range (0..1).
+    """
+
+    dataset: str
+    img_size: int
+    classes: list[str]
+    split_seed: int
+    mean: list[float]
+    std: list[float]
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which layers are quantized and how their ranges are found.
+
+    Args:
+        quant_layers, skip_layers: glob patterns of layers' names.
+        calibrator: one of `CALIBRATORS`.
+        calib_images: how many train images calibrate.
+    """
+
+    quant_layers: list[str] = field(default_factory=lambda: ["*"])
+    skip_layers: list[str] = field(default_factory=list)
+    calibrator: str = CALIBRATORS[0]
+    calib_images: int = 1024

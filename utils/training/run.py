@@ -1,0 +1,120 @@
+"""A training's folder: what is written after each epoch, and how a run goes on from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import checkpoint as ckpt
+from utils.checkpoint import Checkpoint
+from utils.errors import UserError
+from utils.files import link
+from utils.training.optimizers import load_optimizer
+
+BEST = "ckpt_best"
+
+
+@dataclass
+class Run:
+    """Everything that training changes, and what is needed to write it down.
+
+    Args:
+        base: a checkpoint's constant part; its state and progress are filled in at each `save`.
+        epoch: how many are completed.
+    """
+
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    base: Checkpoint
+    epoch: int = 0
+    best_val_loss: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint of the last epoch completed."""
+        return self.folder / f"ckpt_{self.epoch}"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the epoch with the lowest loss on the val part."""
+        return self.folder / BEST
+
+    def require_finite(self, loss: float, lr: float) -> None:
+        """Raises UserError if the epoch's loss or a weight is not finite any more.
+
+        The line names the last good checkpoint.
+        """
+        if math.isfinite(loss) and all(p.isfinite().all() for p in self.model.parameters()):
+            return
+        left = "no checkpoint was written yet"
+        if self.path.exists():
+            left = f"the last good checkpoint is {self.path}"
+        raise UserError(
+            f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; "
+            f"{left}"
+        )
+
+    def save(self, val_loss: float) -> None:
+        """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier loss on val was lower.
+
+        The loss on the val part is less noisy than the accuracy.
+        """
+        best = val_loss <= self.best_val_loss
+        if best:
+            self.best_val_loss = val_loss
+        checkpoint = replace(
+            self.base,
+            state=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            epoch=self.epoch,
+            best_val_loss=self.best_val_loss,
+            history=self.history,
+        )
+        ckpt.save(self.path, checkpoint)
+        if best:
+            link(self.path, self.best)
+
+    def go_on(self, checkpoint: Checkpoint) -> None:
+        """Take over the optimizer's state and the progress of a checkpoint."""
+        load_optimizer(self.optimizer, checkpoint.optimizer)
+        self.epoch = checkpoint.epoch
+        self.best_val_loss = checkpoint.best_val_loss
+        self.history = checkpoint.history
+
+    def tidy(self) -> None:
+        """Do what a killed process left undone.
+
+        Remove its partial files, and let `ckpt_best` be the last epoch if that is the best.
+        """
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink(missing_ok=True)
+        last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
+        if not self.best.exists():  # the checkpoint was copied without it
+            self.best_val_loss = last_loss if self.path.exists() else math.inf
+        if last_loss == self.best_val_loss and self.path.exists():
+            link(self.path, self.best)
+
+
+def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
+    """The newest checkpoint of a run's folder, or a checkpoint itself, and its path.
+
+    Raises:
+        UserError: it is not train.py's, or the run went on from there.
+    """
+    newest = ckpt.latest(path)
+    checkpoint = ckpt.load(newest)
+    if not checkpoint.whole or checkpoint.optimizer is None:
+        raise UserError(f"--resume {path}: not a checkpoint of train.py")
+    there = ckpt.by_epoch(newest.parent)
+    last = max(there, default=0)
+    if last > checkpoint.epoch:
+        raise UserError(
+            f"--resume {newest}: {there[last]} goes on from there; resume or delete that"
+        )
+    return newest, checkpoint
