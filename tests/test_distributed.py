@@ -18,19 +18,15 @@ from torch import nn
 
 import train
 from dataset.batches import Batches
+from layers import Normalize
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 from utils.training import ranks as distributed
 from utils.training.optimizers import make_optimizer
 from utils.training.step import Step
 
-FLAGS = [
-    "--batch_size",
-    "16",
-    "--lr",
-    "1e-5",
-]  # a rate so low that later steps do not amplify the rounding of earlier ones
-OUTPUTS = ("output_dir", "exp_name")
+# a rate so low that later steps do not amplify the rounding of earlier ones
+FLAGS = ["--batch_size", "16", "--lr", "1e-5"]
 
 
 def part(tensor, rank):
@@ -46,8 +42,8 @@ def two_ranks(rank, ports, folder, data):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     os.environ["MASTER_PORT"] = str(ports[0])
-    with distributed.joined() as ranks:
-        assert (ranks.rank, ranks.count, ranks.device.type) == (rank, 2, "cpu")
+    with distributed.started() as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.device.type) == (rank, 2, "cpu")
         assert distributed.from_first(f"rank {rank}") == "rank 0"
         batch_norm_equals_torchs(rank)
         steps_equal_the_textbook_loop(rank)
@@ -70,7 +66,7 @@ def batch_norm_equals_torchs(rank):
             whole.weight.uniform_(0.5, 2)
             whole.bias.normal_()
         ranked = copy.deepcopy(whole).float()
-        ranked.__class__ = distributed.RankedBatchNorm2d
+        ranked.__class__ = distributed.SyncBatchNorm
         for _ in range(3):  # the halves of a batch differ
             x = (
                 offset
@@ -130,7 +126,7 @@ def steps_equal_the_textbook_loop(rank):
     model = small_net()  # rank 1's own weights give way to rank 0's
     distributed.share_model(model)
     assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [
-        distributed.RankedBatchNorm2d
+        distributed.SyncBatchNorm
     ] * 2
     assert all(
         torch.equal(one, other)
@@ -142,34 +138,34 @@ def steps_equal_the_textbook_loop(rank):
         Batches(
             images,
             np.arange(40) % 4,
-            [0.5] * 3,
-            [0.25] * 3,
+            Normalize([0.5] * 3, [0.25] * 3),
             12,
             torch.device("cpu"),
             augment=True,
-            natural=True,
-            share=s,
+            mirror_and_cutout=True,
+            rank=own_rank,
+            world_size=world_size,
         )
-        for s in ((rank, 2), (0, 1))
+        for own_rank, world_size in ((rank, 2), (0, 1))
     ]
-    for rate, sharpness in ((0.05, 0.0), (0.02, 0.0), (0.02, 0.01)):
-        step = Step(model, optimizer, 0.1, compiled=False, sharpness=sharpness)
+    for lr, sam_rho in ((0.05, 0.0), (0.02, 0.0), (0.02, 0.01)):
+        step = Step(model, optimizer, 0.1, compiled=False, sam_rho=sam_rho)
         torch.manual_seed(7)
         mine = list(served[0])
         torch.manual_seed(7)
         losses, hits = [], 0
         for (own_images, own_labels), (images, labels) in zip(mine, served[1], strict=True):
-            step.set_rate(rate)
+            step.set_lr(lr)
             step(own_images, own_labels)
             for group in reference.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
             logits = single(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
             loss.backward()
-            if sharpness:
+            if sam_rho:
                 before = {key: value.clone() for key, value in single.state_dict().items()}
                 for p in single.parameters():
-                    p.data += (p.ndim > 1) * sharpness * p.norm() * p.grad / p.grad.norm()
+                    p.data += (p.ndim > 1) * sam_rho * p.norm() * p.grad / p.grad.norm()
                 reference.zero_grad()
                 F.cross_entropy(single(images), labels, label_smoothing=0.1).backward()
                 single.load_state_dict(
@@ -208,7 +204,7 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def data(digits, tmp_path_factory):
-    """Folder with 74 train and 20 test digits as a CIFAR-10 archive: 64 train images after the split."""
+    """Folder with 74 train (64 after the split) and 20 test digits as a CIFAR-10 archive."""
     folder = tmp_path_factory.mktemp("cifar10")
     arrays = {"x_train": digits.train_images[:74], "y_train": digits.train_labels[:74]}
     np.savez(
@@ -291,10 +287,9 @@ def assert_close(mine, theirs, tolerance):
 
 
 def gradients(checkpoint):
-    """The momentum, which says far more of the gradients than weights that a low rate hardly moves."""
+    """The momentum: it says far more of the gradients than weights that a low rate hardly moves."""
     return {
-        str(key): value["momentum_buffer"]
-        for key, value in checkpoint["optimizer"]["state"].items()
+        str(key): value["momentum_buffer"] for key, value in checkpoint.optimizer["state"].items()
     }
 
 
@@ -305,6 +300,7 @@ def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_th
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_writes(runs):
     parent = runs[1, "float"].parent
     assert {path.name for path in parent.iterdir()} == {"float_1", "float_2", "qat_1", "qat_2"}
@@ -314,6 +310,7 @@ def test_only_the_first_rank_writes(runs):
         }
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_process_does(runs):
     one, two = (ckpt.load(runs[ranks, "float"] / "ckpt_1") for ranks in (1, 2))
     assert len(gradients(one)) == 20
@@ -324,33 +321,32 @@ def test_two_ranks_train_what_one_process_does(runs):
         (False, 1e-5),
         (True, 1e-2),
     ):  # biases start at 0: they are their gradients, and no more exact
-        part = {key: value for key, value in one["state"].items() if key.endswith("bias") == biases}
-        assert_close({key: two["state"][key] for key in part}, part, tolerance)
-    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
-    for key in ("train_accuracy_pct", "held_out_accuracy_pct"):
-        assert two["history"][0][key] == one["history"][0][key]
-    for key in ("model", "data", "seed", "epoch"):
-        assert two[key] == one[key]
-    assert {k: v for k, v in two["flags"].items() if k not in OUTPUTS} == {
-        k: v for k, v in one["flags"].items() if k not in OUTPUTS
-    }
+        part = {key: value for key, value in one.state.items() if key.endswith("bias") == biases}
+        assert_close({key: two.state[key] for key in part}, part, tolerance)
+    assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-5)
+    for key in ("train_accuracy_pct", "val_accuracy_pct"):
+        assert two.history[0][key] == one.history[0][key]
+    for key in ("network", "data", "recipe", "epoch"):
+        assert getattr(two, key) == getattr(one, key)
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_a_quantized_network_as_one_process_does(runs):
-    """As closely as one process repeats itself with its last bits changed: values beside a tie are rounded the other way."""
+    """As closely as one process repeats itself with its last bits changed.
+
+    Values beside a tie are then rounded the other way.
+    """
     for epoch in range(4):
         one, two = (ckpt.load(runs[ranks, "qat"] / f"ckpt_{epoch}") for ranks in (1, 2))
-        ranges = {key for key in one["state"] if key.endswith("_amax")}
+        ranges = {key for key in one.state if key.endswith("_amax")}
         assert_close(
-            {key: two["state"][key] for key in ranges},
-            {key: one["state"][key] for key in ranges},
+            {key: two.state[key] for key in ranges},
+            {key: one.state[key] for key in ranges},
             1e-6,
         )
-        rest = {
-            key for key in one["state"] if key.endswith(("weight", "running_mean", "running_var"))
-        }
+        rest = {key for key in one.state if key.endswith(("weight", "running_mean", "running_var"))}
         assert_close(
-            {key: two["state"][key] for key in rest}, {key: one["state"][key] for key in rest}, 1e-2
+            {key: two.state[key] for key in rest}, {key: one.state[key] for key in rest}, 1e-2
         )
         if epoch:
             a, b = (
@@ -361,8 +357,8 @@ def test_two_ranks_fine_tune_a_quantized_network_as_one_process_does(runs):
                 torch.cosine_similarity(a, b, dim=0) > 0.5
             )  # exactness is the float test's: roundings beside ties spread
             assert 0.7 < a.norm() / b.norm() < 1.4
-            assert two["history"][-1]["loss"] == pytest.approx(one["history"][-1]["loss"], rel=1e-3)
-    states = [ckpt.load(runs[2, "qat"] / f"ckpt_{epoch}")["state"] for epoch in (1, 2, 3)]
+            assert two.history[-1]["loss"] == pytest.approx(one.history[-1]["loss"], rel=1e-3)
+    states = [ckpt.load(runs[2, "qat"] / f"ckpt_{epoch}").state for epoch in (1, 2, 3)]
     means = [
         torch.cat([value for key, value in state.items() if key.endswith("running_mean")])
         for state in states

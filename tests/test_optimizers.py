@@ -1,4 +1,4 @@
-"""Muon: what it orthogonalises, what it leaves to SGD, and that its state is all it needs to go on."""
+"""Muon: what it orthogonalises, what it leaves to SGD, and that its state lets it go on."""
 
 import copy
 import io
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from utils.training.optimizers import REST, Muon, load_optimizer, make_optimizer, orthogonalised
+from utils.training.optimizers import SGD_SCALE, Muon, load_optimizer, make_optimizer, newton_schulz
 
 WIDE_AND_TALL = [
     (16, 8, 3, 3),
@@ -29,7 +29,7 @@ def kernels(shapes, dtype=torch.float32, seed=0):
 
 
 def net():
-    """A convolution that Muon orthogonalises, three that it does not, BatchNorm and a classifier."""
+    """A convolution that Muon orthogonalises, three others, BatchNorm and a classifier."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False),
@@ -71,7 +71,7 @@ def train(model, optimizer, steps, rate=0.02):
 @pytest.mark.parametrize("shape", WIDE_AND_TALL)
 def test_singular_values_become_about_one(shape, scale):
     kernel = kernels([shape])[0]
-    (result,) = orthogonalised([kernel * scale])
+    (result,) = newton_schulz([kernel * scale])
     matrix, before = result.flatten(1), kernel.flatten(1)
     values = torch.linalg.svdvals(matrix)
     assert len(values) == min(matrix.shape)
@@ -88,18 +88,18 @@ def test_five_iterations_are_enough_for_a_direction_two_hundred_times_weaker_tha
         torch.linalg.qr(k.flatten(1)).Q for k in kernels([(32, 32, 1, 1), (288, 32, 1, 1)])
     )
     kernel = (left @ torch.diag(torch.logspace(0, -2.3, 32)) @ right.T).reshape(32, 32, 3, 3)
-    values = torch.linalg.svdvals(orthogonalised([kernel])[0].flatten(1))
+    values = torch.linalg.svdvals(newton_schulz([kernel])[0].flatten(1))
     assert 0.6 <= values.min() <= values.max() <= 1.3
-    assert torch.linalg.svdvals(orthogonalised([kernel], iterations=4)[0].flatten(1)).min() < 0.6
+    assert torch.linalg.svdvals(newton_schulz([kernel], iterations=4)[0].flatten(1)).min() < 0.6
 
 
 def test_kernels_of_a_shape_go_together_and_equal_each_alone():
     shapes = [WIDE_AND_TALL[i] for i in (0, 2, 0, 3, 2, 0)]
     given = kernels(shapes)
     copies = [kernel.clone() for kernel in given]
-    for together, kernel in zip(orthogonalised(given), given, strict=True):
+    for together, kernel in zip(newton_schulz(given), given, strict=True):
         torch.testing.assert_close(
-            together, orthogonalised([kernel])[0], rtol=0, atol=4e-3
+            together, newton_schulz([kernel])[0], rtol=0, atol=4e-3
         )  # bf16's rounding
     assert all(torch.equal(kernel, before) for kernel, before in zip(given, copies, strict=True))
 
@@ -107,13 +107,13 @@ def test_kernels_of_a_shape_go_together_and_equal_each_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shape_and_type_stay(dtype):
     given = kernels(WIDE_AND_TALL, dtype)
-    for result, kernel in zip(orthogonalised(given), given, strict=True):
+    for result, kernel in zip(newton_schulz(given), given, strict=True):
         assert (result.shape, result.dtype) == (kernel.shape, dtype)
 
 
 def test_a_kernel_without_gradient_stays_zero():
-    assert orthogonalised([torch.zeros(4, 2, 3, 3)])[0].count_nonzero() == 0
-    assert orthogonalised([]) == []
+    assert newton_schulz([torch.zeros(4, 2, 3, 3)])[0].count_nonzero() == 0
+    assert newton_schulz([]) == []
 
 
 # what is orthogonalised
@@ -127,7 +127,7 @@ def test_only_plain_convolutions_without_bias_are_orthogonalised():
         id(model[0].weight)
     }
     assert (orthogonal["orthogonal"], rest["orthogonal"]) == (True, False)
-    assert (orthogonal["scale"], rest["scale"]) == (1.0, REST)
+    assert (orthogonal["scale"], rest["scale"]) == (1.0, SGD_SCALE)
 
 
 @pytest.mark.parametrize("name", ["vanilla_cnn", "resnet18", "resnet50"])
@@ -155,7 +155,7 @@ def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum():
         optimizer.step()
         for weight, gradient, old, buffer in zip(weights, gradients, before, buffers, strict=True):
             buffer.mul_(0.9).add_(gradient)
-            (update,) = orthogonalised([gradient + 0.9 * buffer])
+            (update,) = newton_schulz([gradient + 0.9 * buffer])
             fixed = old * len(old) ** 0.5 / old.norm()
             assert fixed.norm().item() == pytest.approx(len(old) ** 0.5)
             torch.testing.assert_close(
@@ -242,7 +242,7 @@ def test_the_count_of_steps_of_a_cpus_run_comes_to_the_device_whose_optimizer_ne
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_state_from_another_device_does_not_change_how_the_optimizer_runs(fused):
-    """torch takes "fused" from the state: a CPU's would make a GPU wait for the host in every step."""
+    """torch takes "fused" from the state: a CPU's would make a GPU wait in every step."""
     weight = nn.Parameter(torch.ones(3))
     source, target = (
         torch.optim.SGD([weight], lr=rate, momentum=0.9, fused=f)

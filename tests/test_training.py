@@ -1,4 +1,4 @@
-"""Training: schedules, exact resumption, what QAT changes and what it leaves alone, and how a run ends early."""
+"""Training: schedules, exact resumption, what QAT changes, and how a run ends early."""
 
 import copy
 import math
@@ -18,12 +18,12 @@ from conftest import ROOT, normalised
 from torch import nn
 
 import dataset
-import infer
 import models
 import train
-from layers import quantizers
+from layers import FromImages, quantizers
 from utils import checkpoint as ckpt
-from utils.backends.pytorch import FromImages, TorchNetwork
+from utils import networks, recipe
+from utils.backends.pytorch import TorchNetwork
 from utils.errors import UserError
 from utils.files import locked
 from utils.quantization.swap import quantize_modules
@@ -94,7 +94,12 @@ def assert_same(a, b, path=""):
 
 
 def tensors(checkpoint, *suffixes):
-    return {key: value for key, value in checkpoint["state"].items() if key.endswith(suffixes)}
+    return {key: value for key, value in checkpoint.state.items() if key.endswith(suffixes)}
+
+
+def resolved(*argv, model=("--m", "vanilla_cnn")):
+    """The recipe that flags mean."""
+    return train.read_flags([*model, *argv])[1]
 
 
 def changed(before, after):
@@ -135,21 +140,21 @@ def test_each_step_uses_the_rate_of_its_share_of_the_epoch(runs, mode):
     for epoch, checkpoint in checkpoints(runs[mode]).items():
         progress = (epoch - 1 + (STEPS - 1) / STEPS) / EPOCHS  # of the epoch's last step
         expected = peak * (1 - progress) / 0.95
-        for group in checkpoint["optimizer"]["param_groups"]:
+        for group in checkpoint.optimizer["param_groups"]:
             assert group["lr"] == (pytest.approx(expected, rel=1e-9) if epoch else 0.0)
 
 
 @pytest.mark.parametrize(("optimizer", "peak"), [("sgd", 0.05), ("adamw", 2e-3)])
 def test_default_peak_rate_is_a_twentieth_from_a_checkpoint(runs, optimizer, peak):
-    assert train.parse_flags(["--optimizer", optimizer])[0].lr == peak
+    assert resolved("--optimizer", optimizer).lr == peak
     start = ["--load_ckpt", str(runs["float"] / "ckpt_3")]
-    assert train.parse_flags(["--optimizer", optimizer, *start])[0].lr == pytest.approx(peak / 20)
-    assert train.parse_flags(["--optimizer", optimizer, *start, "--lr", "0.3"])[0].lr == 0.3
+    assert resolved("--optimizer", optimizer, *start).lr == pytest.approx(peak / 20)
+    assert resolved("--optimizer", optimizer, *start, "--lr", "0.3").lr == 0.3
 
 
 def test_default_peak_rate_is_proportional_to_the_batch_size():
-    assert train.parse_flags(["--batch_size", "32"])[0].lr == 0.05 / 4
-    assert train.parse_flags(["--batch_size", "1024", "--optimizer", "muon"])[0].lr == 0.1
+    assert resolved("--batch_size", "32").lr == 0.05 / 4
+    assert resolved("--batch_size", "1024", "--optimizer", "muon").lr == 0.1
 
 
 @pytest.mark.parametrize(
@@ -167,9 +172,8 @@ def test_defaults_depend_on_the_device_and_the_start(
     runs, monkeypatch, gpu, start, optimizer, batch_size, lr
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    args, _ = train.parse_flags(
-        [*start, *([str(runs["float"] / "ckpt_3")] if "--load_ckpt" in start else [])]
-    )
+    source = [str(runs["float"] / "ckpt_3")] if "--load_ckpt" in start else []
+    args = resolved(*start, *source)
     assert (args.optimizer, args.batch_size, args.lr) == (optimizer, batch_size, pytest.approx(lr))
 
 
@@ -190,7 +194,14 @@ def test_only_matrices_and_kernels_decay():
 # steps
 
 
-def small_net():
+@pytest.fixture
+def small_model(monkeypatch):
+    """`--m small` is `small_net`: Muon's products take long on a CPU."""
+    monkeypatch.setitem(models.MODELS, "small", lambda classes, stem: small_net(classes))
+    return ("--m", "small")
+
+
+def small_net(classes=4):
     layers = [
         nn.Conv2d(3, 8, 3, bias=False),
         nn.BatchNorm2d(8),
@@ -198,7 +209,7 @@ def small_net():
         nn.Conv2d(8, 8, 3, bias=False),
         nn.BatchNorm2d(8),
     ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def test_a_step_on_the_cpu_is_the_textbook_loop():
@@ -219,7 +230,7 @@ def test_a_step_on_the_cpu_is_the_textbook_loop():
             loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
-            step.set_rate(0.1 / (index + 1))
+            step.set_lr(0.1 / (index + 1))
             step(images, labels)
             loss_sum += loss.item() * size
             hits += (logits.argmax(1) == labels).sum().item()
@@ -238,7 +249,7 @@ def test_a_groups_scale_multiplies_its_rate():
         {"params": [model[7].weight]},
     ]
     step = training.Step(model, torch.optim.SGD(groups, lr=0.0), 0.1, compiled=False)
-    step.set_rate(0.25)
+    step.set_lr(0.25)
     assert [group["lr"] for group in step.optimizer.param_groups] == [0.25, 0.75, 0.25]
     reference = copy.deepcopy(model)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -249,7 +260,7 @@ def test_a_groups_scale_multiplies_its_rate():
         torch.testing.assert_close(model[index].weight, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was():
+def test_a_sam_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was():
     torch.manual_seed(0)
     model = small_net()
     reference = copy.deepcopy(model)
@@ -273,9 +284,9 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
             )
     assert gradient() > loss  # it is up the hill
     step = training.Step(
-        model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sharpness=0.05
+        model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sam_rho=0.05
     )
-    step.set_rate(0.2)
+    step.set_lr(0.2)
     step(images, labels)
     for name, p in reference.named_parameters():
         torch.testing.assert_close(
@@ -292,25 +303,28 @@ def test_a_sharp_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_wa
 @pytest.mark.parametrize(
     ("mode", "optimizer"), [("float", "muon"), ("float", "sgd"), ("qat", "sgd")]
 )
-def test_the_last_third_of_a_run_with_muon_is_sharp(runs, tmp_path, monkeypatch, mode, optimizer):
+def test_the_last_third_of_a_run_with_muon_has_sam(
+    runs, tmp_path, monkeypatch, small_model, mode, optimizer
+):
     steps = []
 
     class Recorded(training.Step):
         def __call__(self, *batch):
-            steps.append(self.sharpness)
+            steps.append(self.sam_rho)
             super().__call__(*batch)
 
     monkeypatch.setattr(train, "Step", Recorded)
     train.main(
         [
             *arguments(mode, runs["float"] / "ckpt_3"),
+            *(small_model if mode == "float" else ()),
             "--optimizer",
             optimizer,
             "--od",
             str(tmp_path),
         ]
     )
-    assert steps == [0.0] * 2 * STEPS + [train.SHARPNESS if optimizer == "muon" else 0.0] * STEPS
+    assert steps == [0.0] * 2 * STEPS + [recipe.SAM_RHO if optimizer == "muon" else 0.0] * STEPS
 
 
 SCALES = {
@@ -426,7 +440,7 @@ def stop_in(monkeypatch, epoch, error=KeyboardInterrupt):
 
     def cross_entropy(*args, **options):
         nonlocal calls
-        calls += "label_smoothing" in options  # the held-out loss has none
+        calls += "label_smoothing" in options  # the val loss has none
         if calls == STEPS * (epoch - 1) + 2:
             raise error
         return original(*args, **options)
@@ -447,19 +461,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(runs, tmp_pa
     train.main(["--resume", str(tmp_path / "run")])
     for name in ("ckpt_3", "ckpt_best"):
         resumed, whole = ckpt.load(tmp_path / "run" / name), ckpt.load(runs[mode] / name)
-        assert len(whole["history"]) == whole["epoch"]
-        for key in (
-            "history",
-            "state",
-            "optimizer",
-            "epoch",
-            "best_loss",
-            "start",
-            "model",
-            "data",
-            "quantization",
-        ):
-            assert_same(resumed[key], whole[key], f"{name}.{key}")
+        assert len(whole.history) == whole.epoch
+        for key in vars(whole).keys() - {"recipe"}:  # paths differ
+            assert_same(getattr(resumed, key), getattr(whole, key), f"{name}.{key}")
 
 
 def test_a_qat_run_stopped_in_its_first_epoch_resumes_from_its_calibration(runs, tmp_path):
@@ -472,7 +476,7 @@ def test_a_qat_run_stopped_in_its_first_epoch_resumes_from_its_calibration(runs,
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt_0", "ckpt_best"]
     train.main(["--resume", str(tmp_path / "run")])
     assert_same(
-        ckpt.load(tmp_path / "run" / "ckpt_3")["state"], ckpt.load(runs["qat"] / "ckpt_3")["state"]
+        ckpt.load(tmp_path / "run" / "ckpt_3").state, ckpt.load(runs["qat"] / "ckpt_3").state
     )
 
 
@@ -529,7 +533,7 @@ with conftest.digits_cut_to(60, 40, dataset.load("digits", Path()), width=16):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Place -> number of a process that was killed there in its second epoch, and the run's folder."""
+    """Place -> number of a process killed there in its second epoch, and the run's folder."""
     processes = {}
     for place in ("epoch", "write"):
         folder = tmp_path_factory.mktemp(place) / "run"
@@ -551,8 +555,8 @@ def assert_finishes_like(whole, folder):
     assert names(folder) == names(whole) == {"ckpt_1", "ckpt_2", "ckpt_3", "ckpt_best"}
     for name in names(folder):
         mine, theirs = ckpt.load(folder / name), ckpt.load(whole / name)
-        for key in ("history", "state", "optimizer", "epoch", "best_loss"):
-            assert_same(mine[key], theirs[key], f"{name}.{key}")
+        for key in ("history", "state", "optimizer", "epoch", "best_val_loss"):
+            assert_same(getattr(mine, key), getattr(theirs, key), f"{name}.{key}")
 
 
 @pytest.mark.parametrize(
@@ -571,7 +575,7 @@ def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupt
 ):
     folder = part_of_run(runs["float"], tmp_path / "run", epoch)
     (folder / "ckpt_best").unlink()
-    losses = [past["held_out_loss"] for past in ckpt.load(folder / f"ckpt_{epoch}")["history"]]
+    losses = [past["val_loss"] for past in ckpt.load(folder / f"ckpt_{epoch}").history]
     if epoch > 1:
         best = min(range(1, epoch), key=lambda index: losses[index - 1])  # of the epochs before
         (folder / "ckpt_best").hardlink_to(folder / f"ckpt_{best}")
@@ -582,9 +586,10 @@ def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupt
     assert_finishes_like(runs["float"], folder)
 
 
-def test_a_run_with_muon_resumes_exactly(tmp_path):
+def test_a_run_with_muon_resumes_exactly(tmp_path, small_model):
     argv = [
         *arguments("float", None, epochs=2),
+        *small_model,
         "--optimizer",
         "muon",
         "--od",
@@ -597,8 +602,9 @@ def test_a_run_with_muon_resumes_exactly(tmp_path):
     (tmp_path / "run" / "ckpt_2").unlink()
     train.main(["--resume", str(tmp_path / "run")])
     for key in ("history", "state", "optimizer"):
-        assert_same(ckpt.load(tmp_path / "run" / "ckpt_2")[key], whole[2][key], key)
-    rates = [group["lr"] for group in whole[2]["optimizer"]["param_groups"]]
+        again = ckpt.load(tmp_path / "run" / "ckpt_2")
+        assert_same(getattr(again, key), getattr(whole[2], key), key)
+    rates = [group["lr"] for group in whole[2].optimizer["param_groups"]]
     assert rates[1] == 2 * rates[0] > 0
     assert all(
         changed(tensors(whole[1], kind), tensors(whole[2], kind)) for kind in ("weight", "bias")
@@ -610,16 +616,15 @@ def test_a_run_with_muon_resumes_exactly(tmp_path):
 )
 def test_muon_from_a_checkpoint_is_one_line(runs, tmp_path, error_line, start):
     source = [runs["float"] / "ckpt_3"] if start[-1] == "--load_ckpt" else []
-    line = error_line(
-        train.main, [*start, *source, *FLAGS, "--optimizer", "muon", "--od", tmp_path]
-    )
+    argv = [*start, *source, *FLAGS, "--m", "vanilla_cnn", "--optimizer", "muon"]
+    line = error_line(train.main, [*argv, "--od", tmp_path])
     assert "--optimizer muon" in line
-    assert line.endswith("use sgd")
+    assert line.endswith("use sgd or adamw")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_path):
-    own, _ = train.parse_flags(["--resume", str(runs["float"])])
+    own = resolved("--resume", str(runs["float"]), model=())
     assert (own.model, own.dataset, own.batch_size, own.num_epochs, own.lr, own.seed) == (
         "vanilla_cnn",
         "digits",
@@ -628,27 +633,24 @@ def test_a_resumed_run_keeps_its_flags_unless_they_are_given_again(runs, tmp_pat
         0.05 * 16 / 128,
         0,
     )
-    given, _ = train.parse_flags(
-        ["--resume", str(runs["float"]), "--lr", "0.007", "--num_epochs", "5"]
-    )
+    again = ["--lr", "0.007", "--num_epochs", "5"]
+    given = resolved("--resume", str(runs["float"]), *again, model=())
     assert (given.lr, given.num_epochs, given.batch_size) == (0.007, 5, 16)
 
 
 def test_lr_on_the_command_line_wins_over_the_resumed_checkpoint(runs, tmp_path):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
     train.main(["--resume", str(copy), "--lr", "1e-4", "--lrdt", "100"])
-    groups = ckpt.load(copy / "ckpt_3")["optimizer"]["param_groups"]
+    groups = ckpt.load(copy / "ckpt_3").optimizer["param_groups"]
     assert [group["lr"] for group in groups] == [1e-4, 1e-4]
-    assert changed(
-        ckpt.load(copy / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"]
-    )
+    assert changed(ckpt.load(copy / "ckpt_3").state, ckpt.load(runs["float"] / "ckpt_3").state)
 
 
 def test_a_finished_run_can_be_resumed_for_more_epochs(runs, tmp_path):
     copy = part_of_run(runs["float"], tmp_path / "run", 3)
     train.main(["--resume", str(copy), "--num_epochs", "4"])
     last = ckpt.load(copy / "ckpt_4")
-    assert (last["epoch"], len(last["history"])) == (4, 4)
+    assert (last.epoch, len(last.history)) == (4, 4)
 
 
 def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line):
@@ -673,17 +675,18 @@ def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
         train.main(["--resume", str(copy)])
         assert {path.name for path in copy.parent.iterdir()} >= {"ckpt_3", "ckpt_best"}
         assert_same(
-            ckpt.load(copy.parent / "ckpt_3")["state"], ckpt.load(runs["float"] / "ckpt_3")["state"]
+            ckpt.load(copy.parent / "ckpt_3").state, ckpt.load(runs["float"] / "ckpt_3").state
         )
 
 
 def test_a_checkpoint_that_is_not_the_best_can_be_resumed_without_it(runs, tmp_path):
     content = ckpt.load(runs["float"] / "ckpt_2")
-    ckpt.save(tmp_path / "ckpt_2", {**content, "best_loss": 0.0})  # no epoch to come is better
+    content.best_val_loss = 0.0  # no epoch to come is better
+    ckpt.save(tmp_path / "ckpt_2", content)
     train.main(["--resume", str(tmp_path)])
-    history = ckpt.load(tmp_path / "ckpt_3")["history"]
-    best = min((2, 3), key=lambda epoch: history[epoch - 1]["held_out_loss"])
-    assert ckpt.load(tmp_path / "ckpt_best")["epoch"] == best
+    history = ckpt.load(tmp_path / "ckpt_3").history
+    best = min((2, 3), key=lambda epoch: history[epoch - 1]["val_loss"])
+    assert ckpt.load(tmp_path / "ckpt_best").epoch == best
 
 
 def test_two_processes_cannot_train_in_one_folder(runs, tmp_path, error_line):
@@ -780,31 +783,31 @@ def test_ranges_stay_fixed_in_qat(runs):
     assert all(changed(ranges, tensors(states[epoch], "_amax")) == set() for epoch in (1, 2, 3))
 
 
-def test_ckpt_best_is_the_last_of_the_epochs_with_the_lowest_held_out_loss(tmp_path):
+def test_ckpt_best_is_the_last_of_the_epochs_with_the_lowest_val_loss(tmp_path):
     model = nn.Linear(2, 2)
-    run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), {"seed": 0})
+    run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), ckpt.Checkpoint({}))
     best = []
     for epoch, loss in enumerate([math.inf, 0.7, 0.4, 0.6, 0.4, 0.5]):
         run.epoch = epoch
         run.save(loss)
         content = ckpt.load(tmp_path / "ckpt_best")
-        best.append((content["epoch"], content["best_loss"]))
-        assert ckpt.load(tmp_path / f"ckpt_{epoch}")["epoch"] == epoch
+        best.append((content.epoch, content.best_val_loss))
+        assert ckpt.load(tmp_path / f"ckpt_{epoch}").epoch == epoch
     assert best == [(0, math.inf), (1, 0.7), (2, 0.4), (2, 0.4), (4, 0.4), (4, 0.4)]
 
 
-def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path):
+def test_a_val_loss_that_is_no_number_is_never_the_best(tmp_path):
     model = nn.Linear(2, 2)
-    run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), {"seed": 0})
+    run = train.Run(tmp_path, model, train.make_optimizer(model, "sgd"), ckpt.Checkpoint({}))
     for epoch, loss in enumerate([2.0, math.nan, 3.0, 1.0, 1.5]):
         run.epoch = epoch
         run.save(loss)
-    assert (ckpt.load(tmp_path / "ckpt_best")["epoch"], run.best_loss) == (3, 1.0)
+    assert (ckpt.load(tmp_path / "ckpt_best").epoch, run.best_val_loss) == (3, 1.0)
 
 
 def saved_run(folder):
     model = nn.Linear(2, 2)
-    run = train.Run(folder, model, train.make_optimizer(model, "sgd"), {"seed": 0}, epoch=1)
+    run = train.Run(folder, model, train.make_optimizer(model, "sgd"), ckpt.Checkpoint({}), epoch=1)
     run.save(0.5)
     return run
 
@@ -814,13 +817,13 @@ def test_ckpt_best_is_a_second_name_of_a_checkpoint_and_survives_it(tmp_path):
     assert (tmp_path / "ckpt_1").samefile(tmp_path / "ckpt_best")
     run.model.weight.data.fill_(7)
     run.save(0.6)  # ckpt_1 again, not better this time
-    assert (ckpt.load(tmp_path / "ckpt_1")["state"]["weight"] == 7).all()
-    assert (ckpt.load(tmp_path / "ckpt_best")["state"]["weight"] != 7).all()
+    assert (ckpt.load(tmp_path / "ckpt_1").state["weight"] == 7).all()
+    assert (ckpt.load(tmp_path / "ckpt_best").state["weight"] != 7).all()
     run.epoch = 2
     run.save(0.4)
     content = ckpt.load(tmp_path / "ckpt_2")
     (tmp_path / "ckpt_2").unlink()
-    assert_same(ckpt.load(tmp_path / "ckpt_best"), content)
+    assert_same(vars(ckpt.load(tmp_path / "ckpt_best")), vars(content))
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt_1", "ckpt_best"}
 
 
@@ -836,29 +839,30 @@ def test_ckpt_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
-def test_history_holds_what_each_epochs_network_does_on_the_held_out_images(runs, mode, digits):
-    _, held_out = dataset.split_train(digits.train_labels[:60], 0)
+def test_history_holds_what_each_epochs_network_does_on_the_val_images(runs, mode, digits):
+    _, val = dataset.split_train(digits.train_labels[:60], 0)
     for content in (content for epoch, content in checkpoints(runs[mode]).items() if epoch):
-        model = (infer.build_quantized if mode == "qat" else infer.build_float)(content).eval()
-        model.load_state_dict(content["state"])
-        info = content["data"]
-        images = normalised(digits.train_images[held_out, ::2, ::2], info["mean"], info["std"])
+        if mode == "qat":
+            model = networks.build_quantized(content.network, content.quantization)
+        else:
+            model = networks.build_float(content.network)
+        model.eval().load_state_dict(content.state)
+        info = content.data
+        images = normalised(digits.train_images[val, ::2, ::2], info.mean, info.std)
         with torch.no_grad():
             logits = model(images).double().numpy()
-        labels, past = digits.train_labels[held_out], content["history"][-1]
+        labels, past = digits.train_labels[val], content.history[-1]
         losses = np.log(np.exp(logits).sum(1)) - logits[range(len(labels)), labels]
-        assert past["held_out_accuracy_pct"] == pytest.approx(
-            100 * (logits.argmax(1) == labels).mean()
-        )
-        assert past["held_out_loss"] == pytest.approx(losses.mean(), rel=1e-4)
-        assert content["best_loss"] == min(past["held_out_loss"] for past in content["history"])
+        assert past["val_accuracy_pct"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+        assert past["val_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+        assert content.best_val_loss == min(past["val_loss"] for past in content.history)
 
 
 def test_ckpt_0_of_a_qat_run_is_the_float_network_with_ranges(runs):
     state, source = ckpt.load(runs["qat"] / "ckpt_0"), ckpt.load(runs["float"] / "ckpt_3")
-    assert (state["epoch"], state["history"]) == (0, [])
-    assert_same({key: state["state"][key] for key in source["state"]}, dict(source["state"]))
-    assert_same(state["start"], dict(state["state"]))
+    assert (state.epoch, state.history) == (0, [])
+    assert_same({key: state.state[key] for key in source.state}, dict(source.state))
+    assert_same(state.ptq_state, dict(state.state))
 
 
 def test_no_epochs_of_quantized_training_calibrate_only(runs, tmp_path, capsys):
@@ -873,7 +877,7 @@ def test_no_epochs_of_quantized_training_calibrate_only(runs, tmp_path, capsys):
     )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt_0", "ckpt_best"]
     assert_same(
-        ckpt.load(tmp_path / "run" / "ckpt_0")["state"], ckpt.load(runs["qat"] / "ckpt_0")["state"]
+        ckpt.load(tmp_path / "run" / "ckpt_0").state, ckpt.load(runs["qat"] / "ckpt_0").state
     )
     assert "ckpt_best is epoch 0: test accuracy" in capsys.readouterr().out
 
@@ -888,14 +892,12 @@ def test_no_epochs_of_float_training_are_refused(tmp_path, error_line):
 def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
     for path in runs[mode].glob("ckpt_*"):
         content = torch.load(path, weights_only=True)
-        assert content["model"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}
+        assert content["format"] == ckpt.FORMAT
+        assert content["network"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}
         assert content["data"]["dataset"] == "digits"
         assert content["data"]["classes"] == list("0123456789")
-        assert (content["data"]["img_size"], content["data"]["split_seed"], content["seed"]) == (
-            16,
-            0,
-            0,
-        )
+        assert (content["data"]["img_size"], content["data"]["split_seed"]) == (16, 0)
+        assert content["recipe"]["seed"] == 0
         assert content["quantization"] == (
             None
             if mode == "float"
@@ -908,7 +910,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         )
         assert set(content["optimizer"]) == {"state", "param_groups"}
         assert len(content["history"]) == content["epoch"]
-        assert content["flags"]["batch_size"] == 16
+        assert content["recipe"]["batch_size"] == 16
 
 
 def test_runs_of_different_seeds_differ_and_record_their_seed(runs, tmp_path):
@@ -916,10 +918,8 @@ def test_runs_of_different_seeds_differ_and_record_their_seed(runs, tmp_path):
         [*arguments("float", None, epochs=1), "--seed", "5", "--od", str(tmp_path), "--en", "run"]
     )
     content = ckpt.load(tmp_path / "run" / "ckpt_1")
-    assert (content["seed"], content["data"]["split_seed"]) == (5, 5)
-    assert (
-        content["history"][0]["loss"] != ckpt.load(runs["float"] / "ckpt_1")["history"][0]["loss"]
-    )
+    assert (content.recipe["seed"], content.data.split_seed) == (5, 5)
+    assert content.history[0]["loss"] != ckpt.load(runs["float"] / "ckpt_1").history[0]["loss"]
 
 
 @pytest.mark.parametrize("seed", ["-1", "100000000000000000000"])
@@ -953,7 +953,7 @@ def test_a_loss_that_is_not_finite_ends_the_first_epoch_without_a_checkpoint(tmp
 
 
 def test_a_failed_run_leaves_no_recorded_step_behind(tmp_path, monkeypatch):
-    """NCCL's communicators wait for the graphs that they are in, and an exception keeps the frames that it came through."""
+    """NCCL's communicators wait for their graphs, and an exception keeps the frames it passed."""
     steps = []
 
     class Recorded(training.Step):
@@ -973,11 +973,11 @@ def test_a_failed_run_leaves_no_recorded_step_behind(tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    ("optimizer", "sharpness"),
+    ("optimizer", "sam_rho"),
     [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)],
     ids=["sgd", "muon", "sam"],
 )
-def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sharpness, compiled):
+def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sam_rho, compiled):
     torch.manual_seed(0)
     device, model = torch.device("cuda"), models.build("vanilla_cnn", 10, "cifar")
     batches = [
@@ -988,9 +988,9 @@ def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sha
     for eager_steps in (training.EAGER_STEPS, len(batches)):
         monkeypatch.setattr(training, "EAGER_STEPS", eager_steps)
         trained = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
-        step = training.Step(trained, make_optimizer(trained, optimizer), 0.1, compiled, sharpness)
+        step = training.Step(trained, make_optimizer(trained, optimizer), 0.1, compiled, sam_rho)
         for images, labels in batches:
-            step.set_rate(0.01)
+            step.set_lr(0.01)
             step(images, labels)
         assert (step.graph is None) == (eager_steps == len(batches))
         totals.append(step.totals())
@@ -1019,7 +1019,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
         ["ckpt_1", "ckpt_2", "ckpt_best"] if resumed else ["ckpt_0", "ckpt_best"]
     )
     for path in folder.iterdir():
-        assert all(value.isfinite().all() for value in ckpt.load(path)["state"].values())
+        assert all(value.isfinite().all() for value in ckpt.load(path).state.values())
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, failure_line):
@@ -1063,4 +1063,4 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, fail
         == f"error: interrupted; continue with: python train.py --resume {folder}"
     )
     assert all(path.name.startswith("ckpt_") for path in folder.iterdir())
-    assert ckpt.load(ckpt.latest(folder))["epoch"] >= 1
+    assert ckpt.load(ckpt.latest(folder)).epoch >= 1
