@@ -116,18 +116,23 @@ COMPARISON_REFUSALS: tuple[Refusal, ...] = (
 
 
 def load_data(
-    name: str, data_dir: Path, img_size: int, known: DataSpec | None, other_images: bool = False
+    name: str,
+    data_dir: Path,
+    img_size: int | None,
+    known: DataSpec | None,
+    other_images: bool = False,
 ) -> dataset.ImageData:
     """A data set, and whether it is the one that a checkpoint or an export was made with.
 
     Args:
+        img_size: width that a folder's images are resized to.
         known: what that says of its images; None: there is none.
         other_images: the images may be others, of the same classes.
 
     Raises:
         UserError: the files hold something else, or cannot be read.
     """
-    data = dataset.load(name, data_dir, img_size)
+    data = dataset.load(name, data_dir, img_size or 32)
     if known is None:
         return data
     if list(data.classes) != known.classes:

@@ -128,15 +128,17 @@ def agreed_network(
     )
 
 
-def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int]:
-    """Name of the data set and width of its images, as `agreed` with what a checkpoint knows."""
+def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int | None]:
+    """Name of the data set, and the width of a folder's images, as `agreed` with a checkpoint."""
     dataset = agreed("--dataset", flags.dataset, known and known.dataset, "cifar10")
-    if dataset != "folder" and flags.img_size not in (None, 32):
+    if dataset == "folder":
+        return dataset, agreed("--img_size", flags.img_size, known and known.img_size, 32)
+    if flags.img_size not in (None, 32):
         raise UserError(
             f"--img_size {flags.img_size}: the images of {dataset} are 32 pixels wide; it is for "
             "--dataset folder"
         )
-    return dataset, agreed("--img_size", flags.img_size, known and known.img_size, 32)
+    return dataset, None
 
 
 def agreed_quantization(flags: Flags, known: Quantization | None) -> Quantization:

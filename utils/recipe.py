@@ -59,6 +59,7 @@ class Recipe:
         lrdt: epochs between two divisions of `lr` by 10; None: warm-up, then a line to 0.
         sam_rho: of SAM in the last third of the epochs; 0: no SAM.
         freeze_batch_norm: whether BatchNorm's statistics stay in the last third.
+        img_size: width that a folder's images are resized to; other data sets have their own.
         compile: whether torch.compile is used; None: where the run is long enough.
         quantization: what QAT quantizes and `--test_trt` calibrates; None where neither is.
         comparison: what `--test_trt` builds afterwards; None for nothing.
@@ -79,7 +80,7 @@ class Recipe:
     seed: int = 0
     dataset: str = "cifar10"
     data_dir: Path = Path("data")
-    img_size: int = 32
+    img_size: int | None = None
     pretrain: bool = False
     load_ckpt: Path | None = None
     partial_ckpt: bool = False
