@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Which calibrator loses least? Held-out accuracy and signal-to-noise of float checkpoints, calibrated each way.
+"""Which calibrator loses least? Each one on float checkpoints: accuracy, agreement, noise, time.
 
     python benchmarks/calibrators.py --load_ckpt CKPT [CKPT ...] --record results/calibrators.json
 
-Uses train images to calibrate and the held-out train images to judge, never the test set.
+Train images calibrate and the val part of the train images judges. The test set is never read.
 """
 
 from __future__ import annotations
@@ -11,105 +11,144 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import infer
 from dataset.batches import Batches
+from layers import Normalize
 from utils import checkpoint as ckpt
-from utils import flags, records
+from utils import compare, networks, records
+from utils.backends.network import EVALUATION_BATCH
+from utils.checkpoint import Checkpoint
+from utils.device import default_device
 from utils.errors import UserError, run
+from utils.metrics import percent_equal, sqnr_db
+from utils.specs import CALIBRATORS, Quantization
+
+
+@dataclass
+class Row:
+    """One calibrator with so many images, judged on the val part.
+
+    Args:
+        delta_pct: accuracy less that of the float network, in points.
+        agreement_pct: predictions that equal those of the float network.
+        logits_sqnr_db: of the logits against those of the float network.
+    """
+
+    model: str
+    calibrator: str
+    calib_images: int
+    val_float_pct: float
+    delta_pct: float
+    agreement_pct: float
+    logits_sqnr_db: float
+    calibration_s: float
+
+    def __str__(self) -> str:
+        cells = []
+        for key, value in asdict(self).items():
+            cells.append(f"{key} {value:.2f}" if isinstance(value, float) else str(value))
+        return "  ".join(cells)
 
 
 @torch.no_grad()
-def logits(model: nn.Module, batches: Batches) -> Tensor:
+def logits_of(model: nn.Module, batches: Batches) -> Tensor:
     """(N, classes) in evaluation mode."""
     model.eval()
     return torch.cat([model(images) for images, _ in batches])
 
 
-def compare(
-    path: Path, data_dir: Path, counts: list[int], device: torch.device
-) -> list[dict[str, Any]]:
-    """One row for each calibrator and number of images."""
+def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
+    """A row for each calibrator and number of images, of one float checkpoint.
+
+    Raises:
+        UserError: not a checkpoint of train.py, or other images than it was trained on.
+    """
     checkpoint = ckpt.load_whole(path)
-    info, name = checkpoint["data"], "{name} ({stem} stem)".format(**checkpoint["model"])
-    data = infer.load_data(argparse.Namespace(dataset=None, img_size=None, data_dir=data_dir), info)
-    train, held_out = (
-        Batches(*part, info["mean"], info["std"], 128, device)
-        for part in data.split(info["split_seed"])
-    )
-    model = infer.build_float(checkpoint)
-    ckpt.load_weights(model, checkpoint["state"])
-    exact = logits(model.to(device), held_out)
-    float_pct = 100 * (exact.argmax(1) == held_out.labels).double().mean().item()
-    rows = []
-    for method in flags.CALIBRATORS:
+    info = checkpoint.data
+    device = default_device()
+
+    # the checkpoint's own split: it was never trained on the val part
+    data = compare.load_data(info.dataset, data_dir, info.img_size, info)
+    train_arrays, val_arrays = data.split(info.split_seed)
+    normalize = Normalize(info.mean, info.std)
+    train_part = Batches(*train_arrays, normalize, EVALUATION_BATCH, device)
+    val = Batches(*val_arrays, normalize, EVALUATION_BATCH, device)
+
+    # what every calibrator is compared with
+    model = networks.build_float(checkpoint.network)
+    ckpt.load_weights(model, checkpoint.state)
+    exact = logits_of(model.to(device), val)  # (N, classes)
+
+    for calibrator in CALIBRATORS:
         for count in counts:
-            quantization = {
-                "quant_layers": ["*"],
-                "skip_layers": [],
-                "calibrator": method,
-                "calib_images": count,
-            }
-            quantized = infer.build_quantized({**checkpoint, "quantization": quantization})
-            ckpt.load_weights(quantized, checkpoint["state"], allow_missing_ranges=True)
-            start = time.perf_counter()
-            infer.calibrate_model(quantized.to(device), quantization, train)
-            seconds = time.perf_counter() - start
-            rounded = logits(quantized, held_out)
-            accuracy_pct = 100 * (rounded.argmax(1) == held_out.labels).double().mean().item()
-            noise = (rounded - exact).square().sum() / exact.square().sum()
-            row = {
-                "model": name,
-                "calibrator": method,
-                "calib_images": count,
-                "held_out_float_pct": float_pct,
-                "delta_pct": accuracy_pct - float_pct,
-                "agreement_pct": 100
-                * (rounded.argmax(1) == exact.argmax(1)).double().mean().item(),
-                "logits_sqnr_db": -10 * noise.log10().item(),
-                "calibration_s": seconds,
-            }
-            print(
-                "  ".join(
-                    f"{key} {value:.2f}" if isinstance(value, float) else str(value)
-                    for key, value in row.items()
-                )
-            )
-            rows.append(row)
-    return rows
+            quantization = Quantization(calibrator=calibrator, calib_images=count)
+            yield judge(checkpoint, quantization, train_part, val, exact)
 
 
-def main() -> None:
+def judge(
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    train_part: Batches,
+    val: Batches,
+    exact: Tensor,
+) -> Row:
+    """Calibrate the checkpoint's network and compare its logits with the float network's, `exact`.
+
+    Args:
+        exact: (N, classes), of the N images of `val`.
+    """
+    model = networks.build_quantized(checkpoint.network, quantization)
+    ckpt.load_weights(model, checkpoint.state, allow_missing_ranges=True)
+    model.to(val.device)
+    started = time.perf_counter()
+    networks.calibrate_model(model, quantization, train_part)
+    seconds = time.perf_counter() - started
+
+    rounded = logits_of(model, val)  # (N, classes)
+    float_pct = percent_equal(exact.argmax(1), val.labels)
+    return Row(
+        model=str(checkpoint.network),
+        calibrator=quantization.calibrator,
+        calib_images=quantization.calib_images,
+        val_float_pct=float_pct,
+        delta_pct=percent_equal(rounded.argmax(1), val.labels) - float_pct,
+        agreement_pct=percent_equal(rounded.argmax(1), exact.argmax(1)),
+        logits_sqnr_db=sqnr_db(exact, rounded),
+        calibration_s=seconds,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--load_ckpt", type=Path, nargs="+", required=True, help="float checkpoints"
-    )
-    parser.add_argument("--data_dir", type=Path, default=Path("data"))
-    parser.add_argument("--calib_images", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--record", type=Path)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--load_ckpt", type=Path, nargs="+", required=True, help="float checkpoints")
+    add("--data_dir", type=Path, default=Path("data"))
+    add("--calib_images", type=int, nargs="+", default=[256, 1024, 4096])
+    add("--record", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
     if min(args.calib_images) < 1:
         raise UserError("--calib_images: at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [
-        row
-        for path in args.load_ckpt
-        for row in compare(path, args.data_dir, args.calib_images, device)
-    ]
+
+    rows = []
+    for path in args.load_ckpt:
+        for row in rows_of(path, args.data_dir, args.calib_images):
+            print(row)
+            rows.append(asdict(row))
     if args.record:
         record = {
             "kind": "calibrators",
             "commit": records.commit(),
-            "environment": records.environment(),
+            "environment": records.environment([records.Row("pytorch", "FP32")]),
             "rows": rows,
         }
         records.write(args.record, record)
