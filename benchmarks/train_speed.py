@@ -1,25 +1,30 @@
 #!/usr/bin/env python3
-"""How fast does this project train, float and QAT, beside the loop that people write first? Seconds for an epoch.
+"""How fast does this project train, beside the loop that people write first? Seconds an epoch.
 
-    python benchmarks/train_speed.py --m resnet18 --stem imagenet cifar --record results/train_speed.json
+    python benchmarks/train_speed.py --stem imagenet cifar --record results/train_speed.json
 
-Both recipes train the same network on the same train images (the held-out part is left out), in one process, on one device.
+Both recipes train the same network on the same train images, without the val part, in one process
+on one device.
 
-reference: torchvision's network, FP32 eager, NCHW (cuDNN multiplies in TF32, torch's default; the row says so), batch 128, SGD
-with momentum; a DataLoader with 4 persistent workers and pinned memory over PIL images, random crop and mirror;
-`loss.item()` after each batch. QAT: the layers of pytorch-quantization in their place, as its `quant_modules` puts them,
-calibrated by the maximum. They leave the residual additions in float, so they quantize less than ours.
+reference: torchvision's network in FP32, eager, NCHW, with batch size 128 and SGD with momentum.
+cuDNN multiplies in TF32, which is torch's default; the row says so. A DataLoader with 4 persistent
+workers and pinned memory serves PIL images, cropped at random and mirrored. `loss.item()` follows
+each batch. QAT puts the layers of pytorch-quantization in their place, as its `quant_modules` does,
+and calibrates by the maximum. They leave the residual additions in float: less is quantized than in
+ours.
 
-ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA graph, batch 512,
-images on the device, augmented there (crop and mirror as in the reference, and a blank square); Muon for float and SGD for
-QAT. It drops an epoch's last, incomplete batch, so compare images/s. Both parts of a run are timed, and their medians
-weighted by their lengths: two thirds, and the last third, which with Muon has SAM, two passes for each batch, and in QAT
-frozen BatchNorm statistics. On a CPU: FP32 eager, batch 128, SGD.
+ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA
+graph, batch size 512. Images lie on the device and are augmented there: crop and mirror as in the
+reference, and a blank square. Muon trains in float, SGD in QAT. An epoch's last, incomplete batch
+is dropped, so compare images/s. Both parts of a run are timed, and their medians weighted by their
+lengths: two thirds, and the last third. With Muon that has SAM, two passes for each batch, and in
+QAT frozen BatchNorm statistics. On a CPU: FP32, eager, batch size 128, SGD.
 
-Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but apart: what they took
-beyond the median is `compile_s`, which has torch.compile, cuDNN's tuning, the graph, CUDA's and the workers' start in it.
-TFLOP/s are the float network's convolutions and matrix products, forward and backward, 2 for each multiply-add; SAM's second
-pass, the optimizer's products and all fake quantization count as nothing.
+Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but
+apart. What they took beyond the median is `compile_s`: torch.compile, cuDNN's tuning, the graph,
+and the start of CUDA and of the workers. TFLOP/s are the float network's convolutions and matrix
+products, forward and backward, 2 for each multiply-add. SAM's second pass, the optimizer's products
+and all fake quantization count as nothing.
 """
 
 from __future__ import annotations
@@ -57,12 +62,23 @@ import layers.quantizers  # noqa: F401  keeps pytorch-quantization from logging 
 import models
 import train
 from dataset.batches import Batches
-from utils import records
+from layers import Normalize
+from utils import networks, records
+from utils.checkpoint import Checkpoint, State
+from utils.device import default_device
 from utils.errors import UserError, run
+from utils.recipe import Recipe, make_recipe
+from utils.specs import Quantization
+from utils.training.optimizers import make_optimizer
+from utils.training.schedule import make_schedule
 
-WORKERS, CALIBRATION_BATCHES = 4, 8
-LEARNING_RATE = {"float": 0.1, "qat": 0.001}  # the reference's
+WORKERS = 4
+CALIBRATION_BATCHES = 8
+REFERENCE_LR = {"float": 0.1, "qat": 0.001}
 MODES = ("float", "qat")
+KINDS = {"float": "scratch", "qat": "QAT"}
+"""Mode -> the kind of training that it is in train.py."""
+
 PEAK_TFLOPS = {
     "*H100*HBM3": {"bf16": 989, "tf32": 495, "fp32": 67},
     "*H200": {"bf16": 989, "tf32": 495, "fp32": 67},
@@ -70,8 +86,17 @@ PEAK_TFLOPS = {
 }
 """GPU's name -> NVIDIA's dense peak by arithmetic."""
 
-State = dict[str, Tensor]
-
+TITLES = [
+    "recipe",
+    "mode",
+    "stem",
+    "batch",
+    "epoch s",
+    "images/s",
+    "TFLOP/s",
+    "chip's dense peak",
+    "compile s",
+]
 
 Epoch = Callable[[int, tqdm], float]
 """Trains the epoch of that number under a bar; returns its mean loss."""
@@ -79,7 +104,12 @@ Epoch = Callable[[int, tqdm], float]
 
 @dataclass
 class Training:
-    """A network ready to train, in one part or several: each its share of a run's epochs, and what begins it."""
+    """A network ready to train.
+
+    Args:
+        parts: of a run: the share of its epochs that each is, and what begins it.
+        images: in an epoch.
+    """
 
     model: nn.Module
     parts: list[tuple[float, Callable[[], Epoch]]]
@@ -90,7 +120,17 @@ class Training:
 
 @dataclass
 class Row:
-    """One recipe in one mode. `arithmetic` is what convolutions multiply in, `peak_tflops` the chip's for it if known."""
+    """One recipe in one mode.
+
+    Args:
+        arithmetic: what convolutions multiply in.
+        images: in an epoch.
+        epoch_s: mean over the parts of a run of the medians of `epochs_s`.
+        peak_tflops: the chip's dense peak in that arithmetic, if it is known.
+        compile_s: of all warm-up epochs together, beyond the medians.
+        warm_up_s, epochs_s: of each part of a run.
+        loss: mean of the last epoch; ours has label smoothing in it.
+    """
 
     recipe: str
     mode: str
@@ -98,24 +138,32 @@ class Row:
     stem: str
     batch_size: int
     arithmetic: str
-    images: int  # in an epoch
-    epoch_s: float  # mean over the parts of a run of the medians of `epochs_s`
+    images: int
+    epoch_s: float
     images_s: float
     tflops: float
     peak_tflops: float | None
-    compile_s: float  # of all warm-up epochs together, beyond the medians
-    warm_up_s: list[list[float]]  # of each part of a run
+    compile_s: float
+    warm_up_s: list[list[float]]
     epochs_s: list[list[float]]
-    loss: float  # mean of the last epoch; ours has label smoothing in it
+    loss: float
+
+
+# The reference
 
 
 class Images(Dataset):
-    """PIL images from arrays, as torchvision's CIFAR10 serves them. Forked workers run it: it must not touch CUDA."""
+    """PIL images from arrays, as torchvision's CIFAR10 serves them.
+
+    Forked workers run it: it must not touch CUDA.
+    """
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Image.Image], Tensor]
     ):
-        self.images, self.labels, self.transform = images, labels, transform
+        self.images = images
+        self.labels = labels
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,14 +172,30 @@ class Images(Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
+def augmented_images(data: dataset.ImageData) -> Images:
+    """The train part, cropped at random and mirrored."""
+    train_part, _ = data.split(0)
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(data.train_images.shape[1], padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(*dataset.channel_stats(data.train_images)),
+        ]
+    )
+    return Images(*train_part, transform)
+
+
 def reference_network(name: str, stem: str, num_classes: int, quantized: bool) -> nn.Module:
-    """The network of torchvision; quantized, built of pytorch-quantization's layers, which then need calibration."""
+    """The network of torchvision; quantized, of pytorch-quantization's layers, not calibrated."""
     if quantized:
-        quant_modules.initialize()  # until deactivated, torch.nn.Conv2d and others are the library's
+        # until deactivated, torch.nn.Conv2d and others are the library's
+        quant_modules.initialize()
     try:
         model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
         if stem == "cifar":
-            model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+            model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            model.maxpool = nn.Identity()
     finally:
         quant_modules.deactivate()
     return model
@@ -159,18 +223,16 @@ def reference(
     data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
 ) -> Training:
     """The loop that people write first, starting from `state` if there is one."""
-    torch.backends.cudnn.benchmark = False  # torch's default; `ours` changes it
-    device, on_gpu = args.device, args.device.type == "cuda"
-    chosen, _ = data.split(0)
-    crop = transforms.RandomCrop(data.train_images.shape[1], padding=4)
-    normalise = transforms.Normalize(*dataset.channel_stats(data.train_images))
-    transform = transforms.Compose(
-        [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
-    )
-    images = Images(*chosen, transform)
+    # torch's default, which `ours` changes
+    torch.backends.cudnn.benchmark = False
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    batch_size = args.reference_batch_size
+
+    images = augmented_images(data)
     loader = DataLoader(
         images,
-        args.reference_batch_size,
+        batch_size,
         shuffle=True,
         num_workers=WORKERS,
         pin_memory=on_gpu,
@@ -181,117 +243,149 @@ def reference(
         model.load_state_dict(state)
     model.to(device)
     if mode == "qat":
-        calibrate_by_maximum(model, images, args.reference_batch_size, device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE[mode], momentum=0.9, weight_decay=5e-4
-    )
+        calibrate_by_maximum(model, images, batch_size, device)
+    epoch = reference_epoch(model, loader, REFERENCE_LR[mode], device)
+    arithmetic = "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "fp32"
+    return Training(model, [(1.0, lambda: epoch)], len(images), batch_size, arithmetic)
+
+
+def reference_epoch(model: nn.Module, loader: DataLoader, lr: float, device: torch.device) -> Epoch:
+    """The loop itself."""
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
 
     def epoch(_: int, bar: tqdm) -> float:
         model.train()
         loss_sum = 0.0
-        for batch, labels in loader:
-            batch, labels = (
-                batch.to(device, non_blocking=True),
-                labels.to(device, non_blocking=True),
-            )
+        for images, labels in loader:
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(batch), labels)
+            loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             loss_sum += loss.item() * len(labels)
             bar.update(len(labels))
-        return loss_sum / len(images)
+        return loss_sum / len(loader.dataset)
 
-    arithmetic = "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "fp32"
-    return Training(
-        model, [(1.0, lambda: epoch)], len(images), args.reference_batch_size, arithmetic
+    return epoch
+
+
+# Ours
+
+
+def our_recipe(mode: str, stem: str, data_name: str, args: argparse.Namespace) -> Recipe:
+    """What train.py would do by default, but in so few epochs."""
+    kind = KINDS[mode]
+    return make_recipe(
+        kind,
+        train.DEFAULTS[kind],
+        default_device().type,
+        model=args.model,
+        stem=stem,
+        dataset=data_name,
+        num_epochs=args.warm_up + args.epochs,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer if mode == "float" else None,
+        compile=not args.no_compile,
+        quantization=Quantization() if mode == "qat" else None,
+        partial_ckpt=mode == "qat",
     )
 
 
 def ours(
     data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
 ) -> Training:
-    """The training of train.py with its defaults, wired as there, starting from `state` if there is one."""
+    """The training of train.py, wired as there.
+
+    It starts from `state` if there is one, else from a network that is not trained.
+    """
     torch.backends.cudnn.benchmark = True
-    on_gpu, epochs = args.device.type == "cuda", args.warm_up + args.epochs
-    torch._inductor.config.force_disable_caches = (
-        on_gpu  # or an earlier run's compilation would be this one's
-    )
-    argv = ["--m", args.model, "--stem", stem, "--dataset", data.name, "--num_epochs", str(epochs)]
-    argv += ["--batch_size", str(args.batch_size)] if args.batch_size is not None else []
-    argv += (
-        ["--optimizer", "sgd" if mode == "qat" else args.optimizer]
-        if mode == "qat" or args.optimizer
-        else []
-    )
-    flags, _ = train.parse_flags(argv)
-    if (
-        mode == "qat"
-    ):  # what parse_flags makes of --quantize with a float checkpoint, of which there is no file here
-        flags.quantize, flags.partial_ckpt, flags.lr = True, True, flags.lr * train.FINE_TUNE
-    config = train.make_config(flags, {}, data)
-    info = config["data"]
-    chosen, _ = data.split(info["split_seed"])
-    arrays = *chosen, info["mean"], info["std"], flags.batch_size, args.device
-    with contextlib.redirect_stdout(io.StringIO()):  # the audit
-        model = train.make_model(flags, {"state": state} if state else {}, config, Batches(*arrays))
-    batches = Batches(*arrays, augment=True, natural=data.natural)
-    optimizer = train.make_optimizer(model, flags.optimizer)
-    rate = train.make_schedule(flags.lr, epochs, None)
+    device = default_device()
+    on_gpu = device.type == "cuda"
+    # or what an earlier run compiled would be there already
+    torch._inductor.config.force_disable_caches = on_gpu
+
+    # the images, plain to calibrate with and augmented to train on
+    recipe = our_recipe(mode, stem, data.name, args)
+    base = train.describe(recipe, None, data)
+    train_part, _ = data.split(base.data.split_seed)
+    shared = (*train_part, Normalize(base.data.mean, base.data.std), recipe.batch_size, device)
+    plain = Batches(*shared)
+    batches = Batches(*shared, augment=True, mirror_and_cutout=data.mirror_and_cutout)
+
+    # the network; QAT always starts from another
+    if mode == "qat" and not state:
+        state = networks.build_float(base.network).state_dict()
+    start = Checkpoint(state) if state else None
+    # what is printed of its layers and weights is of no interest here
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = train.make_model(recipe, start, base, plain)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
 
     def begin(last: bool) -> Epoch:
-        train.set_mode(model, flags, last)
-        step = train.make_step(model, optimizer, flags, last, on_gpu and not args.no_compile)
-        return lambda epoch, bar: train.train_epoch(step, batches, rate, epoch, bar)[0]
+        train.set_mode(model, recipe, last)
+        compiled = train.wants_compile(recipe, batches)
+        step = train.make_step(model, optimizer, recipe, last, compiled)
+        return lambda epoch, bar: train.train_epoch(step, batches, schedule, epoch, bar)[0]
 
     parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]
-    return Training(
-        model,
-        parts,
-        len(batches) * batches.batch_size,
-        batches.batch_size,
-        "bf16" if on_gpu else "fp32",
-    )
+    images = len(batches) * batches.batch_size
+    return Training(model, parts, images, batches.batch_size, "bf16" if on_gpu else "fp32")
 
 
 RECIPES = {"reference": reference, "ours": ours}
 
 
+# Time
+
+
 def flops_per_image(name: str, stem: str, num_classes: int, shape: tuple[int, ...]) -> float:
-    """FLOP of training the float network on one image (H, W, 3): products of the forward and the backward pass."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # computes shapes only
+    """FLOP of training the float network on one image (H, W, 3), forward and backward."""
+    # on this device only shapes are computed
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         logits = models.build(name, num_classes, stem)(torch.empty(2, 3, *shape[:2]))
         F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
     return counter.get_total_flops() / 2
 
 
-def timed_epochs(
-    epoch: Epoch, images: int, count: int, title: str, device: torch.device
-) -> tuple[list[float], float]:
+def peak_tflops(arithmetic: str) -> float | None:
+    """This GPU's dense peak, if it is known."""
+    if not torch.cuda.is_available():
+        return None
+    for pattern, peak in PEAK_TFLOPS.items():
+        if fnmatchcase(torch.cuda.get_device_name(), pattern):
+            return peak[arithmetic]
+    return None
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed_epochs(epoch: Epoch, images: int, count: int, title: str) -> tuple[list[float], float]:
     """Seconds of each epoch, and the last one's mean loss."""
     seconds = []
-    options = {
-        "unit": "img",
-        "unit_scale": True,
-        "dynamic_ncols": True,
-        "mininterval": 0.5,
-        "leave": False,
-    }
-    with tqdm(total=images * count, desc=title, disable=None, **options) as bar:
+    with tqdm(
+        total=images * count,
+        desc=title,
+        disable=None,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        leave=False,
+    ) as bar:
         for index in range(count):
-            synchronize(device)
+            synchronize()
             started = time.perf_counter()
             loss = epoch(index, bar)
-            synchronize(device)
+            synchronize()
             seconds.append(time.perf_counter() - started)
             bar.write(f"{title}, epoch {index + 1}/{count}: {seconds[-1]:.3f} s, loss {loss:.3f}")
             sys.stdout.flush()
     return seconds, loss
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(
@@ -305,17 +399,23 @@ def measure(
     """Time one recipe; also the trained weights, from which QAT starts."""
     torch.manual_seed(0)
     training = RECIPES[recipe](data, mode, stem, state, args)
-    count, title = args.warm_up + args.epochs, f"{recipe} {mode}, {args.model} ({stem} stem)"
-    warm_up_s, epochs_s, epoch_s, compile_s = [], [], 0.0, 0.0
+    count = args.warm_up + args.epochs
+    title = f"{recipe} {mode}, {args.model} ({stem} stem)"
+
+    # each part of a run counts by its share of the epochs
+    warm_up_s, epochs_s = [], []
+    epoch_s = 0.0
+    compile_s = 0.0
     for share, begin in training.parts:
-        seconds, loss = timed_epochs(begin(), training.images, count, title, args.device)
+        seconds, loss = timed_epochs(begin(), training.images, count, title)
         warm_up_s.append(seconds[: args.warm_up])
         epochs_s.append(seconds[args.warm_up :])
         median_s = statistics.median(epochs_s[-1])
         epoch_s += share * median_s
         compile_s += sum(warm_up_s[-1]) - args.warm_up * median_s
+
     flops = flops_per_image(args.model, stem, len(data.classes), data.train_images.shape[1:])
-    gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else ""
+    images_s = training.images / epoch_s
     row = Row(
         recipe=recipe,
         mode=mode,
@@ -325,16 +425,9 @@ def measure(
         arithmetic=training.arithmetic,
         images=training.images,
         epoch_s=epoch_s,
-        images_s=training.images / epoch_s,
-        tflops=flops * training.images / epoch_s / 1e12,
-        peak_tflops=next(
-            (
-                peak[training.arithmetic]
-                for glob, peak in PEAK_TFLOPS.items()
-                if fnmatchcase(gpu, glob)
-            ),
-            None,
-        ),
+        images_s=images_s,
+        tflops=flops * images_s / 1e12,
+        peak_tflops=peak_tflops(training.arithmetic),
         compile_s=compile_s,
         warm_up_s=warm_up_s,
         epochs_s=epochs_s,
@@ -344,56 +437,59 @@ def measure(
 
 
 def free() -> None:
-    """Let go of the last network, its compiled code and its loader, whose threads must not call CUDA while a graph records."""
+    """Let go of the last network, its compiled code and its loader.
+
+    The loader's threads must not call CUDA while a graph records.
+    """
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
+# What is printed
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows, and how their speeds compare, as text."""
-    cells = [
-        [
-            "recipe",
-            "mode",
-            "stem",
-            "batch",
-            "epoch s",
-            "images/s",
-            "TFLOP/s",
-            "chip's dense peak",
-            "compile s",
-        ]
-    ]
+    lines = [TITLES]
     for row in rows:
-        peak = f"{row.peak_tflops or '-'} ({row.arithmetic})"
-        times = (
-            f"{row.epoch_s:.3f}",
-            f"{row.images_s:,.0f}",
-            f"{row.tflops:.2f}",
-            peak,
-            f"{row.compile_s:.1f}",
+        lines.append(
+            [
+                row.recipe,
+                row.mode,
+                row.stem,
+                str(row.batch_size),
+                f"{row.epoch_s:.3f}",
+                f"{row.images_s:,.0f}",
+                f"{row.tflops:.2f}",
+                f"{row.peak_tflops or '-'} ({row.arithmetic})",
+                f"{row.compile_s:.1f}",
+            ]
         )
-        cells.append([row.recipe, row.mode, row.stem, str(row.batch_size), *times])
-    lines = [records.text_table(cells, names=3)]
+    return "\n".join([records.text_table(lines, names=3), *ratios(rows)])
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """A line for each two rows of a stem that differ in the recipe or in the mode alone."""
+    # (what is compared, the slower one, the faster one)
+    pairs = []
+    for mode in MODES:
+        pairs.append((f"{mode}, reference / ours", ("reference", mode), ("ours", mode)))
+    for recipe in RECIPES:
+        pairs.append((f"{recipe}, QAT / float", (recipe, "qat"), (recipe, "float")))
+
+    lines = []
     for stem in dict.fromkeys(row.stem for row in rows):
         speed = {(row.recipe, row.mode): row.images_s for row in rows if row.stem == stem}
-        pairs = [
-            (f"{mode}, reference / ours", ("reference", mode), ("ours", mode)) for mode in MODES
-        ]
-        pairs += [
-            (f"{recipe}, QAT / float", (recipe, "qat"), (recipe, "float")) for recipe in RECIPES
-        ]
         for what, slow, fast in pairs:
             if slow in speed and fast in speed:
-                lines.append(
-                    f"{stem} stem, time per image, {what}: {speed[fast] / speed[slow]:.2f}"
-                )
-    return "\n".join(lines)
+                ratio = speed[fast] / speed[slow]
+                lines.append(f"{stem} stem, time per image, {what}: {ratio:.2f}")
+    return lines
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -417,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch_size", type=int, help="of ours (default: train.py's, 512 on a GPU)")
     add(
         "--optimizer",
-        choices=tuple(train.LEARNING_RATE),
+        choices=tuple(train.FROM_SCRATCH),
         help="of ours in float (default: train.py's, muon on a GPU)",
     )
     add("--reference_batch_size", type=int, default=128, help="default: %(default)s")
@@ -432,27 +528,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="written after each row, so that an early end loses little",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     if min(args.epochs, args.warm_up, args.reference_batch_size) < 1:
         raise UserError("--epochs, --warm_up and --reference_batch_size: at least 1")
     data = dataset.load(args.dataset, args.data_dir)
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-    }
-    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {}
+    for name, value in vars(args).items():
+        settings[name] = str(value) if isinstance(value, Path) else value
     record = {
         "kind": "train_speed",
-        "environment": records.environment(),
+        "environment": records.environment([records.Row("pytorch", "FP32")]),
         "commit": records.commit(),
         "flags": settings,
     }
+
     rows: list[Row] = []
-    recipes = [
-        recipe for recipe in RECIPES if recipe in args.recipes
-    ]  # references first: they fork, ours starts threads
+    # references first: they fork, ours starts threads
+    recipes = [recipe for recipe in RECIPES if recipe in args.recipes]
     for recipe, stem in itertools.product(recipes, args.stem):
         state = None
-        for mode in (mode for mode in MODES if mode in args.modes):
+        for mode in MODES:
+            if mode not in args.modes:
+                continue
             row, state = measure(recipe, mode, stem, state, data, args)
             free()
             rows.append(row)
