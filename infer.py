@@ -35,56 +35,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--export_only", action="store_true", help="run only PyTorch here, engines elsewhere")
 
     add = parser.add_argument_group("comparison").add_argument
-    add(
-        "--batch_size",
-        dest="batch_sizes",
-        type=int,
-        nargs="*",
-        default=DEFAULT.batch_sizes,
-        help="of the latencies (default: 1 128; none: accuracy only)",
-    )
-    add(
-        "--torch_compile",
-        type=int,
-        nargs="+",
-        default=DEFAULT.torch_compile,
-        metavar="B",
-        help="also time PyTorch's FP16, eager and compiled, at these batch sizes",
-    )
-    add(
-        "--audit",
-        action="store_true",
-        help="list and time engine layers; fail if one meant for INT8 runs in another type",
-    )
+    sizes = {"type": int, "default": DEFAULT.batch_sizes, "dest": "batch_sizes"}
+    add("--batch_size", nargs="*", help="of latencies (default: 1 128; none: accuracy)", **sizes)
+    compiled = "time PyTorch's FP16 too, eager and compiled, at these batch sizes"
+    add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help=compiled)
+    audit = "list and time engine layers; fail if one meant for INT8 runs in another type"
+    add("--audit", action="store_true", help=audit)
     add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=Path, metavar="FILE", help="plot accuracy against throughput as PNG")
 
     add = parser.add_argument_group("TensorRT").add_argument
-    add(
-        "--remainder",
-        choices=("fp16", "fp32"),
-        default=DEFAULT.remainder,
-        help="what unquantized layers compute in (default: %(default)s)",
-    )
-    add(
-        "--workspace_gb",
-        type=float,
-        default=DEFAULT.workspace_gb,
-        help="limit of scratch memory (default: %(default)s)",
-    )
-    add(
-        "--opt_level",
-        type=int,
-        choices=range(6),
-        default=DEFAULT.opt_level,
-        help="of the builder (default: %(default)s)",
-    )
-    add(
-        "--timing_cache",
-        type=Path,
-        metavar="DIR",
-        help="kernel timings to share between exports (default: each its own)",
-    )
+    rest = "what unquantized layers compute in (default: %(default)s)"
+    add("--remainder", choices=("fp16", "fp32"), default=DEFAULT.remainder, help=rest)
+    scratch = "limit of scratch memory (default: %(default)s)"
+    add("--workspace_gb", type=float, default=DEFAULT.workspace_gb, help=scratch)
+    level = "of the builder (default: %(default)s)"
+    add("--opt_level", type=int, choices=range(6), default=DEFAULT.opt_level, help=level)
+    timings = "kernel timings to share between exports (default: each its own)"
+    add("--timing_cache", type=Path, metavar="DIR", help=timings)
     return parser
 
 

@@ -12,10 +12,7 @@ through the rounding with a straight-through gradient and ranges that stay fixed
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,28 +30,27 @@ from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.errors import UserError, run
-from utils.files import locked, new_folder
+from utils.files import new_folder
 from utils.recipe import Defaults, Recipe, resolve
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
-from utils.training.run import Run, load_to_resume
+from utils.training.run import BEST, Run, at_work_in, load_to_resume
 from utils.training.schedule import make_schedule
 from utils.training.step import Step, evaluate, freeze_batch_norm
 
-# What is trained how, unless flags say otherwise. Peak learning rates are for batch size 128 and
-# grow in proportion to it; they rise for a twentieth of the run and then fall to 0, in a line.
-FROM_SCRATCH = {"muon": 0.0125, "sgd": 0.05, "adamw": 2e-3}
-FROM_IMAGENET = {"sgd": 0.05, "adamw": 2e-3}
-FINE_TUNING = {"sgd": 0.0025, "adamw": 1e-4}
+# What is trained how, unless flags say otherwise. A peak learning rate is for batch size 128 and
+# grows in proportion to it; the rate rises for a twentieth of the run and falls to 0, in a line.
+# fmt: off
 DEFAULTS = {
-    #              epochs        on a GPU  CPU    peak lr        in the last third
-    "scratch": Defaults(40, "muon", "sgd", FROM_SCRATCH, "SAM"),
-    "pretrained": Defaults(40, "sgd", "sgd", FROM_IMAGENET),
-    "fine-tuning": Defaults(40, "sgd", "sgd", FINE_TUNING, "frozen BatchNorm"),
-    "QAT": Defaults(10, "sgd", "sgd", FINE_TUNING, "frozen BatchNorm"),
+    #                     epochs, on a GPU, on a CPU, peak lr of each optimizer, in the last third
+    "scratch":     Defaults(40, "muon", "sgd", {"muon": 0.0125, "sgd": 0.05, "adamw": 2e-3}, "SAM"),
+    "pretrained":  Defaults(40, "sgd",  "sgd", {"sgd": 0.05, "adamw": 2e-3}),
+    "fine-tuning": Defaults(40, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, "frozen BatchNorm"),
+    "QAT":         Defaults(10, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, "frozen BatchNorm"),
 }
+# fmt: on
 LAST_PART = 1 / 3  # of the epochs
 COMPILE_STEPS = 10_000  # from which torch.compile pays on one H100: 15 to 50 s for 2 to 6 ms a step
 
@@ -62,59 +58,30 @@ COMPILE_STEPS = 10_000  # from which torch.compile pays on one H100: 15 to 50 s 
 def build_parser() -> argparse.ArgumentParser:
     parser = flags.make_parser(__doc__, tuple(dataset.LOADERS))
     add = parser.add_argument_group("start").add_argument
-    add("--pretrain", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--pretrain", action="store_true", help="from torchvision's ImageNet weights")
+    add("--partial_ckpt", action="store_true", help="--load_ckpt is float: it has no ranges")
     add(
-        "--partial_ckpt",
-        action="store_true",
-        help="--load_ckpt is a float checkpoint: it fills all but the ranges",
-    )
-    add(
-        "--resume",
-        type=Path,
-        metavar="DIR",
-        help="continue an interrupted run from its folder, with its own flags",
+        "--resume", type=Path, metavar="DIR", help="go on with an interrupted run, by its own flags"
     )
 
     add = parser.add_argument_group("training").add_argument
     add("--num_epochs", type=int, help="default: 40, with --quantize 10 (0 calibrates only)")
     add("--batch_size", type=int, help="of all ranks together (default: GPU 512, CPU 128)")
-    add(
-        "--optimizer",
-        choices=tuple(FROM_SCRATCH),
-        help="default: muon from scratch on a GPU, else sgd",
-    )
+    optimizers = "default: muon from scratch on a GPU, else sgd"
+    add("--optimizer", choices=tuple(DEFAULTS["scratch"].peak_lr), help=optimizers)
     add("--lr", type=float, help="peak learning rate (default: by optimizer, start, batch size)")
-    add(
-        "--lrdt",
-        type=int,
-        metavar="N",
-        help="divide the rate by 10 every N epochs (default: warm-up, then a line to 0)",
-    )
+    lrdt = "divide the rate by 10 every N epochs (default: warm-up, then a line to 0)"
+    add("--lrdt", type=int, metavar="N", help=lrdt)
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="torch.compile on one GPU (default: where the run is long enough)",
-    )
+    compile_help = "torch.compile on one GPU (default: where the run is long enough)"
+    add("--compile", action="store_true", default=None, help=compile_help)
     add("--no_compile", action="store_false", dest="compile", default=None, help="none of it")
 
     add = parser.add_argument_group("output").add_argument
-    add(
-        "--od",
-        "--output_dir",
-        dest="output_dir",
-        type=Path,
-        default=Path("/tmp"),
-        help="folder of experiments (default: %(default)s)",
-    )
-    add(
-        "--en",
-        "--exp_name",
-        dest="exp_name",
-        default="pytorch_exp",
-        help="experiment's folder in it (default: %(default)s, then _1, _2, ...)",
-    )
+    parent = "folder of experiments (default: %(default)s)"
+    add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help=parent)
+    name = "an experiment's folder (default: %(default)s, then _1, _2, ...)"
+    add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help=name)
     add("--test_trt", action="store_true", help="afterwards build and compare engines")
     add("--list_layers", action="store_true", help="print the layers' names, and do no more")
     return parser
@@ -386,39 +353,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_layers(networks.build_quantized(spec, flags.agreed_quantization(args, None)))
         return
     torch.backends.cudnn.benchmark = True
-    with ranks.started() as here, quiet_unless(here.first):
+    with ranks.started() as here:
         if args.resume:
             folder = args.resume.parent
         else:
             new = new_folder(args.output_dir, args.exp_name) if here.first else None
             folder = ranks.from_first(new)
         print(f"experiment folder: {folder}", flush=True)
-        try:
-            with locked(folder) if here.first else contextlib.nullcontext():
-                train(recipe, start, bool(args.resume), folder, here)
-        except (KeyboardInterrupt, torch.AcceleratorError) as error:
-            raise UserError(how_to_go_on(error, folder)) from None
-        finally:
-            # a run that failed before its first checkpoint leaves nothing, and frees its number
-            if here.first and not any(folder.iterdir()):
-                folder.rmdir()
+        with at_work_in(folder, here.first):
+            train(recipe, start, bool(args.resume), folder, here)
     if recipe.comparison and here.first:
-        compare_best(folder / "ckpt_best", recipe)
-
-
-def quiet_unless(first: bool) -> contextlib.redirect_stdout:
-    """Only the first rank prints."""
-    return contextlib.redirect_stdout(sys.stdout if first else io.StringIO())
-
-
-def how_to_go_on(error: BaseException, folder: Path) -> str:
-    """What an interrupted run tells the user."""
-    what = "interrupted"
-    if str(error):  # Ctrl-C says nothing
-        what = f"the GPU failed ({str(error).splitlines()[0]})"
-    if not any(folder.glob("ckpt_*")):
-        return f"{what}; nothing was saved yet"
-    return f"{what}; continue with: python train.py --resume {shlex.quote(str(folder))}"
+        compare_best(folder / BEST, recipe)
 
 
 def compare_best(path: Path, recipe: Recipe) -> None:

@@ -32,13 +32,10 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
     )
     add = parser.add_argument_group("network").add_argument
     add("--m", "--model", dest="model", help="such as resnet18 (a checkpoint knows its own)")
-    add(
-        "--stem",
-        choices=("auto", "imagenet", "cifar"),
-        default="auto",
-        help="first layers: ImageNet's 7x7 of stride 2 and a pool, or CIFAR's 3x3; "
-        "auto: imagenet with --pretrain, else cifar",
+    stems = (
+        "first layers: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with --pretrain, else cifar)"
     )
+    add("--stem", choices=("auto", "imagenet", "cifar"), default="auto", help=stems)
     add("--load_ckpt", type=Path, metavar="FILE", help="checkpoint to start from")
 
     add = parser.add_argument_group("images").add_argument
@@ -51,39 +48,19 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
     add("--quantize", action="store_true", help="quantize the selected layers")
     add("--quant_layers", nargs="+", metavar="GLOB", help="layers to quantize (default: '*')")
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
-    add(
-        "--calibrator",
-        choices=CALIBRATORS,
-        help=f"how activation ranges are found (default: {default.calibrator})",
-    )
-    add(
-        "--calib_images",
-        type=int,
-        metavar="N",
-        help=f"train images to calibrate with (default: {default.calib_images})",
-    )
+    ranges = f"how activation ranges are found (default: {default.calibrator})"
+    add("--calibrator", choices=CALIBRATORS, help=ranges)
+    images = f"train images to calibrate with (default: {default.calib_images})"
+    add("--calib_images", type=int, metavar="N", help=images)
 
-    add = parser.add_argument_group("engines: one row each; none named: all").add_argument
+    add = parser.add_argument_group("engines (none named: all)").add_argument
     for name, precision in PRECISIONS.items():
-        add(
-            f"--{precision.flag}",
-            dest="precisions",
-            action="append_const",
-            const=name,
-            help=precision.help,
-        )
-    add(
-        "--ptc_mode",
-        choices=("explicit", "implicit"),
-        default="explicit",
-        help="implicit: also an engine by TensorRT's own calibration",
-    )
-    add(
-        "--backend",
-        choices=("auto", "tensorrt", "onnxruntime"),
-        default="auto",
-        help="what runs the exported networks; auto: TensorRT where it runs, else ONNX Runtime",
-    )
+        flag = {"action": "append_const", "const": name, "dest": "precisions"}
+        add(f"--{precision.flag}", help=precision.help, **flag)
+    implicit = "implicit: also an engine by TensorRT's own calibration"
+    add("--ptc_mode", choices=("explicit", "implicit"), default="explicit", help=implicit)
+    runs = "what runs the exported networks; auto: TensorRT where it runs, else ONNX Runtime"
+    add("--backend", choices=("auto", "tensorrt", "onnxruntime"), default="auto", help=runs)
     return parser
 
 

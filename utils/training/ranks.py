@@ -5,9 +5,10 @@ They talk through torch.distributed and are started by torchrun.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,7 +39,7 @@ class Ranks:
 
 @contextmanager
 def started() -> Iterator[Ranks]:
-    """The ranks that torchrun started, over NCCL on GPUs and gloo on CPUs.
+    """The ranks that torchrun started, over NCCL on GPUs and gloo on CPUs; the first alone prints.
 
     A plain process is rank 0 of 1.
     """
@@ -50,8 +51,13 @@ def started() -> Iterator[Ranks]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    here = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        if here.first:
+            yield here
+        else:
+            with redirect_stdout(io.StringIO()):
+                yield here
     finally:
         dist.destroy_process_group()
 

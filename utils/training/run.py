@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from torch import nn
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
-from utils.files import link
+from utils.files import link, locked
 from utils.training.optimizers import load_optimizer
 
 BEST = "ckpt_best"
@@ -118,3 +121,29 @@ def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
             f"--resume {newest}: {there[last]} goes on from there; resume or delete that"
         )
     return newest, checkpoint
+
+
+@contextmanager
+def at_work_in(folder: Path, first: bool) -> Iterator[None]:
+    """Meanwhile no other process trains in `folder`. A run without a checkpoint leaves no folder.
+
+    Args:
+        first: whether this is the rank that writes.
+
+    Raises:
+        UserError: another process does; or this one is interrupted, and how to go on.
+    """
+    try:
+        with locked(folder) if first else nullcontext():
+            yield
+    except (KeyboardInterrupt, torch.AcceleratorError) as error:
+        what = "interrupted"
+        if str(error):  # Ctrl-C says nothing
+            what = f"the GPU failed ({str(error).splitlines()[0]})"
+        mend = "nothing was saved yet"
+        if any(folder.glob("ckpt_*")):
+            mend = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
+        raise UserError(f"{what}; {mend}") from None
+    finally:
+        if first and not any(folder.iterdir()):
+            folder.rmdir()  # its number is free again
