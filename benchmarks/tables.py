@@ -1,4 +1,4 @@
-"""The tables and plots of README.md and docs/, made from the records in results/. Imports no torch.
+"""The tables and plots of README.md and docs/, made from results/ and from train.py's defaults.
 
     python benchmarks/tables.py     write all of them again
 
@@ -8,6 +8,7 @@ A document marks where a table stands, and which:
     <!-- end -->
 
 The kinds are the keys of `TABLES`. The path, from the project's root, is a record's or a folder's.
+The table of train.py's defaults stands between `<!-- recipes -->` and the end.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train
+from utils import records
 from utils.errors import UserError, run
 from utils.files import atomic_path
-from utils.flags import CALIBRATORS
-from utils.records import markdown_table
+from utils.recipe import Recipe, make_recipe
+from utils.records import ROOT, markdown_table
+from utils.specs import CALIBRATORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-ROOT = Path(__file__).parent.parent
 
 IN_PYTORCH = {
     "FP32": "FP32",
@@ -64,22 +66,6 @@ TITLES = {
 }
 """A model's name in the code -> its name in the headline and the plot."""
 
-RECORD_COLUMNS = [
-    ("back end", "backend", ""),
-    ("precision", "precision", ""),
-    ("accuracy %", "accuracy_pct", ".2f"),
-    ("Δ FP32", "delta_pct", "+.2f"),
-    ("agreement %", "agreement_pct", ".2f"),
-    ("batch", "batch_size", "d"),
-    ("p50 ms", "p50", ".3f"),
-    ("p99 ms", "p99", ".3f"),
-    ("images/s", "throughput_img_s", ",.0f"),
-    ("MB", "file_mb", ".1f"),
-    ("INT8 layers", "int8_layers", "d"),
-    ("layers", "layers", "d"),
-]
-"""Title, key in a row of a record, and format of each column of a whole record's table."""
-
 TRAINING_TITLES = [
     "recipe",
     "mode",
@@ -92,6 +78,25 @@ TRAINING_TITLES = [
     "chip's peak",
     "compile s",
 ]
+
+RECIPE_TITLES = [
+    "run",
+    "flags",
+    "optimizer",
+    "last third of the epochs",
+    "epochs",
+    "peak lr at batch size 128",
+]
+
+RUNS = {
+    "scratch": ("from scratch", "-"),
+    "pretrained": ("from ImageNet weights", "`--pretrain`"),
+    "fine-tuning": ("float fine-tuning", "`--load_ckpt`"),
+    "QAT": ("QAT", "`--quantize --partial_ckpt --load_ckpt`"),
+}
+"""A kind of training -> its title, and the flags that ask for it."""
+
+OPTIMIZERS = {"muon": "Muon", "sgd": "SGD", "adamw": "AdamW"}
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -109,7 +114,7 @@ def load(folder: Path) -> Groups:
     """
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
-        record = _read(path)
+        record = records.read(path)
         if record.get("kind") != "inference":
             continue
         group = groups.setdefault(_group_name(record), [])
@@ -117,13 +122,6 @@ def load(folder: Path) -> Groups:
             _require_one_study(path, record, other)
         group.append(record)
     return groups
-
-
-def _read(path: Path) -> Record:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, it will be made again") from None
 
 
 def _group_name(record: Record) -> str:
@@ -308,19 +306,13 @@ def _speed_cells(group: Sequence[Record], batch_size: int) -> list[str]:
 
 def record_table(path: Path) -> str:
     """All rows of one inference record."""
-    lines = [[title for title, _, _ in RECORD_COLUMNS]]
-    for row in _read(path)["rows"]:
-        values = {**row, **row["latency_ms"]}
-        cells = []
-        for _, key, spec in RECORD_COLUMNS:
-            cells.append("-" if values[key] is None else format(values[key], spec))
-        lines.append(cells)
-    return markdown_table(lines, names=2)
+    rows = [records.Row(**row) for row in records.read(path)["rows"]]
+    return markdown_table(records.cells_of(rows), names=2)
 
 
 def training_table(path: Path) -> str:
     """A record of training speed; each recipe against the reference by time per image."""
-    rows = _read(path)["rows"]
+    rows = records.read(path)["rows"]
     reference = {}
     for row in rows:
         if row["recipe"] == "reference":
@@ -343,6 +335,37 @@ def training_table(path: Path) -> str:
             ]
         )
     return markdown_table(lines)
+
+
+# The table of recipes
+
+
+def recipes_table() -> str:
+    """What each kind of training is by default: one line, or two where a CPU's is another."""
+    lines = [RECIPE_TITLES]
+    for kind, defaults in train.DEFAULTS.items():
+        title, words = RUNS[kind]
+        recipes = {}
+        for device, device_type in (("GPU", "cuda"), ("CPU", "cpu")):
+            recipes[device] = make_recipe(
+                kind, defaults, device_type, model="", stem="", batch_size=128
+            )
+        if recipes["GPU"] == recipes["CPU"]:
+            lines.append([title, words, *_recipe_cells(recipes["GPU"])])
+            continue
+        for device, recipe in recipes.items():
+            lines.append([f"{title}, {device}", words, *_recipe_cells(recipe)])
+    return markdown_table(lines, names=4)
+
+
+def _recipe_cells(recipe: Recipe) -> list[str]:
+    last_third = "as before"
+    if recipe.sam_rho:
+        last_third = f"SAM, radius {recipe.sam_rho:g}"
+    elif recipe.freeze_batch_norm:
+        last_third = "BatchNorm's statistics frozen"
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    return [optimizer, last_third, str(recipe.num_epochs), f"{recipe.lr:g}"]
 
 
 # The plot
@@ -458,13 +481,18 @@ def documents() -> list[Path]:
 
 def refresh_tables(text: str) -> str:
     """Put the table of its kind between each marker and `<!-- end -->`."""
+    between = r"\n.*?<!-- end -->"
 
     def table(match: re.Match[str]) -> str:
         kind, path = match[1], match[2]
         return f"<!-- {kind}: {path} -->\n{TABLES[kind](ROOT / path)}\n<!-- end -->"
 
-    marked = rf"<!-- ({'|'.join(TABLES)}): (\S+) -->\n.*?<!-- end -->"
-    return re.sub(marked, table, text, flags=re.DOTALL)
+    def recipes(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{recipes_table()}\n<!-- end -->"
+
+    marker = rf"<!-- ({'|'.join(TABLES)}): (\S+) -->"
+    text = re.sub(marker + between, table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- recipes -->)" + between, recipes, text, flags=re.DOTALL)
 
 
 def plot_folders(document: Path) -> list[Path]:

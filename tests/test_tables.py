@@ -1,10 +1,12 @@
 """Tables and plots: many records as one, mean and spread over seeds, speeds over engines."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+import train
 from benchmarks import tables
 from utils.errors import UserError
 
@@ -72,10 +74,11 @@ def results(tmp_path):
 
 def cells(table):
     """Each line of a Markdown table as title -> cell."""
-    titles, _, *lines = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    )
-    return [dict(zip(titles, line, strict=True)) for line in lines]
+    lines = []
+    for line in table.splitlines():
+        lines.append([cell.strip() for cell in line.strip("|").split("|")])
+    titles, _, *rows = lines
+    return [dict(zip(titles, row, strict=True)) for row in rows]
 
 
 def test_a_damaged_record_is_named(results):
@@ -164,3 +167,26 @@ def test_without_engines_there_is_no_plot(tmp_path):
     write(tmp_path / "seed1.json", record_of(1, 92.0, 92.0))
     tables.plot(tmp_path)
     assert not (tmp_path / tables.PLOT).exists()
+
+
+def test_the_table_of_recipes_has_each_kind_of_training():
+    lines = cells(tables.recipes_table())
+    by_run = {line["run"]: line for line in lines}
+    assert len(by_run) == len(lines) == len(train.DEFAULTS) + 1
+    muon = by_run["from scratch, GPU"]
+    assert (muon["optimizer"], muon["last third of the epochs"]) == ("Muon", "SAM, radius 0.005")
+    assert by_run["from scratch, CPU"]["optimizer"] == "SGD"
+    qat = by_run["QAT"]
+    assert (qat["epochs"], qat["peak lr at batch size 128"]) == ("10", "0.0025")
+    assert qat["last third of the epochs"] == "BatchNorm's statistics frozen"
+
+
+def test_a_changed_default_is_noticed(monkeypatch):
+    text = (tables.ROOT / "docs" / "training.md").read_text()
+    assert text.count("<!-- recipes -->") == 1
+    assert tables.refresh_tables(text) == text, "run `make tables`"
+    longer = replace(train.DEFAULTS["QAT"], num_epochs=77)
+    monkeypatch.setitem(train.DEFAULTS, "QAT", longer)
+    changed = tables.refresh_tables(text)
+    assert changed.count("| 77 |") == 1
+    assert changed.replace("| 77 |", "| 10 |") == text
