@@ -1,11 +1,10 @@
-"""Fixtures shared by all tests: real digits, one float and one quantized checkpoint, and ways to run the two scripts."""
+"""Shared by all tests: real digits, small networks, checkpoints, and ways to run the scripts."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that spin slow each other down wherever cores are shared
+# threads that spin slow each other down wherever cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import resource
 import subprocess
@@ -32,6 +31,13 @@ NETWORKS = [
 ]
 """Every model with every stem that it has."""
 
+_FAST = (("resnet18", "cifar"), ("efficientnet_b0", "cifar"))
+NETWORK_PARAMS = [
+    pytest.param(network, id="-".join(network), marks=() if network in _FAST else pytest.mark.slow)
+    for network in NETWORKS
+]
+"""The same as parameters of a test: two stand for all where tests have to be fast."""
+
 BLOCK = """
 import runpy, sys
 class Block:
@@ -46,39 +52,59 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Small(nn.Module):
-    """One of each: a convolution, a residual block with and one without a shortcut convolution, a pool, a classifier."""
+    """One of each: a convolution, blocks without and with a shortcut, a pool, a classifier."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.relu = (
-            nn.Conv2d(3, 6, 3, padding=1),
-            nn.BatchNorm2d(6),
-            nn.ReLU(inplace=True),
-        )
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
         self.layer1 = BasicBlock(6, 6, 1, None)
-        self.layer2 = BasicBlock(
-            6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
-        )
-        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        shortcut = nn.Sequential(nn.Conv2d(6, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+        self.layer2 = BasicBlock(6, 4, 2, shortcut)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(4, 5)
 
     def forward(self, x):
-        return self.fc(
-            self.flatten(self.avgpool(self.layer2(self.layer1(self.relu(self.bn(self.conv(x)))))))
-        )
+        x = self.relu(self.bn(self.conv(x)))
+        x = self.layer2(self.layer1(x))
+        return self.fc(self.flatten(self.avgpool(x)))
+
+
+class Tiny(nn.Sequential):
+    """Three layers with an input range, for what takes long for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(16, 5)
+
+
+def made(network, seed=0):
+    """A network of the class `network`, with BatchNorms that matter."""
+    torch.manual_seed(seed)
+    model = network()
+    randomise_batch_norm(model)
+    return model
 
 
 def normalised(images, mean, std):
     """Images (N, H, W, 3) uint8 -> (N, 3, H, W) float32 by the textbook formula."""
-    return torch.from_numpy(
-        ((images / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
-    ).contiguous()
+    values = ((images / 255 - mean) / std).astype(np.float32)
+    return torch.from_numpy(values.transpose(0, 3, 1, 2)).contiguous()
 
 
 @torch.no_grad()
 def randomise_batch_norm(model):
-    """Affine parameters as if trained, a fifth of the gammas negative, and the statistics of random images.
+    """Affine parameters as if trained, a fifth of the gammas negative; statistics of random images.
 
-    Statistics that do not fit what they normalise let the signal die: all images would have the same logits.
+    Statistics that do not fit what they normalise let the signal die: all images would have the
+    same logits.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -90,9 +116,8 @@ def randomise_batch_norm(model):
     model.train(training)
     for norm in norms:
         norm.momentum = 0.1
-        norm.running_var.clamp_(
-            min=0.5 * norm.running_var.mean()
-        )  # or a channel that hardly moves becomes the loudest
+        # or a channel that hardly moves becomes the loudest
+        norm.running_var.clamp_(min=0.5 * norm.running_var.mean())
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +128,7 @@ def digits():
 
 @contextmanager
 def digits_cut_to(train, test, digits, width=32):
-    """Meanwhile, `--dataset digits` is its first `train` train and `test` test images, `width` pixels wide."""
+    """Meanwhile, `--dataset digits` is its first `train` and `test` images, `width` pixels wide."""
     few = (
         digits.train_images[:train],
         digits.train_labels[:train],
@@ -118,9 +143,9 @@ def digits_cut_to(train, test, digits, width=32):
 
 @pytest.fixture(scope="module")
 def small_digits(digits):
-    """For the rest of the module, `--dataset digits` is 60 train images, 50 and 10 after the split, and 40 test images.
+    """For the rest of the module, `--dataset digits` has 60 train and 40 test images of 16x16.
 
-    They are 16 pixels wide.
+    Of the train images, 50 remain for training after the split.
     """
     with digits_cut_to(60, 40, digits, width=16):
         yield
@@ -128,7 +153,7 @@ def small_digits(digits):
 
 @pytest.fixture(scope="session")
 def small_cifar10(digits, tmp_path_factory):
-    """Folder with 160 train and 40 test digits as a CIFAR-10 archive: few images for other processes."""
+    """Folder with 160 train and 40 test digits as a CIFAR-10 archive, for other processes."""
     folder = tmp_path_factory.mktemp("cifar10")
     train = {"x_train": digits.train_images[:160], "y_train": digits.train_labels[:160]}
     np.savez(
@@ -142,7 +167,7 @@ def small_cifar10(digits, tmp_path_factory):
 
 @pytest.fixture
 def small_disk():
-    """For the rest of the test, a file holds at most 100 kB: writing more fails as on a full disk."""
+    """For the rest of the test, files hold at most 100 kB: writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield
@@ -151,23 +176,12 @@ def small_disk():
 
 @pytest.fixture(scope="session")
 def float_checkpoint(tmp_path_factory):
-    """`ckpt_best` of a float ResNet-18 after one epoch on the digits: about two thirds of the test images right."""
+    """`ckpt_best` of a float ResNet-18 after one epoch on the digits: about two thirds right."""
     import train
 
     folder = tmp_path_factory.mktemp("float")
-    flags = [
-        "--m",
-        "resnet18",
-        "--stem",
-        "imagenet",
-        "--dataset",
-        "digits",
-        "--num_epochs",
-        "1",
-        "--batch_size",
-        "64",
-    ]
-    train.main([*flags, "--lr", "0.005", "--od", str(folder), "--en", "run"])
+    flags = "--m resnet18 --stem imagenet --dataset digits --num_epochs 1 --batch_size 64"
+    train.main([*flags.split(), "--lr", "0.005", "--od", str(folder), "--en", "run"])
     return folder / "run" / "ckpt_best"
 
 
@@ -177,23 +191,14 @@ def qat_checkpoint(float_checkpoint, tmp_path_factory):
     import train
 
     folder = tmp_path_factory.mktemp("qat")
-    flags = [
-        "--quantize",
-        "--partial_ckpt",
-        "--load_ckpt",
-        str(float_checkpoint),
-        "--num_epochs",
-        "1",
-        "--batch_size",
-        "64",
-    ]
-    train.main([*flags, "--od", str(folder), "--en", "run"])
+    flags = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --num_epochs 1"
+    train.main([*flags.split(), "--batch_size", "64", "--od", str(folder), "--en", "run"])
     return folder / "run" / "ckpt_best"
 
 
 @pytest.fixture(scope="module")
 def quick_latencies():
-    """For the rest of the module, latencies are measured over two calls: its tests read their format, not their size."""
+    """For the rest of the module, latencies are of two calls: its tests read their format alone."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("WARM_UP_RUNS", 0), ("MIN_RUNS", 2), ("MIN_SECONDS", 0.0)):
             patch.setattr(measure, name, value)
@@ -202,7 +207,7 @@ def quick_latencies():
 
 @pytest.fixture(scope="session")
 def error_line():
-    """Run a script's main in this process as its `__main__` does; it must end with one line, which is returned."""
+    """Run a script's main in this process as its `__main__` does: it must end with one line."""
 
     def run(main, argv):
         with pytest.raises(SystemExit) as exit_info:
@@ -218,7 +223,7 @@ def error_line():
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Run `train.py` or `infer.py` in a process of its own, in which the packages `blocked` are not installed."""
+    """Run a script in a process of its own, in which the packages `blocked` are not installed."""
 
     def run(*argv, blocked=()):
         prefix = ["-c", BLOCK.format(blocked=tuple(blocked))] if blocked else []
@@ -230,7 +235,7 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def failure_line():
-    """What a failed process says: it must end with one line on stderr, which is returned, and no traceback."""
+    """What a failed process says: it must end with one line on stderr, and no traceback."""
 
     def line(process, stderr=None):
         stderr = process.stderr if stderr is None else stderr

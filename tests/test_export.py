@@ -1,6 +1,7 @@
 """What the exported graphs hold, node by node, and what ONNX Runtime computes from them."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,38 +10,32 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import NETWORKS, Small, normalised, randomise_batch_norm
+from conftest import NETWORK_PARAMS, Small, made, normalised, randomise_batch_norm
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-import infer
 import models
+from layers import FromImages
 from utils import checkpoint as ckpt
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
-from utils.backends.pytorch import FromImages, TorchNetwork
-from utils.quantization.calibrate import calibrate
-from utils.quantization.export import export_onnx, merge_shared_quantizers
-from utils.quantization.swap import quantizable_modules, quantize_modules
+from utils.backends.pytorch import TorchNetwork
+from utils.checkpoint import load_weights
+from utils.metrics import percent_equal, sqnr_db
+from utils.networks import build_float, build_quantized
+from utils.quantization import calibrate, export_onnx, quantize_modules
+from utils.quantization.export import merge_shared_quantizers
+from utils.quantization.fold import to_inference
+from utils.quantization.swap import quantizable_modules
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-SHORTCUTS = {
-    "resnet18": 3,
-    "resnet34": 3,
-    "resnet50": 4,
-}  # convolutions whose output is an identity
-ADDITIONS = {
-    **{name: sum(depths) for name, depths in DEPTHS.items()},
-    "mobilenet_v2": 10,
-    "efficientnet_b0": 9,
-}
-COMPUTING = (
-    "Conv",
-    "Gemm",
-    "Add",
-    "Mul",
-    "GlobalAveragePool",
-)  # the node of each quantizable layer
-STATS = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])  # mean and standard deviation of the images
+SHORTCUTS = {"resnet18": 3, "resnet34": 3, "resnet50": 4}
+"""Convolutions whose output is an identity."""
+ADDITIONS = {name: sum(depths) for name, depths in DEPTHS.items()}
+ADDITIONS |= {"mobilenet_v2": 10, "efficientnet_b0": 9}
+COMPUTING = ("Conv", "Gemm", "Add", "Mul", "GlobalAveragePool")
+"""The node of each quantizable layer."""
+STATS = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])
+"""Mean and standard deviation of the images."""
 
 
 class Graph:
@@ -49,36 +44,32 @@ class Graph:
     def __init__(self, path):
         self.proto = onnx.load(path)
         self.nodes = list(self.proto.graph.node)
-        self.constants = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in self.proto.graph.initializer
-        }
+        initializers = self.proto.graph.initializer
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
         self.maker = {name: node for node in self.nodes for name in node.output}
-        layers = [
-            node
-            for node in self.nodes
-            if node.op_type in COMPUTING and layer_name(node) and not self.is_silu(node)
-        ]
-        self.layers = {layer_name(node): node for node in layers}
+        self.layers = {}
+        for node in self.nodes:
+            if node.op_type in COMPUTING and layer_name(node) and not self.is_silu(node):
+                self.layers[layer_name(node)] = node
 
     def count(self, *kinds):
         return sum(node.op_type in kinds for node in self.nodes)
 
     def is_silu(self, node):
         """The node multiplies something with its own sigmoid."""
-        sigmoid = self.maker.get(node.input[1]) if node.op_type == "Mul" else None
-        return (
-            sigmoid is not None
-            and sigmoid.op_type == "Sigmoid"
-            and sigmoid.input[0] == node.input[0]
-        )
+        factor = self.maker.get(node.input[1]) if node.op_type == "Mul" else None
+        if factor is None or factor.op_type != "Sigmoid":
+            return False
+        return factor.input[0] == node.input[0]
 
     def is_quantized(self, name):
         return name in self.maker and self.maker[name].op_type == "DequantizeLinear"
 
     def quantized(self, name):
-        """What a DequantizeLinear makes `name` of: the float tensor, the scale, and the axis (None: whole tensor).
+        """What `name` is dequantized of: float tensor, scale, axis (None: the whole tensor).
 
-        Both nodes must have the same constants, the zero point 0 of signed INT8, and nobody else in between.
+        Both nodes must have the same constants, the zero point 0 of signed INT8, and nobody else in
+        between.
         """
         dequantize = self.maker[name]
         assert dequantize.op_type == "DequantizeLinear"
@@ -94,18 +85,17 @@ class Graph:
             assert np.isfinite(scale).all()
             assert (scale > 0).all()
         assert list(quantize.input[1:]) == list(dequantize.input[1:])
-        axes = [
-            attribute.i
-            for node in (quantize, dequantize)
-            for attribute in node.attribute
-            if attribute.name == "axis"
-        ]
+        attributes = (*quantize.attribute, *dequantize.attribute)
+        axes = [attribute.i for attribute in attributes if attribute.name == "axis"]
         assert axes == ([] if scale.ndim == 0 else [0, 0])
         return quantize.input[0], scale, axes[0] if axes else None
 
 
 def layer_name(node):
-    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1; "" for those that normalise the images."""
+    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1.
+
+    "" for those that normalise the images.
+    """
     parts = []
     for part in node.name.strip("/").split("/")[1:-1]:
         if parts and part.startswith(parts[-1] + "."):
@@ -115,7 +105,7 @@ def layer_name(node):
 
 
 def batch_norm_of(model, name):
-    """The BatchNorm after a convolution, by the names that the models give them; None for other layers."""
+    """The BatchNorm after a convolution, by the names in the models; None for other layers."""
     parent, _, last = name.rpartition(".")
     module = model.get_submodule(name)
     if not isinstance(module, nn.Conv2d) or module.bias is not None:
@@ -125,22 +115,20 @@ def batch_norm_of(model, name):
 
 
 def quantizer_pairs(name):
-    """How many activations and weights a whole network quantizes, equal quantizers of one tensor counted once."""
+    """How many activations and weights a whole network quantizes, equal quantizers counted once."""
     if name == "vanilla_cnn":
-        return 6 + 2, 6 + 1  # the convolutions, the pool's and the classifier's input
+        # the convolutions, the pool's and the classifier's input
+        return 6 + 2, 6 + 1
     if name == "mobilenet_v2":
-        return 52 + 2, 52 + 1  # an addition's identity is a convolution's input
+        # an addition's identity is a convolution's input
+        return 52 + 2, 52 + 1
     if name == "efficientnet_b0":
-        return (
-            81 + 2 * 16 + 2,
-            81 + 1,
-        )  # and what a squeeze and excitation multiplies; its pool reads one of them
-    convolutions = 3 if name == "resnet50" else 2
-    blocks = sum(DEPTHS[name])
-    # the stem, in each block the input (for conv1, shortcut or addition) and what follows conv1, the identities, pool and fc
-    return 1 + blocks * convolutions + SHORTCUTS[name] + 2, 1 + blocks * convolutions + SHORTCUTS[
-        name
-    ] + 1
+        # and what a squeeze and excitation multiplies; its pool reads one of them
+        return 81 + 2 * 16 + 2, 81 + 1
+    # the stem; in each block the input (for conv1, shortcut or addition) and what follows conv1
+    convolutions = 1 + sum(DEPTHS[name]) * (3 if name == "resnet50" else 2)
+    # the identities, pool and classifier
+    return convolutions + SHORTCUTS[name] + 2, convolutions + SHORTCUTS[name] + 1
 
 
 def export(model, path, size=8):
@@ -156,30 +144,26 @@ def in_torch(model, stats=STATS):
     return TorchNetwork(FromImages(copy.deepcopy(model), *stats), torch.device("cpu"))
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids="-".join)
+@pytest.fixture(scope="module", params=NETWORK_PARAMS)
 def exported(request, tmp_path_factory):
     """A calibrated network, its file, its graph, and images."""
     name, stem = request.param
     torch.manual_seed(0)
     model = models.build(name, 10, stem).eval()
     randomise_batch_norm(model)
-    size = (
-        4 if stem == "cifar" and name != "vanilla_cnn" else 8
-    )  # what the last stage sees as one pixel
-    images = random_images(4, size)
+    # what the last stage sees as one pixel
+    size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8
+    images = random_images(64, size)
     quantize_modules(model)
-    calibrate(model, [normalised(images, *STATS)], "max")
+    calibrate(model, [normalised(images[:4], *STATS)], "max")
     path = tmp_path_factory.mktemp("export") / "model.onnx"
-    return SimpleNamespace(
-        name=name, model=model, path=path, graph=export(model, path, size), images=images
-    )
+    graph = export(model, path, size)
+    return SimpleNamespace(name=name, model=model, path=path, graph=graph, images=images)
 
 
 def small(**layers):
     """Calibrated, with the layers that `quantize_modules` is told to quantize."""
-    torch.manual_seed(0)
-    model = Small().eval()
-    randomise_batch_norm(model)
+    model = made(Small).eval()
     quantize_modules(model, **layers)
     calibrate(model, [torch.randn(4, 3, 8, 8)], "max")
     return model
@@ -192,14 +176,11 @@ def test_graph_is_valid_opset_17_with_named_ends_and_a_free_batch(exported):
     proto = exported.graph.proto
     onnx.checker.check_model(proto, full_check=True)
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 17)]
-    ends = [
-        (
-            value.name,
-            value.type.tensor_type.elem_type,
-            [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
-        )
-        for value in (*proto.graph.input, *proto.graph.output)
-    ]
+    ends = []
+    for value in (*proto.graph.input, *proto.graph.output):
+        kind = value.type.tensor_type
+        shape = [dimension.dim_param or dimension.dim_value for dimension in kind.shape.dim]
+        ends.append((value.name, kind.elem_type, shape))
     size = exported.images.shape[1]
     assert ends == [
         ("images", TensorProto.UINT8, ["batch", size, size, 3]),
@@ -210,10 +191,8 @@ def test_graph_is_valid_opset_17_with_named_ends_and_a_free_batch(exported):
 def test_graph_has_no_node_too_many_and_none_dangling(exported):
     graph = exported.graph
     assert [node.op_type for node in graph.nodes[:4]] == ["Cast", "Transpose", "Mul", "Add"]
-    assert (
-        graph.count("BatchNormalization", "Identity", "Dropout", "Bernoulli", "RandomUniformLike")
-        == 0
-    )
+    needless = ("BatchNormalization", "Identity", "Dropout", "Bernoulli", "RandomUniformLike")
+    assert graph.count(*needless) == 0
     assert graph.count("Cast") == 1
     known = {"images", *graph.constants}
     for node in graph.nodes:
@@ -227,22 +206,15 @@ def test_graph_has_no_node_too_many_and_none_dangling(exported):
 
 
 def test_every_layer_is_there_once(exported):
-    kinds = {
-        "QuantConv2d": "Conv",
-        "QuantLinear": "Conv",
-        "QuantAdaptiveAvgPool2d": "GlobalAveragePool",
-    }
-    kinds |= {"QuantAdd": "Add", "QuantMul": "Mul"}
-    expected = {
-        name: kinds[type(module).__name__]
-        for name, module in quantizable_modules(exported.model).items()
-    }
+    kinds = {"QuantConv2d": "Conv", "QuantLinear": "Conv", "QuantAdd": "Add", "QuantMul": "Mul"}
+    kinds["QuantAdaptiveAvgPool2d"] = "GlobalAveragePool"
+    layers = quantizable_modules(exported.model)
+    expected = {name: kinds[type(layer).__name__] for name, layer in layers.items()}
     graph = exported.graph
     assert {name: node.op_type for name, node in graph.layers.items()} == expected
     activations = sum(isinstance(module, nn.SiLU) for module in exported.model.modules())
-    assert (
-        graph.count(*COMPUTING) == len(expected) + activations + 2
-    )  # and the two that normalise the images
+    # and the two that normalise the images
+    assert graph.count(*COMPUTING) == len(expected) + activations + 2
 
 
 def test_number_of_quantizers_follows_from_the_structure(exported):
@@ -271,12 +243,8 @@ def test_every_input_and_weight_is_quantized_with_its_calibrated_range(exported)
             expected = layer.weight_quantizer.amax.double() / 127
             bn = batch_norm_of(exported.model, name)
             if bn is not None:
-                expected = (
-                    expected
-                    * (
-                        bn.weight.detach().double() * (bn.running_var.double() + bn.eps).rsqrt()
-                    ).abs()
-                )
+                factor = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
+                expected = expected * factor.abs()
             np.testing.assert_allclose(scale, expected.numpy(), rtol=1e-6, err_msg=name)
 
 
@@ -295,32 +263,28 @@ def test_weights_in_the_file_are_the_trained_codes(exported):
             amax = layer.weight_quantizer.amax.double().numpy()[:16].reshape(shape)
             steps = layer.weight.detach().double().numpy()[:16] / amax * 127
             clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
-            assert np.array_equal(
-                (np.rint(codes) * sign[:16].reshape(shape))[clear], np.rint(steps)[clear]
-            ), name
+            trained = np.rint(codes) * sign[:16].reshape(shape)
+            assert np.array_equal(trained[clear], np.rint(steps)[clear]), name
 
 
 def test_of_an_addition_only_the_second_operand_is_quantized(exported):
-    """The shortcut's convolution adds what comes out of the block, or else the block's last adds the identity."""
+    """The shortcut's convolution adds the block's output, or else the last adds the identity."""
     graph = exported.graph
     additions = {name: node for name, node in graph.layers.items() if node.op_type == "Add"}
     assert len(additions) == ADDITIONS.get(exported.name, 0)
     for name, node in additions.items():
         block = name.removesuffix("add")
         shortcut = graph.layers.get(f"{block}downsample.0")
-        inside = [
-            layer
-            for layer_name, layer in graph.layers.items()
-            if layer_name.startswith(block) and layer is not shortcut
-        ]
-        first, *_, last, _ = inside
+        inside = [layer for part, layer in graph.layers.items() if part.startswith(block)]
+        first, *_, last, _ = [layer for layer in inside if layer is not shortcut]
         assert first.op_type == last.op_type == "Conv"
         adding, other = node.input
         assert graph.maker[adding] is (shortcut or last), name
         source, _, _ = graph.quantized(other)
         if shortcut is not None:
             assert source == last.output[0]
-        else:  # one pair of nodes serves the first convolution and the addition
+        else:
+            # one pair of nodes serves the first convolution and the addition
             assert other == first.input[0]
 
 
@@ -334,9 +298,8 @@ def test_of_a_multiplication_both_operands_are_quantized(exported):
         assert graph.maker[factors].op_type == "Sigmoid"
         assert step == (exported.model.get_submodule(name).factor_quantizer.amax / 127).numpy()
         graph.quantized(x)
-        assert (
-            x == graph.layers[name.replace("mul", "avgpool")].input[0]
-        )  # one pair of nodes serves both
+        # one pair of nodes serves both
+        assert x == graph.layers[name.replace("mul", "avgpool")].input[0]
 
 
 def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):
@@ -344,37 +307,97 @@ def test_shortcut_convolution_shares_the_blocks_quantized_input(exported):
     shortcuts = [name for name in graph.layers if name.endswith("downsample.0")]
     assert len(shortcuts) == SHORTCUTS.get(exported.name, 0)
     for name in shortcuts:
-        assert (
-            graph.layers[name].input[0]
-            == graph.layers[name.replace("downsample.0", "conv1")].input[0]
-        )
+        first = graph.layers[name.replace("downsample.0", "conv1")]
+        assert graph.layers[name].input[0] == first.input[0]
 
 
-def test_onnx_runtime_agrees_with_pytorch_at_every_batch_size(exported):
-    """Codes differ at ties, which ONNX finds by dividing, torch by multiplying: of few images."""
+def values_in_onnx_runtime(graph, images):
+    """Name -> value of every tensor that a graph computes, and of its weights."""
+    model = onnx.shape_inference.infer_shapes(graph.proto)
+    model.graph.output.extend(model.graph.value_info)
+    names = [value.name for value in model.graph.output]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    found = session.run(names, {"images": images})
+    return {**graph.constants, **dict(zip(names, found, strict=True))}
+
+
+def assert_near(result, expected, what):
+    """Equal but for what float32 rounds, by the size of the largest value."""
+    assert (result - expected).abs().max() <= 2e-5 * expected.abs().max(), what
+
+
+def assert_same_codes_but_at_ties(graph, values, name, quantizer):
+    """ONNX finds codes by dividing, torch by multiplying with the inverse of the scale."""
+    source, scale, _ = graph.quantized(name)
+    steps = values[source].astype(np.float64) / scale
+    codes = values[graph.maker[name].input[0]].astype(np.float64)
+    expected = (quantizer(torch.from_numpy(values[source])).double() / float(scale)).round().numpy()
+    clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
+    assert np.array_equal(codes[clear], expected[clear]), name
+    assert np.abs(codes - expected).max() <= 1, name
+
+
+@torch.no_grad()
+def test_every_layer_computes_in_onnx_runtime_what_it_computes_in_pytorch(exported):
+    """Each on ONNX Runtime's own inputs: one code that differs moves all that comes after it.
+
+    PyTorch runs the network, but goes on from each layer with what ONNX Runtime made of it.
+    """
+    graph, images = exported.graph, exported.images[:4]
+    values = values_in_onnx_runtime(graph, images)
+    network = FromImages(to_inference(exported.model), *STATS)
+    checked = []
+
+    def check(layer, args, output, name):
+        node = graph.layers[name]
+        quantizers = [layer.input_quantizer]
+        if node.op_type == "Mul":
+            quantizers.insert(0, layer.factor_quantizer)
+        operands = []
+        for operand, arg in zip(node.input, args, strict=False):
+            source = operand
+            if graph.is_quantized(operand):
+                source = graph.quantized(operand)[0]
+                assert_same_codes_but_at_ties(graph, values, operand, quantizers.pop(0))
+            # what comes before this layer, from the outputs of other layers
+            assert_near(torch.from_numpy(values[source]).reshape(arg.shape), arg, source)
+            operands.append(torch.from_numpy(values[operand]).reshape(arg.shape))
+        assert not quantizers
+        # the layer itself, on ONNX Runtime's codes: to quantize them again changes nothing
+        result = type(layer).forward(layer, *operands)
+        computed = torch.from_numpy(values[node.output[0]].copy()).reshape(result.shape)
+        assert_near(result, computed, name)
+        checked.append(name)
+        return computed
+
+    for name in quantizable_modules(exported.model):
+        layer = network.model.get_submodule(name)
+        layer.register_forward_hook(partial(check, name=name))
+    network(torch.from_numpy(images))
+    assert sorted(checked) == sorted(graph.layers)
+
+
+def test_onnx_runtime_predicts_what_pytorch_predicts_at_every_batch_size(exported):
+    """Of 64 images, as a few differ in codes at ties; their logits lie apart by far more."""
     network, images = OnnxRuntimeNetwork(exported.path), exported.images
     expected = in_torch(exported.model)(images)
-    for batch in (1, 3, 4):
+    for batch in (1, 3, 64):
         result = network(images[:batch])
         assert result.shape == (batch, 10)
         assert result.dtype == np.float32
-        errors = np.linalg.norm(result - expected[:batch], axis=1) / np.linalg.norm(
-            expected[:batch], axis=1
-        )
-        assert errors.max() < 0.5
-    assert (errors < 1e-3).sum() >= 2
-    assert (result.argmax(1) == expected.argmax(1)).sum() >= 3
+    assert percent_equal(result.argmax(1), expected.argmax(1)) >= 90
+    assert sqnr_db(expected, result) > 15
 
 
 # float networks, and float layers in quantized ones
 
 
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [network for network in NETWORKS if network[0] not in ("resnet34", "resnet50")],
-)
-def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem):
+@pytest.mark.parametrize("network", NETWORK_PARAMS)
+def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, network):
     torch.manual_seed(0)
+    name, stem = network
     model = models.build(name, 7, stem).eval()
     randomise_batch_norm(model)
     graph = export(model, tmp_path / "model.onnx")
@@ -383,12 +406,11 @@ def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, name, stem
     assert set(graph.layers) == set(quantizable_modules(model))
     images = random_images(5, 8)
     expected = in_torch(model)(images)
-    network = OnnxRuntimeNetwork(tmp_path / "model.onnx")
+    session = OnnxRuntimeNetwork(tmp_path / "model.onnx")
+    # a random network amplifies what float rounds
+    tolerance = 1e-3 * np.abs(expected).max()
     for batch in (1, 5):
-        # a random network amplifies what float rounds
-        np.testing.assert_allclose(
-            network(images[:batch]), expected[:batch], atol=1e-3 * np.abs(expected).max()
-        )
+        np.testing.assert_allclose(session(images[:batch]), expected[:batch], atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -410,11 +432,9 @@ def test_skipped_layers_are_float(tmp_path, skip_layers):
     skipped = 0
     for name, layer in quantizable_modules(model).items():
         node = graph.layers[name]
-        operands = (
-            [node.input[1]]
-            if node.op_type == "Add"
-            else [operand for operand in node.input if "bias" not in operand]
-        )
+        operands = [operand for operand in node.input if "bias" not in operand]
+        if node.op_type == "Add":
+            operands = [node.input[1]]
         floats = [not graph.is_quantized(operand) for operand in operands]
         assert set(floats) == {not type(layer).__name__.startswith("Quant")}, name
         skipped += floats[0]
@@ -451,52 +471,57 @@ def test_equal_ranges_of_different_tensors_keep_their_quantizers(tmp_path):
     assert after.count("QuantizeLinear") == before.count("QuantizeLinear")
     assert after.count("Identity") == 0
     for node in after.layers.values():
-        assert after.quantized(node.input[1 if node.op_type == "Add" else 0])[1] == np.float32(
-            3
-        ) / np.float32(127)
+        _, scale, _ = after.quantized(node.input[1 if node.op_type == "Add" else 0])
+        assert scale == np.float32(3) / np.float32(127)
 
 
 # trained networks
-
-
-def stats_of(content):
-    return content["data"]["mean"], content["data"]["std"]
 
 
 def run(network, images):
     return np.concatenate([network(images[start : start + 120]) for start in (0, 120, 240)])
 
 
+def restored(path, build):
+    """The network of a checkpoint, and mean and standard deviation of its images."""
+    content = ckpt.load(path)
+    model = build(content)
+    load_weights(model, content.state)
+    return model, (content.data.mean, content.data.std)
+
+
+def float_network(content):
+    return build_float(content.network)
+
+
+def quantized_network(content):
+    return build_quantized(content.network, content.quantization)
+
+
 def test_trained_int8_graph_predicts_what_pytorch_predicts(qat_checkpoint, digits, tmp_path):
-    content = ckpt.load(qat_checkpoint)
-    model = infer.build_quantized(content)
-    model.load_state_dict(content["state"])
-    export_onnx(model, tmp_path / "int8.onnx", (32, 32), *stats_of(content))
-    expected = run(in_torch(model, stats_of(content)), digits.test_images)
+    model, stats = restored(qat_checkpoint, quantized_network)
+    export_onnx(model, tmp_path / "int8.onnx", (32, 32), *stats)
+    expected = run(in_torch(model, stats), digits.test_images)
     result = run(OnnxRuntimeNetwork(tmp_path / "int8.onnx"), digits.test_images)
     assert len(result) == len(digits.test_labels) == 360
-    assert (
-        result.argmax(1) != expected.argmax(1)
-    ).sum() <= 2  # of 360: 99.4 %, on a network of one epoch
-    errors = np.linalg.norm(result - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert (
-        errors < 1e-4
-    ).mean() > 0.75  # no code differs at all; one that does moves everything after it
-    assert errors.max() < 0.5
-    assert (
-        expected.argmax(1) == digits.test_labels
-    ).mean() > 0.5  # it is trained: the comparison means something
+    # of a network of one epoch, which codes at ties move more than others
+    assert percent_equal(result.argmax(1), expected.argmax(1)) > 98
+    assert sqnr_db(expected, result) > 25
+    # it is trained: the comparison means something
+    assert percent_equal(expected.argmax(1), digits.test_labels) > 50
 
 
 def test_trained_float_graph_computes_what_pytorch_computes(float_checkpoint, digits, tmp_path):
-    content = ckpt.load(float_checkpoint)
-    model = infer.build_float(content)
-    model.load_state_dict(content["state"])
-    export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats_of(content))
-    expected = run(in_torch(model, stats_of(content)), digits.test_images)
+    model, stats = restored(float_checkpoint, float_network)
+    export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats)
+    expected = run(in_torch(model, stats), digits.test_images)
     result = run(OnnxRuntimeNetwork(tmp_path / "fp32.onnx"), digits.test_images)
     np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.array_equal(result.argmax(1), expected.argmax(1))
+    # the same graph in FP16; the INT8 one is not for ONNX Runtime, which truncates there
+    half = run(OnnxRuntimeNetwork(tmp_path / "fp16.onnx"), digits.test_images)
+    assert half.dtype == np.float32
+    assert percent_equal(result.argmax(1), half.argmax(1)) > 98
+    assert np.abs(result - half).max() > 0
 
 
 # what the export leaves alone
@@ -507,10 +532,8 @@ def test_trained_float_graph_computes_what_pytorch_computes(float_checkpoint, di
 def test_the_model_passed_in_stays_as_it_is(tmp_path, training, quantized):
     model = small() if quantized else Small()
     model.train(training)
-    modules, state = (
-        dict(model.named_modules()),
-        {key: value.clone() for key, value in model.state_dict().items()},
-    )
+    modules = dict(model.named_modules())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
     export(model, tmp_path / "model.onnx")
     assert dict(model.named_modules()) == modules
@@ -518,10 +541,10 @@ def test_the_model_passed_in_stays_as_it_is(tmp_path, training, quantized):
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], value) for key, value in state.items())
-    assert all(
-        p is parameters[name] and p.requires_grad and p.grad is None
-        for name, p in model.named_parameters()
-    )
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.requires_grad
+        assert parameter.grad is None
 
 
 def test_a_model_in_training_mode_is_exported_in_evaluation_mode(tmp_path):
@@ -568,9 +591,8 @@ def test_a_model_that_cannot_run_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError):
-        export_onnx(
-            nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS
-        )  # it has 5 logits
+        # the first has 5 logits
+        export_onnx(nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -578,7 +600,7 @@ def test_a_model_that_cannot_run_leaves_the_old_file_alone(tmp_path):
 def test_folders_are_made_and_an_old_file_is_replaced(tmp_path):
     path = tmp_path / "deep" / "er" / "model.onnx"
     first = export(small(), path)
-    second = export(small(quant_layers=["fc"]), path)
+    second = export(small(quant_layers=["fc"]), str(path))
     assert first.count("QuantizeLinear") > second.count("QuantizeLinear") == 2
     assert sorted(path.parent.iterdir()) == [path, path.with_name("model_fp16.onnx")]
 
@@ -598,29 +620,11 @@ def test_fp16_graph_computes_in_fp16_and_quantizes_as_before(exported):
     assert half.constants.keys() == exported.graph.constants.keys()
     for name, tensor in exported.graph.constants.items():
         if tensor.dtype == np.float32:
-            np.testing.assert_allclose(
-                half.constants[name], tensor, rtol=2**-10, atol=6e-8, err_msg=name
-            )
-    ends = [
-        value.type.tensor_type.elem_type
-        for value in (*half.proto.graph.input, *half.proto.graph.output)
-    ]
-    assert ends == [TensorProto.UINT8, TensorProto.FLOAT]
-
-
-def test_fp16_graph_of_a_trained_network_agrees_with_fp32(float_checkpoint, digits, tmp_path):
-    """Only the float one: ONNX Runtime 1.23 truncates where an FP16 QuantizeLinear shall round."""
-    content = ckpt.load(float_checkpoint)
-    model = infer.build_float(content)
-    model.load_state_dict(content["state"])
-    export_onnx(model, tmp_path / "fp32.onnx", (32, 32), *stats_of(content))
-    full, half = (
-        run(OnnxRuntimeNetwork(tmp_path / name), digits.test_images)
-        for name in ("fp32.onnx", "fp16.onnx")
-    )
-    assert half.dtype == np.float32
-    assert (full.argmax(1) != half.argmax(1)).sum() <= 3  # of 360; the network is barely trained
-    assert np.abs(full - half).max() > 0
+            found = half.constants[name]
+            np.testing.assert_allclose(found, tensor, rtol=2**-10, atol=6e-8, err_msg=name)
+    ends = (*half.proto.graph.input, *half.proto.graph.output)
+    kinds = [value.type.tensor_type.elem_type for value in ends]
+    assert kinds == [TensorProto.UINT8, TensorProto.FLOAT]
 
 
 def test_weights_of_the_fp16_graph_have_the_same_codes(exported):
@@ -635,14 +639,8 @@ def test_weights_whose_scale_is_subnormal_in_fp16_keep_their_codes(tmp_path):
             model.conv.weight_quantizer.amax[channel] *= factor
     whole = export(model, tmp_path / "model.onnx")
     half = Graph(tmp_path / "model_fp16.onnx")
-    assert (
-        min(
-            scale.min()
-            for scale in half.constants.values()
-            if scale.dtype == np.float16 and scale.ndim == 1
-        )
-        < 6e-5
-    )
+    smallest = half.constants[half.maker[half.layers["conv"].input[1]].input[1]].min()
+    assert smallest < 6e-5
     assert_same_codes(half, whole)
 
 
@@ -683,16 +681,14 @@ CONSTANTS = {
 
 
 def merged(lines, outputs=("logits",)):
-    """Merge a graph of lines "output = Op input input"; returns the lines that are left, and the graph."""
+    """Merge a graph of lines "output = Op input input"; returns the lines that are left."""
     nodes = []
     for line in lines:
         output, _, operation = line.partition(" = ")
         kind, *inputs = operation.split()
         nodes.append(helper.make_node(kind, inputs, [output]))
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"])
-        for name in ("x", "y", *outputs)
-    ]
+    names = ("x", "y", *outputs)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in names]
     constants = [constant(name, value) for name, value in CONSTANTS.items()]
     graph = helper.make_graph(nodes, "test", values[:2], values[2:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -701,9 +697,8 @@ def merged(lines, outputs=("logits",)):
     onnx.checker.check_model(model, full_check=True)
     for old, new in zip(before, evaluate(model, outputs), strict=True):
         assert np.array_equal(old, new)
-    return [
-        f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in model.graph.node
-    ]
+    nodes = model.graph.node
+    return [f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in nodes]
 
 
 def evaluate(model, outputs):
@@ -711,9 +706,8 @@ def evaluate(model, outputs):
         "x": np.linspace(-3, 3, 11, dtype=np.float32),
         "y": np.linspace(5, -70, 11, dtype=np.float32),
     }
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    ).run(list(outputs), feeds)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return session.run(list(outputs), feeds)
 
 
 def pair(name, source, scale="scale", zero="zero"):

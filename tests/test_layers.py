@@ -1,10 +1,10 @@
-"""Fake quantization to the last bit, quantized layers against their float functions, and the folding of BatchNorm."""
+"""Fake quantization to the last bit, quantized layers, and the folding of BatchNorm."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NETWORKS, randomise_batch_norm
+from conftest import NETWORK_PARAMS, randomise_batch_norm
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from torch import nn
@@ -19,19 +19,15 @@ from utils.quantization.fold import conv_bn_pairs, to_inference
 from utils.quantization.swap import quantizable_modules, quantize_modules
 
 SCALES = [1.0, 2.0**-7, 0.1, 0.0371, 3e-5, 127.0]
-EXACT_SCALES = [
-    1.0,
-    2.0**-7,
-    2.0**5,
-]  # powers of two: dividing by them and multiplying by their inverse are both exact
+EXACT_SCALES = [1.0, 2.0**-7, 2.0**5]
+"""Powers of two: dividing by them and multiplying by their inverse are both exact."""
 CODE_MIN = {"activation": -128, "weight": -127}
 
 
 def reference_codes(x, scale, code_min):
     """Independent of torch: float64 division, rounding half to even, saturation."""
-    return np.clip(
-        np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)), code_min, 127
-    )
+    codes = np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64))
+    return np.clip(codes, code_min, 127)
 
 
 def steps_from_tie(x, scale):
@@ -45,16 +41,14 @@ def zero_point(shape=()):
 
 
 def samples(scale, seed=0):
-    """Inputs inside and outside of the range of `scale`: many sizes, both signs, zero, the end codes and huge ones."""
+    """Inputs inside and outside of the range of `scale`: many sizes, end codes, 0 and huge ones."""
     generator = torch.Generator().manual_seed(seed)
     spread = 2.0 ** (20 * torch.rand(20_000, generator=generator) - 10)
     codes = torch.arange(-130.0, 131.0)
-    huge = torch.tensor(
-        [2.0**20, 2.0**31, 2.0**32, 2.0**62, 1e-20, 0.0]
-    )  # torch's per-channel kernel ends at 2**63 steps
-    return (
-        torch.cat([torch.randn(20_000, generator=generator) * spread, codes, huge, -huge]) * scale
-    )
+    # torch's per-channel kernel ends at 2**63 steps
+    huge = torch.tensor([2.0**20, 2.0**31, 2.0**32, 2.0**62, 1e-20, 0.0])
+    normal = torch.randn(20_000, generator=generator) * spread
+    return torch.cat([normal, codes, huge, -huge]) * scale
 
 
 def quantizer_of(operand, amax, channels=3):
@@ -92,11 +86,11 @@ def test_fake_quantization_is_the_definition(scale, code_min, channels):
     if channels:  # the second channel has twice the scale, so that a mixed-up axis shows
         x, scale = torch.stack([x, x.flip(0)]), torch.stack([scale, 2 * scale])
     column = scale.reshape(-1, *[1] * (x.ndim - 1)).numpy() if channels else scale.numpy()
-    expected = (reference_codes(x.numpy(), column, code_min) * column.astype(np.float64)).astype(
-        np.float32
-    )
+    codes = reference_codes(x.numpy(), column, code_min)
+    expected = (codes * column.astype(np.float64)).astype(np.float32)
     result = fake_quantize(x, scale, zero_point(scale.shape), code_min).numpy()
-    # torch multiplies by the float32 inverse of the scale: within 2e-5 steps of a tie it may round to the other side
+    # torch multiplies by the float32 inverse of the scale: within 2e-5 steps of a tie it may
+    # round to the other side
     clear = (steps_from_tie(x, column) > 2e-5) | (np.abs(x.numpy()) > 129 * column)
     assert clear.mean() > 0.99
     assert np.array_equal(result[clear], expected[clear])
@@ -107,9 +101,8 @@ def test_fake_quantization_is_the_definition(scale, code_min, channels):
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_halves_round_to_even(scale, operand):
     halves = np.arange(-130, 130) + 0.5
-    even = np.array(
-        [int(half - 0.5) if int(half - 0.5) % 2 == 0 else int(half + 0.5) for half in halves]
-    )
+    below = np.arange(-130, 130)
+    even = np.where(below % 2 == 0, below, below + 1)
     expected = even.clip(CODE_MIN[operand], 127) * scale
     x = torch.from_numpy(halves * scale).float()
     x = x if operand == "activation" else x.repeat(3, 1)
@@ -133,11 +126,8 @@ def test_infinite_activations_saturate(sign):
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_quantizer_is_fake_quantization_with_a_127th_of_its_range(operand):
     amax = torch.tensor(2.9) if operand == "activation" else torch.tensor([0.01, 2.9, 500.0])
-    x = (
-        torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-        * 2
-        * amax.reshape(-1, 1, 1)
-    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, generator=generator) * 2 * amax.reshape(-1, 1, 1)
     expected = fake_quantize(x, amax / 127, zero_point(amax.shape), CODE_MIN[operand])
     assert torch.equal(quantizer_of(operand, amax)(x), expected)
 
@@ -166,9 +156,8 @@ def test_gradient_is_one_up_to_the_end_codes_and_zero_beyond(operand):
     outside = [127.51, 128.0, 1e9, least - 0.51, least - 1.0, -1e9]
     x = torch.tensor([inside + outside] * 3).mul_(0.25).requires_grad_()
     upstream = torch.randn(x.shape)
-    quantizer_of(operand, 0.25 * 127 if operand == "activation" else [0.25 * 127] * 3)(x).backward(
-        upstream
-    )
+    quantizer = quantizer_of(operand, [0.25 * 127] * (1 if operand == "activation" else 3))
+    quantizer(x).backward(upstream)
     assert torch.equal(x.grad[:, : len(inside)], upstream[:, : len(inside)])
     assert (x.grad[:, len(inside) :] == 0).all()
 
@@ -208,16 +197,16 @@ def test_the_form_for_compilers_is_the_same_to_the_last_bit(shape, code_min, sca
 
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_codes_are_the_librarys(operand):
-    """With narrow_range as `Quantizer` sets it (weights True, activations False) the library has the same codes.
+    """With narrow_range as `Quantizer` sets it (for weights alone) the library has the same codes.
 
-    It computes round(x * (127 / amax)) / (127 / amax), so its values differ by float rounding, and at ties its codes.
+    It computes round(x * (127 / amax)) / (127 / amax), so its values differ by float rounding, and
+    at ties its codes.
     """
     generator = torch.Generator().manual_seed(0)
     amax = torch.tensor(2.7) if operand == "activation" else torch.tensor([0.01, 2.7, 33.0])
     column = amax.reshape(-1, 1)
-    x = (
-        1.5 * column * torch.randn(3, 50_000, generator=generator)
-    )  # the tails are beyond the range, on both sides
+    # the tails are beyond the range, on both sides
+    x = 1.5 * column * torch.randn(3, 50_000, generator=generator)
     library = fake_tensor_quant(x, column, 8, False, operand == "weight")
     ours = quantizer_of(operand, amax)(x)
     scale = (column / 127).numpy()
@@ -225,35 +214,25 @@ def test_codes_are_the_librarys(operand):
     assert clear.mean() > 0.99
     codes = (ours.double() / (column / 127)).round()
     assert codes.min() == CODE_MIN[operand]
-    assert np.array_equal(
-        codes.numpy()[clear], (library.double() / (column / 127)).round().numpy()[clear]
-    )
+    library_codes = (library.double() / (column / 127)).round()
+    assert np.array_equal(codes.numpy()[clear], library_codes.numpy()[clear])
     np.testing.assert_allclose(ours.numpy()[clear], library.numpy()[clear], rtol=3e-7)
     assert np.all((ours - library).abs().numpy() <= 1.001 * scale)
 
 
 def test_the_library_by_default_has_no_code_minus_128():
-    """The one setting of the library that `Quantizer` differs from: the function's default is narrow_range=True."""
-    x = torch.tensor([-200.0, -128.0, -127.0, 200.0])
-    assert fake_tensor_quant(x, torch.tensor(127.0)).tolist() == [-127.0, -127.0, -127.0, 127.0]
-    assert fake_tensor_quant(x, torch.tensor(127.0), 8, False, False).tolist() == [
-        -128.0,
-        -128.0,
-        -127.0,
-        127.0,
-    ]
-    assert quantizer_of("activation", 127.0)(x).tolist() == [-128.0, -128.0, -127.0, 127.0]
-    assert quantizer_of("weight", [127.0], channels=1)(x[None])[0].tolist() == [
-        -127.0,
-        -127.0,
-        -127.0,
-        127.0,
-    ]
+    """The one setting that `Quantizer` differs in: the function's default is narrow_range=True."""
+    x, amax = torch.tensor([-200.0, -128.0, -127.0, 200.0]), torch.tensor(127.0)
+    narrow, wide = [-127.0, -127.0, -127.0, 127.0], [-128.0, -128.0, -127.0, 127.0]
+    assert fake_tensor_quant(x, amax).tolist() == narrow
+    assert fake_tensor_quant(x, amax, 8, False, False).tolist() == wide
+    assert quantizer_of("activation", 127.0)(x).tolist() == wide
+    assert quantizer_of("weight", [127.0], channels=1)(x[None])[0].tolist() == narrow
 
 
 @pytest.mark.parametrize("operand", ["activation", "weight"])
 def test_gradient_is_the_librarys_inside_the_range(operand):
-    """Beyond it the library's is 0 at once, torch's is 1 for as long as the input still rounds to an end code."""
+    """Beyond it the library's is 0 at once, torch's is 1 while the input rounds to an end code."""
     x = torch.cat([torch.linspace(-127, 127, 1001), torch.tensor([127.4, -127.4, -128.4])])[None]
     gradients = []
     for quantize in (
@@ -380,9 +359,8 @@ def calibrated(layer, *inputs):
 def fake_quantized(x, scale, code_min):
     """By torch's kernel for one scale, slice by slice of axis 0 where each has its own."""
     if scale.ndim:
-        return torch.stack(
-            [fake_quantized(part, own, code_min) for part, own in zip(x, scale, strict=True)]
-        )
+        slices = zip(x, scale, strict=True)
+        return torch.stack([fake_quantized(part, own, code_min) for part, own in slices])
     return torch.fake_quantize_per_tensor_affine(x, scale, zero_point(), code_min, 127)
 
 
@@ -400,13 +378,9 @@ def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, 
     if "padding_mode" in geometry:
         rows, columns = (padding, padding) if isinstance(padding, int) else padding
         inputs, padding = F.pad(inputs, (columns, columns, rows, rows), geometry["padding_mode"]), 0
-    rest = (
-        geometry.get("stride", 1),
-        padding,
-        geometry.get("dilation", 1),
-        geometry.get("groups", 1),
-    )
-    expected = F.conv2d(inputs, weight, conv.bias, *rest)
+    names = ("stride", "dilation", "groups")
+    rest = {name: geometry.get(name, 1) for name in names}
+    expected = F.conv2d(inputs, weight, conv.bias, padding=padding, **rest)
     assert torch.equal(quant(x), expected)
     assert quant(x).shape == conv(x).shape
     assert not torch.allclose(expected, conv(x), atol=1e-4)
@@ -416,19 +390,8 @@ def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, 
 def test_geometry_is_taken_over(geometry):
     conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **geometry})
     quant = QuantConv2d.from_float(conv)
-    names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    )
-    assert {name: getattr(quant, name) for name in names} == {
-        name: getattr(conv, name) for name in names
-    }
+    for name in nn.Conv2d.__constants__:
+        assert getattr(quant, name) == getattr(conv, name), name
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -469,9 +432,8 @@ def test_gradients_reach_the_weight_through_the_rounding():
     quant.weight_quantizer.set_range(conv.weight.abs().flatten(1).amax(1))
     quant(x).sum().backward()
     rounded = quant.input_quantizer(x)
-    expected = (
-        rounded.unfold(2, 4, 1).unfold(3, 4, 1).sum((0, 4, 5))
-    )  # of each kernel position (2, 3, 3), for every channel
+    # of each kernel position (2, 3, 3), for every channel
+    expected = rounded.unfold(2, 4, 1).unfold(3, 4, 1).sum((0, 4, 5))
     torch.testing.assert_close(conv.weight.grad, expected.expand(3, 2, 3, 3))
 
 
@@ -486,10 +448,8 @@ def test_quantized_addition_rounds_only_the_second_operand():
 def test_quantized_multiplication_rounds_both_operands():
     scale, x = torch.rand(2, 3, 1, 1), torch.randn(2, 3, 4, 4)
     quant = calibrated(QuantMul.from_float(Mul()), scale, x)
-    expected = [
-        fake_quantized(operand, 0.8 * operand.abs().max() / 127, -128) for operand in (scale, x)
-    ]
-    assert torch.equal(quant(scale, x), expected[0] * expected[1])
+    factor, values = (fake_quantized(t, 0.8 * t.abs().max() / 127, -128) for t in (scale, x))
+    assert torch.equal(quant(scale, x), factor * values)
     assert list(quant.state_dict()) == ["input_quantizer._amax", "factor_quantizer._amax"]
 
 
@@ -519,7 +479,7 @@ def batch_norm(affine=True, variance=None):
 
 
 def quantized_pair(bias=False, **options):
-    """A calibrated convolution with 8 channels, one of them all zero, and its BatchNorm; images for it."""
+    """A calibrated convolution with 8 channels, one all zero, and its BatchNorm; its images."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), batch_norm(**options)).eval()
     model[0].weight.data[5] = 0
@@ -535,9 +495,9 @@ def column(values, weight):
 
 
 def assert_codes_stay(frozen, layer, factor=None, channels=None):
-    """The INT8 codes of the frozen layer are those of the layer, but for their signs where the factor is negative.
+    """The INT8 codes of the frozen layer are those of the layer, but for the sign of the factor.
 
-    Within 2e-5 steps of a tie torch may round to the other side. Looks at the first `channels` only.
+    Within 2e-5 steps of a tie torch may round to the other side. Looks at the first `channels`.
     """
     weight = layer.weight.detach()[:channels]
     result = frozen.weight.detach().reshape(layer.weight.shape)[:channels].double()
@@ -555,9 +515,8 @@ def assert_codes_stay(frozen, layer, factor=None, channels=None):
 
 def factors(bn):
     """What BatchNorm multiplies each channel with, in float64."""
-    return (bn.running_var.double() + bn.eps).rsqrt() * (
-        bn.weight.detach().double() if bn.affine else 1
-    )
+    gamma = bn.weight.detach().double() if bn.affine else 1
+    return (bn.running_var.double() + bn.eps).rsqrt() * gamma
 
 
 def assert_channels_close(result, expected, tolerance=1e-4):
@@ -583,16 +542,8 @@ def test_folding_keeps_every_weight_code_but_for_its_sign(options):
     inference = to_inference(model)
     assert_codes_stay(inference[0], model[0], factors(model[1]))
     weights, scale = inference[0].weight, inference[0].weight_quantizer.scale
-    assert (weights.abs().flatten(1).amax(1) / scale).round().tolist() == [
-        127,
-        127,
-        127,
-        127,
-        127,
-        0,
-        127,
-        127,
-    ]
+    largest = (weights.abs().flatten(1).amax(1) / scale).round().tolist()
+    assert largest == [127, 127, 127, 127, 127, 0, 127, 127]
 
 
 @pytest.mark.parametrize("options", FOLDS.values(), ids=FOLDS)
@@ -607,10 +558,9 @@ def test_folding_keeps_the_outputs(options):
 @pytest.mark.parametrize("options", FOLDS.values(), ids=FOLDS)
 def test_folding_a_float_convolution_keeps_the_outputs(options):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=options.get("bias", False)),
-        batch_norm(**{k: v for k, v in options.items() if k != "bias"}),
-    ).eval()
+    norm_options = {key: value for key, value in options.items() if key != "bias"}
+    conv = nn.Conv2d(3, 8, 3, bias=options.get("bias", False))
+    model = nn.Sequential(conv, batch_norm(**norm_options)).eval()
     images = torch.randn(4, 3, 7, 7)
     inference = to_inference(model)
     assert [type(module) for module in inference] == [nn.Conv2d, nn.Identity]
@@ -655,7 +605,7 @@ def test_without_batch_norm_codes_and_ranges_stay():
 
 
 class TwoReaders(nn.Module):
-    """The output of `conv` goes to `bn` and to an addition; that of `alone` to its `alone_bn` only."""
+    """The output of `conv` goes to `bn` and an addition; that of `alone` to its `alone_bn` only."""
 
     def __init__(self):
         super().__init__()
@@ -720,9 +670,8 @@ def test_convolution_with_another_reader_is_not_folded(quantized):
     assert torch.equal(inference.conv.bias, model.conv.bias)
     if quantized:
         assert_codes_stay(inference.conv, model.conv)
-        assert torch.equal(
-            inference.conv.weight_quantizer.scale, model.conv.weight_quantizer.amax / 127
-        )
+        scale = model.conv.weight_quantizer.amax / 127
+        assert torch.equal(inference.conv.weight_quantizer.scale, scale)
     with torch.no_grad():
         assert_channels_close(inference(images), model(images))
 
@@ -734,10 +683,8 @@ def test_the_model_passed_in_stays_as_it_is(training, quantized):
     if not quantized:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), batch_norm())
     model.train(training)
-    modules, state = (
-        dict(model.named_modules()),
-        {key: value.clone() for key, value in model.state_dict().items()},
-    )
+    modules = dict(model.named_modules())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
     inference = to_inference(model)
     assert not inference.training
@@ -757,7 +704,7 @@ def test_the_model_passed_in_stays_as_it_is(training, quantized):
 # whole networks
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids="-".join)
+@pytest.fixture(scope="module", params=NETWORK_PARAMS)
 def network(request):
     """A calibrated network in training form, its inference form, and images."""
     torch.manual_seed(0)
@@ -765,9 +712,8 @@ def network(request):
     model = models.build(name, 10, stem)
     randomise_batch_norm(model)
     model.eval()
-    size = (
-        4 if stem == "cifar" and name != "vanilla_cnn" else 8
-    )  # what the last stage sees as one pixel
+    # what the last stage sees as one pixel
+    size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8
     images = torch.randn(8, 3, size, size)
     float_inference = to_inference(model)
     with torch.no_grad():
@@ -784,38 +730,24 @@ def relative_errors(result, expected):
 
 def test_float_network_computes_the_same_when_folded(network):
     expected, result = network[3]
-    assert (
-        relative_errors(result, expected).max() < 1e-3
-    )  # a random network amplifies what float rounds
-    assert (
-        relative_errors(expected.mean(0), expected).mean() > 0.01
-    )  # and tells images apart: all comparisons mean something
-
-
-@torch.no_grad()
-def test_quantized_network_computes_the_same_when_folded(network):
-    """Where the two forms' float sums lie on two sides of a tie, one code differs, which moves all that comes after it.
-
-    That happens to few images: most logits are equal to the last bit.
-    """
-    model, inference, images, _ = network
-    expected, result = model(images), inference(images)
-    errors = relative_errors(result, expected)
-    assert (errors < 1e-3).sum() >= 4
-    assert errors.max() < 0.5
-    assert (result.argmax(1) == expected.argmax(1)).sum() >= 6
+    # a random network amplifies what float rounds
+    assert relative_errors(result, expected).max() < 1e-3
+    # and tells images apart: all comparisons mean something
+    assert relative_errors(expected.mean(0), expected).mean() > 0.01
 
 
 @torch.no_grad()
 def test_every_folded_layer_computes_the_same_from_the_same_input(network):
+    """Layer by layer: where float sums of two layers lie on two sides of a tie, a code differs.
+
+    Then all that comes after differs too.
+    """
     model, inference, images, _ = network
     seen = {}
 
     def record(name, args, output):
-        seen[name] = (
-            [arg.clone() for arg in args],
-            output.clone(),
-        )  # activations are overwritten in place
+        # copies, as activations are overwritten in place
+        seen[name] = ([arg.clone() for arg in args], output.clone())
 
     hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: record(name, args, output))
@@ -831,7 +763,8 @@ def test_every_folded_layer_computes_the_same_from_the_same_input(network):
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and module.bias is None
     ]
-    assert sorted(pairs) == sorted(without_bias)  # all but those of squeeze and excitation
+    # all but those of squeeze and excitation
+    assert sorted(pairs) == sorted(without_bias)
     assert len(pairs) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for name in quantizable_modules(model):
         expected = seen[pairs.get(name, name)][1]
@@ -846,16 +779,13 @@ def test_codes_and_ranges_of_every_layer_stay(network):
         frozen = inference.get_submodule(name)
         assert torch.equal(frozen.input_quantizer.scale, layer.input_quantizer.amax / 127)
         if hasattr(layer, "weight"):
-            factor = (
-                factors(model.get_submodule(pairs[name]))
-                if name in pairs
-                else torch.ones(len(layer.weight))
-            )
+            factor = torch.ones(len(layer.weight))
+            if name in pairs:
+                factor = factors(model.get_submodule(pairs[name]))
             assert_codes_stay(frozen, layer, factor, channels=16)
             expected = layer.weight_quantizer.amax.double() / 127 * factor.abs()
-            torch.testing.assert_close(
-                frozen.weight_quantizer.scale.double(), expected, rtol=1e-6, atol=0
-            )
+            scale = frozen.weight_quantizer.scale.double()
+            torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0)
 
 
 def test_nothing_of_the_library_is_left_in_the_inference_form(network):

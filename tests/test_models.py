@@ -6,22 +6,21 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, STEMMED, randomise_batch_norm
+from torch import nn
 
 import models
-from utils.training.step import freeze_batch_norm
 
 
 @pytest.mark.parametrize("name", STEMMED)
 def test_names_and_shapes_of_all_weights_are_torchvisions(name):
     from torchvision.models import get_model
 
-    expected = {
-        key: value.shape for key, value in get_model(name, num_classes=10).state_dict().items()
-    }
+    def shapes_of(model):
+        return {key: value.shape for key, value in model.state_dict().items()}
+
+    expected = shapes_of(get_model(name, num_classes=10))
     for stem in ("imagenet", "cifar"):
-        shapes = {
-            key: value.shape for key, value in models.build(name, 10, stem).state_dict().items()
-        }
+        shapes = shapes_of(models.build(name, 10, stem))
         differing = {key for key in expected if shapes.get(key) != expected[key]}
         assert shapes.keys() == expected.keys()
         assert differing == ({"conv1.weight"} if (name[:6], stem) == ("resnet", "cifar") else set())
@@ -33,10 +32,8 @@ def test_the_imagenet_stem_computes_what_torchvision_computes(name):
     from torchvision.models import get_model
 
     torch.manual_seed(0)
-    model, reference = (
-        models.build(name, 10, "imagenet").eval(),
-        get_model(name, num_classes=10).eval(),
-    )
+    model = models.build(name, 10, "imagenet").eval()
+    reference = get_model(name, num_classes=10).eval()
     randomise_batch_norm(model)
     reference.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 40, 32)
@@ -58,7 +55,8 @@ def test_what_training_drops_at_random_is_kept_in_evaluation():
     torch.manual_seed(0)
     model, images = models.build("efficientnet_b0", 10, "imagenet"), torch.randn(4, 3, 32, 32)
     randomise_batch_norm(model)
-    freeze_batch_norm(model)
+    for module in model.modules():
+        module.train(not isinstance(module, nn.BatchNorm2d))
     assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
@@ -66,5 +64,9 @@ def test_what_training_drops_at_random_is_kept_in_evaluation():
 
 def test_a_resnet_does_not_wait_for_torchvision():
     """Importing it takes longer than torch itself."""
-    code = "import sys, models; models.build('resnet18', 10, 'cifar'); assert 'torchvision' not in sys.modules"
+    code = (
+        "import sys, models\n"
+        "models.build('resnet18', 10, 'cifar')\n"
+        "assert 'torchvision' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
