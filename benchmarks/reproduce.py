@@ -40,6 +40,7 @@ from utils.files import locked
 from utils.manifest import MANIFEST, read_export
 from utils.metrics import percent_equal
 from utils.specs import Quantization
+from utils.training.run import BEST
 
 BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
 ENGINES_OF_ALL_SEEDS = "resnet18"
@@ -208,7 +209,7 @@ def finished(folder: Path, num_epochs: int, data_dir: Path, argv: Sequence[str])
     All checkpoints but that and the best, which is returned, are deleted: those of a study would
     fill a disk.
     """
-    resumable = any(path.name != "ckpt_best" for path in folder.glob("ckpt_*"))
+    resumable = any(path.name != BEST for path in folder.glob("ckpt_*"))
     if resumable:
         start = ["--resume", str(folder)]
     else:
@@ -219,9 +220,9 @@ def finished(folder: Path, num_epochs: int, data_dir: Path, argv: Sequence[str])
     output = ["--od", str(folder.parent), "--en", folder.name]
     train.main([*start, "--data_dir", str(data_dir), *output])
     for path in folder.glob("ckpt_*"):
-        if path.name not in ("ckpt_best", f"ckpt_{num_epochs}"):
+        if path.name not in (BEST, f"ckpt_{num_epochs}"):
             path.unlink()
-    return folder / "ckpt_best"
+    return folder / BEST
 
 
 def float_flags(words: Sequence[str]) -> list[str]:
@@ -380,60 +381,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     every = tuple(models.MODELS)
     stems = ("cifar", "imagenet")
-    add = parser.add_argument
+    add = parser.add_argument_group("what is studied").add_argument
     add("--m", "--model", dest="models", nargs="+", choices=every, default=every)
     add("--stem", nargs="+", choices=stems, default=stems, help="ResNets have both")
     add("--seeds", type=int, default=5, help="how many (default: %(default)s)")
-    add(
-        "--first_seed",
-        type=int,
-        default=0,
-        help="several processes can share a study (default: %(default)s)",
-    )
-    add("--num_epochs", type=int, default=40, help="of float training (default: %(default)s)")
-    add(
-        "--tune_epochs",
-        type=int,
-        default=10,
-        help="of QAT and of float fine-tuning (default: %(default)s)",
-    )
+    add("--first_seed", type=int, default=0, help="where several processes share a study")
     add("--dataset", default="cifar10", choices=("cifar10", "digits"))
     add("--data_dir", type=Path, default=Path("data"))
-    add("--results", type=Path, required=True, help="folder of the records")
-    add(
-        "--work",
-        type=Path,
-        default=Path("/tmp/reproduce"),
-        help="folder of checkpoints and engines (default: %(default)s)",
-    )
-    add("--keep", action="store_true", help="keep each study's checkpoints and exports in --work")
-    add(
-        "--train_flags",
-        type=shlex.split,
-        default=[],
-        metavar="FLAGS",
-        help="more for train.py: --train_flags=--compile",
-    )
-    add(
-        "--infer_flags",
-        type=shlex.split,
-        default=[],
-        metavar="FLAGS",
-        help="more for infer.py, such as '--torch_compile 128'",
-    )
+    add("--num_epochs", type=int, default=40, help="of float training (default: %(default)s)")
+    tuning = "of QAT and of float fine-tuning (default: %(default)s)"
+    add("--tune_epochs", type=int, default=10, help=tuning)
+    more = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
+    add("--train_flags", **more, help="more for train.py: --train_flags=--compile")
+    add("--infer_flags", **more, help="more for infer.py, such as '--torch_compile 128'")
+
+    add = parser.add_argument_group("engines").add_argument
     add("--no_engines", action="store_true", help="PyTorch only")
-    add(
-        "--engine_python",
-        default=sys.executable,
-        help="Python that has TensorRT (default: this one)",
-    )
-    add(
-        "--opt_level",
-        type=int,
-        choices=range(6),
-        default=2,
-        help="of TensorRT's builder (default: %(default)s)",
-    )
+    python = "Python that has TensorRT (default: this one)"
+    add("--engine_python", default=sys.executable, help=python)
+    level = "of TensorRT's builder (default: %(default)s)"
+    add("--opt_level", type=int, choices=range(6), default=2, help=level)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--results", type=Path, required=True, help="folder of the records")
+    work = "folder of checkpoints and engines (default: %(default)s)"
+    add("--work", type=Path, default=Path("/tmp/reproduce"), help=work)
+    add("--keep", action="store_true", help="keep each study's checkpoints and exports in --work")
     return parser
 
 

@@ -493,41 +493,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add(
-        "--m",
-        "--model",
-        dest="model",
-        choices=("resnet18", "resnet34", "resnet50"),
-        default="resnet18",
-    )
-    add("--stem", nargs="+", choices=("imagenet", "cifar"), default=["imagenet", "cifar"])
-    add(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=MODES,
-        help="qat starts from float's weights if both run",
-    )
+    names = ("resnet18", "resnet34", "resnet50")
+    stems = ("imagenet", "cifar")
+    add = parser.add_argument_group("what is timed").add_argument
+    add("--m", "--model", dest="model", choices=names, default="resnet18")
+    add("--stem", nargs="+", choices=stems, default=stems)
+    state = "qat starts from float's weights if both run"
+    add("--modes", nargs="+", choices=MODES, default=MODES, help=state)
     add("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
-    add("--batch_size", type=int, help="of ours (default: train.py's, 512 on a GPU)")
-    add(
-        "--optimizer",
-        choices=tuple(train.FROM_SCRATCH),
-        help="of ours in float (default: train.py's, muon on a GPU)",
-    )
-    add("--reference_batch_size", type=int, default=128, help="default: %(default)s")
     add("--epochs", type=int, default=3, help="timed ones (default: %(default)s)")
     add("--warm_up", type=int, default=1, help="epochs before them (default: %(default)s)")
     add("--dataset", choices=tuple(dataset.LOADERS), default="cifar10")
     add("--data_dir", type=Path, default=Path("data"))
-    add("--no_compile", action="store_true", help="no torch.compile in ours")
-    add(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="written after each row, so that an early end loses little",
-    )
+    add("--reference_batch_size", type=int, default=128, help="default: %(default)s")
+
+    add = parser.add_argument_group("ours").add_argument
+    add("--batch_size", type=int, help="default: train.py's, 512 on a GPU")
+    optimizers = tuple(train.DEFAULTS["scratch"].peak_lr)
+    add("--optimizer", choices=optimizers, help="in float (default: train.py's, muon on a GPU)")
+    add("--no_compile", action="store_true", help="no torch.compile")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--record", type=Path, metavar="FILE", help="written after each row: little can be lost")
     return parser
 
 
