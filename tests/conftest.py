@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,14 @@ import torch
 from torch import nn
 
 import dataset
+import models
+from dataset.batches import Batches
+from layers import Normalize
 from models.resnet import BasicBlock
-from utils import errors
+from utils import checkpoint, errors, networks
 from utils.backends import network as measure
+from utils.checkpoint import Checkpoint
+from utils.specs import DataSpec, NetworkSpec, Quantization
 
 ROOT = Path(__file__).parent.parent
 STEMMED = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "efficientnet_b0")
@@ -120,6 +126,13 @@ def randomise_batch_norm(model):
         norm.running_var.clamp_(min=0.5 * norm.running_var.mean())
 
 
+def digits_spec(digits, split_seed=0):
+    """What a checkpoint says of the digits."""
+    mean, std = dataset.channel_stats(digits.train_images)
+    classes = list(digits.classes)
+    return DataSpec("digits", 32, classes, split_seed, mean, std, digits.digest())
+
+
 @pytest.fixture(scope="session")
 def digits():
     """The digits data set, whole."""
@@ -175,25 +188,83 @@ def small_disk():
 
 
 @pytest.fixture(scope="session")
-def float_checkpoint(tmp_path_factory):
-    """`ckpt_best` of a float ResNet-18 after one epoch on the digits: about two thirds right."""
-    import train
+@torch.no_grad()
+def trained_network(digits):
+    """A float ResNet-18 that gets about two thirds of the test digits right, made in seconds.
 
-    folder = tmp_path_factory.mktemp("float")
-    flags = "--m resnet18 --stem imagenet --dataset digits --num_epochs 1 --batch_size 64"
-    train.main([*flags.split(), "--lr", "0.005", "--od", str(folder), "--en", "run"])
-    return folder / "run" / "ckpt_best"
+    Its convolutions are random. BatchNorm's statistics are those of 500 train images, and the
+    classifier fits these images in the sense of least squares.
+    """
+    info = digits_spec(digits)
+    (images, labels), _ = digits.split(info.split_seed)
+    images = normalised(images[:500], info.mean, info.std)
+    labels = torch.from_numpy(labels[:500])
+    torch.manual_seed(0)
+    model = models.build("resnet18", 10, "imagenet")
+    classifier = model.fc
+    model.fc = nn.Identity()
+
+    # statistics of this one batch
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(images)
+    features = model.eval()(images)  # (500, 512)
+
+    # ridge regression on the features and a constant: 9 for an image's class, -1 for the others
+    features = torch.cat([features, torch.ones(500, 1)], dim=1)
+    target = 10 * nn.functional.one_hot(labels, 10) - 1.0
+    gram = features.T @ features + 10 * torch.eye(513)
+    weights = torch.linalg.solve(gram, features.T @ target)  # (513, 10)
+    classifier.weight.copy_(weights[:-1].T)
+    classifier.bias.copy_(weights[-1])
+    model.fc = classifier
+    return model
 
 
 @pytest.fixture(scope="session")
-def qat_checkpoint(float_checkpoint, tmp_path_factory):
-    """`ckpt_best` of one epoch of QAT from the float checkpoint."""
-    import train
+def float_checkpoint(trained_network, digits, tmp_path_factory):
+    """`ckpt_best` of `trained_network`, as train.py writes one."""
+    path = tmp_path_factory.mktemp("float") / "ckpt_best"
+    content = Checkpoint(
+        state=trained_network.state_dict(),
+        network=NetworkSpec("resnet18", "imagenet", 10),
+        data=digits_spec(digits),
+        recipe={"seed": 0, "quantize": False},
+        epoch=1,
+        best_val_loss=1.0,
+    )
+    checkpoint.save(path, content)
+    return path
 
-    folder = tmp_path_factory.mktemp("qat")
-    flags = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --num_epochs 1"
-    train.main([*flags.split(), "--batch_size", "64", "--od", str(folder), "--en", "run"])
-    return folder / "run" / "ckpt_best"
+
+@pytest.fixture(scope="session")
+def qat_checkpoint(float_checkpoint, digits, tmp_path_factory):
+    """`ckpt_best` as QAT leaves one: the float network calibrated, then its weights moved a bit."""
+    path = tmp_path_factory.mktemp("qat") / "ckpt_best"
+    start = checkpoint.load(float_checkpoint)
+    quantization = Quantization(calib_images=128)
+    model = networks.build_quantized(start.network, quantization)
+    checkpoint.load_weights(model, start.state, allow_missing_ranges=True)
+    train_part, _ = digits.split(start.data.split_seed)
+    normalize = Normalize(start.data.mean, start.data.std)
+    batches = Batches(*train_part, normalize, 64, torch.device("cpu"))
+    networks.calibrate_model(model, quantization, batches)
+    ptq_state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+    content = replace(
+        start,
+        state=model.state_dict(),
+        quantization=quantization,
+        ptq_state=ptq_state,
+        recipe={"seed": 0, "quantize": True},
+    )
+    checkpoint.save(path, content)
+    return path
 
 
 @pytest.fixture(scope="module")

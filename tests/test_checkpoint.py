@@ -7,14 +7,19 @@ import pickle
 
 import pytest
 import torch
+from conftest import digits_cut_to, digits_spec
 
+import dataset
 import infer
 import models
 import train
 from utils import checkpoint as ckpt
+from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.files import new_folder
 from utils.quantization.swap import quantize_modules
+from utils.specs import DataSpec, NetworkSpec, Quantization
+from utils.training.optimizers import make_optimizer
 
 
 class Runs:
@@ -64,17 +69,26 @@ def weights_error(model, state, **options):
 
 
 def test_a_saved_checkpoint_loads_back(tmp_path):
-    content = {
-        "state": {"w": torch.randn(3, 2)},
-        "epoch": 4,
-        "model": {"name": "x"},
-        "history": [{"loss": 0.5}],
-        "start": None,
-    }
-    ckpt.save(tmp_path / "new" / "ckpt_4", content)
+    checkpoint = Checkpoint(
+        state={"w": torch.randn(3, 2)},
+        network=NetworkSpec("x", "cifar", 3),
+        data=DataSpec("digits", 32, ["a", "b", "c"], 7, [0.1, 0.2, 0.3], [0.5, 0.5, 0.5], "1f"),
+        quantization=Quantization(skip_layers=["fc"]),
+        ptq_state={"w": torch.randn(3, 2)},
+        recipe={"seed": 7, "lr": 0.5},
+        optimizer={"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        epoch=4,
+        best_val_loss=0.25,
+        history=[{"loss": 0.5, "val_loss": 0.25}],
+    )
+    ckpt.save(tmp_path / "new" / "ckpt_4", checkpoint)
     loaded = ckpt.load(tmp_path / "new" / "ckpt_4")
-    assert torch.equal(loaded.pop("state")["w"], content.pop("state")["w"])
-    assert loaded == {"format": 1, **content}
+    assert loaded.whole
+    for name in ("state", "ptq_state"):
+        here, there = getattr(checkpoint, name), getattr(loaded, name)
+        assert_equal_states(here, there)
+        setattr(loaded, name, here)
+    assert loaded == checkpoint
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ckpt_4"]
 
 
@@ -83,7 +97,7 @@ def test_a_saved_checkpoint_loads_back(tmp_path):
 )
 def test_a_write_that_fails_halfway_leaves_the_old_file_alone(tmp_path, monkeypatch, error):
     path = tmp_path / "ckpt_1"
-    ckpt.save(path, {"epoch": 1})
+    ckpt.save(path, Checkpoint({}, epoch=1))
 
     def half(_, file):
         file.write(b"half")
@@ -91,8 +105,8 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_alone(tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(type(error)):
-        ckpt.save(path, {"epoch": 2})
-    assert ckpt.load(path)["epoch"] == 1
+        ckpt.save(path, Checkpoint({}, epoch=2))
+    assert ckpt.load(path).epoch == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -102,34 +116,27 @@ def test_a_folder_that_refuses_is_named_by_the_file_that_was_meant(tmp_path, mon
 
     monkeypatch.setattr(type(tmp_path), "open", refuse)
     with pytest.raises(PermissionError) as error:
-        ckpt.save(tmp_path / "ckpt_1", {})
+        ckpt.save(tmp_path / "ckpt_1", Checkpoint({}))
     assert error.value.filename == str(tmp_path / "ckpt_1")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, small_disk, error_line):
     path = tmp_path / "ckpt_1"
-    ckpt.save(path, {"state": {"w": torch.ones(3)}})
-    line = error_line(lambda _: ckpt.save(path, {"state": {"w": torch.ones(1_000_000)}}), [])
+    ckpt.save(path, Checkpoint({"w": torch.ones(3)}))
+    large = Checkpoint({"w": torch.ones(1_000_000)})
+    line = error_line(lambda _: ckpt.save(path, large), [])
     assert line.startswith("error: cannot write ")
     assert str(path) in line
-    assert torch.equal(ckpt.load(path)["state"]["w"], torch.ones(3))
+    assert torch.equal(ckpt.load(path).state["w"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(
     tmp_path, float_checkpoint, small_disk, error_line
 ):
-    argv = [
-        "--quantize",
-        "--partial_ckpt",
-        "--load_ckpt",
-        float_checkpoint,
-        "--num_epochs",
-        "0",
-        "--od",
-        tmp_path,
-    ]
-    line = error_line(train.main, [*argv, "--calib_images", "64"])
+    start = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --od {tmp_path}"
+    quick = "--num_epochs 0 --calib_images 16 --calibrator max"
+    line = error_line(train.main, f"{start} {quick}".split())
     assert line.startswith("error: cannot write ")
     assert "ckpt_0" in line
     assert list(tmp_path.iterdir()) == []
@@ -149,7 +156,7 @@ def test_missing_checkpoint_lists_what_is_there(tmp_path):
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
-    ckpt.save(tmp_path / "ckpt_1", {"state": {"w": torch.full((1000,), 0.7)}})
+    ckpt.save(tmp_path / "ckpt_1", Checkpoint({"w": torch.full((1000,), 0.7)}))
     data = bytearray((tmp_path / "ckpt_1").read_bytes())
     data[data.index(torch.full((100,), 0.7).numpy().tobytes()) + 6] ^= 1
     (tmp_path / "ckpt_1").write_bytes(data)
@@ -186,7 +193,7 @@ def test_something_else_is_not_a_checkpoint(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 2, "state": {}}]
+    "content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 3, "state": {}}]
 )
 def test_torch_file_of_something_else_is_not_a_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "ckpt_1")
@@ -207,8 +214,135 @@ def test_plain_state_dict_is_accepted(tmp_path):
     state = network().state_dict()
     torch.save(state, tmp_path / "weights.pt")
     loaded = ckpt.load(tmp_path / "weights.pt")
-    assert list(loaded) == ["state"]
-    assert_equal_states(loaded["state"], state)
+    assert not loaded.whole
+    assert_equal_states(loaded.state, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"state": None}, " lacks 'state'"),
+        ({"state": {"w": 1.0}}, ": state is 1.0, not of type Tensor"),
+        ({"epoch": "three"}, ": epoch is 'three', not of type int"),
+        ({"network": {"name": "resnet18", "stem": "imagenet"}}, ": network lacks 'num_classes'"),
+        ({"data": ["digits"]}, ": data: ['digits'] stands where DataSpec should"),
+        ({"history": [{"val_loss": "low"}]}, ": history is 'low', not of type float"),
+    ],
+)
+@pytest.mark.parametrize("main", [train.main, infer.main])
+def test_a_field_that_is_missing_or_of_another_type_is_one_line(
+    tmp_path, error_line, main, change, said
+):
+    content = {"format": 2, "state": {"w": torch.ones(1)}, "epoch": 1, **change}
+    content = {name: value for name, value in content.items() if value is not None}
+    torch.save(content, tmp_path / "ckpt_1")
+    line = error_line(main, ["--load_ckpt", tmp_path / "ckpt_1"])
+    assert line == f"error: {tmp_path}/ckpt_1{said}"
+
+
+def first_format(network_name, data, num_epochs):
+    """A checkpoint as the first format had it: one epoch of a float network, other names."""
+    torch.manual_seed(0)
+    model = models.build(network_name, 10, "cifar")
+    flags = {
+        "model": network_name,
+        "stem": "auto",
+        "load_ckpt": None,
+        "pretrain": False,
+        "partial_ckpt": False,
+        "quantize": False,
+        "quant_layers": None,
+        "skip_layers": None,
+        "calibrator": None,
+        "calib_images": 16,
+        "dataset": "digits",
+        "data_dir": "/nowhere",
+        "img_size": None,
+        "num_epochs": num_epochs,
+        "batch_size": 16,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "lrdt": None,
+        "compile": None,
+        "seed": 7,
+        "output_dir": "/nowhere",
+        "exp_name": "run",
+        "test_trt": True,
+        "FP32": False,
+        "FP16": True,
+        "INT8PTC": True,
+        "INT8QAT": False,
+        "ptc_mode": "explicit",
+        "backend": "onnxruntime",
+    }
+    info = digits_spec(data, split_seed=7)
+    epoch = {"loss": 2.5, "train_accuracy_pct": 9.0}
+    return {
+        "format": 1,
+        "model": {"name": network_name, "stem": "cifar", "num_classes": 10},
+        "data": {**vars(info)},
+        "quantization": None,
+        "start": None,
+        "seed": 7,
+        "flags": flags,
+        "state": model.state_dict(),
+        "optimizer": make_optimizer(model, "sgd").state_dict(),
+        "epoch": 1,
+        "best_loss": 2.25,
+        "history": [{**epoch, "held_out_loss": 2.25, "held_out_accuracy_pct": 10.0}],
+    }
+
+
+def test_a_checkpoint_of_the_first_format_loads_resumes_and_exports(
+    tmp_path, digits, quick_latencies, capsys
+):
+    path = tmp_path / "run" / "ckpt_1"
+    path.parent.mkdir()
+    with digits_cut_to(60, 40, digits, width=16):
+        data = dataset.load("digits", tmp_path)
+        content = first_format("vanilla_cnn", data, num_epochs=2)
+        torch.save(content, path)
+
+        # it says the same under its new names
+        old = ckpt.load(path)
+        assert_equal_states(old.state, content["state"])
+        assert (old.network.name, old.network.stem) == ("vanilla_cnn", "cifar")
+        assert old.data == digits_spec(data, split_seed=7)
+        assert (old.epoch, old.best_val_loss, old.quantization) == (1, 2.25, None)
+        assert old.history[0]["val_loss"] == 2.25
+        assert old.history[0]["val_accuracy_pct"] == 10.0
+        assert old.recipe["precisions"] == ["FP16", "INT8-PTC"]
+        assert (old.recipe["seed"], old.recipe["lr"]) == (7, 0.01)
+
+        # it exports
+        infer.main(["--load_ckpt", str(path), "--FP32", "--export_only", "--batch_size"])
+        assert "vanilla_cnn (cifar stem) on digits" in capsys.readouterr().out
+
+        # its run goes on, by its own flags, and ends with the engines that they name
+        train.main(["--resume", str(path.parent)])
+    new = ckpt.load(path.with_name("ckpt_2"))
+    assert (new.epoch, len(new.history)) == (2, 2)
+    assert new.history[0] == old.history[0]
+    assert new.data == old.data
+    assert (new.recipe["seed"], new.recipe["lr"], new.recipe["batch_size"]) == (7, 0.01, 16)
+    assert new.recipe["precisions"] == ["FP16", "INT8-PTC"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(line.split()[:2]) for line in lines if line.startswith("onnxruntime ")}
+    assert rows == {("onnxruntime", "FP16"), ("onnxruntime", "INT8-PTC")}
+
+
+def test_what_qat_started_from_has_another_name_in_the_first_format(tmp_path, qat_checkpoint):
+    content = torch.load(qat_checkpoint, weights_only=True)
+    content["format"] = 1
+    content["model"] = content.pop("network")
+    content["start"] = content.pop("ptq_state")
+    content["flags"] = {"quantize": content.pop("recipe")["quantize"]}
+    content["seed"] = 3
+    torch.save(content, tmp_path / "ckpt_1")
+    old, new = ckpt.load(tmp_path / "ckpt_1"), ckpt.load(qat_checkpoint)
+    assert_equal_states(old.ptq_state, new.ptq_state)
+    assert (old.network, old.quantization) == (new.network, new.quantization)
+    assert old.recipe["seed"] == 3
 
 
 def test_latest_is_the_highest_epoch_as_a_number(tmp_path):
@@ -331,22 +465,10 @@ def test_ranges_in_a_bare_state_dict_are_not_calibrated_anew(tmp_path, error_lin
         if key.endswith("_amax"):
             value.fill_(1.0)
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    flags = [
-        "--m",
-        "resnet18",
-        "--stem",
-        "imagenet",
-        "--dataset",
-        "digits",
-        "--quantize",
-        "--num_epochs",
-        "0",
-    ]
-    line = error_line(
-        train.main, [*flags, "--load_ckpt", tmp_path / "state.pt", "--od", tmp_path / "out"]
-    )
-    assert "load train.py's checkpoint itself" in line
-    assert list((tmp_path / "out").iterdir()) == []
+    flags = "--m resnet18 --stem imagenet --dataset digits --quantize --num_epochs 0"
+    argv = f"{flags} --load_ckpt {tmp_path}/state.pt --od {tmp_path}/out".split()
+    assert "load train.py's checkpoint itself" in error_line(train.main, argv)
+    assert not (tmp_path / "out").exists()
 
 
 def test_float_checkpoint_into_quantized_training_names_partial_ckpt(

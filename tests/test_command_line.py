@@ -1,4 +1,4 @@
-"""The two scripts as a user calls them: the documented commands, the record's format, and one line for each mistake."""
+"""The two scripts as a user calls them: commands, the record's format, one line a mistake."""
 
 import errno
 import importlib.util
@@ -10,7 +10,9 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,11 +24,16 @@ import infer
 import models
 import train
 from utils import checkpoint as ckpt
-from utils import files, flags, records
+from utils import compare, files, flags, networks, records, schema
 from utils.backends import network as measure
-from utils.backends import tensorrt as tensorrt_engine
+from utils.backends import tensorrt_build
+from utils.backends.onnxruntime import OnnxRuntimeNetwork
+from utils.compare import Comparison
 from utils.errors import UserError
 from utils.files import locked
+from utils.manifest import read_export
+from utils.plot import plot
+from utils.records import Record, Row
 
 PRECISIONS = {
     "FP32",
@@ -69,21 +76,18 @@ pytestmark = pytest.mark.usefixtures("quick_latencies")
 
 @pytest.fixture(scope="module")
 def exported(qat_checkpoint, tmp_path_factory, quick_latencies):
-    """Folder with `record.json`, `plot.png` and `onnx`, from `infer.py ... --quantize --FP32 --INT8QAT` with ONNX Runtime."""
+    """Folder with `record.json`, `plot.png` and `onnx`, of FP32 and INT8-QAT in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("exported")
-    flags = [
-        "--m",
-        "resnet18",
-        "--load_ckpt",
-        str(qat_checkpoint),
-        "--quantize",
-        "--FP32",
-        "--INT8QAT",
-    ]
-    flags += ["--backend", "onnxruntime"]
-    output = ["--onnx_dir", "onnx", "--record", "record.json", "--plot", "plot.png"]
-    infer.main([*flags, *(value if value[0] == "-" else str(folder / value) for value in output)])
+    flags = "--m resnet18 --quantize --FP32 --INT8QAT --backend onnxruntime"
+    files = f"--onnx_dir {folder}/onnx --record {folder}/record.json --plot {folder}/plot.png"
+    infer.main(f"--load_ckpt {qat_checkpoint} {flags} {files}".split())
     return folder
+
+
+@pytest.fixture(scope="module")
+def record(exported):
+    """The record of `exported` as JSON."""
+    return json.loads((exported / "record.json").read_text())
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def export_copy(exported, tmp_path):
 
 @pytest.fixture
 def imagenet_cache(tmp_path, monkeypatch, request):
-    """TORCH_HOME without network access; returns where torchvision looks for ResNet-18's weights, or those of `param`."""
+    """Where torchvision looks for ResNet-18's weights, or those of `param`; there is no network."""
     from torchvision.models import get_model_weights
 
     def urlopen(*_, **__):
@@ -121,22 +125,22 @@ def imagenet_state(name="resnet18"):
 
     torch.manual_seed(0)
     state = get_model(name, num_classes=1000).state_dict()
-    # the files of torchvision's first ResNets are older than BatchNorm's counters
-    return {
-        key: value
-        for key, value in state.items()
-        if not (name == "resnet18" and key.endswith("num_batches_tracked"))
-    }
+    if name == "resnet18":
+        # the files of torchvision's first ResNets are older than BatchNorm's counters
+        counters = [key for key in state if key.endswith("num_batches_tracked")]
+        for key in counters:
+            del state[key]
+    return state
 
 
 def printed_rows(text):
     """(back end, precision, batch) of each row of a printed table."""
-    cells = [
-        line.split()
-        for line in text.splitlines()
-        if line.split()[:1] in (["pytorch"], ["onnxruntime"])
-    ]
-    return [(row[0], row[1], row[5]) for row in cells]
+    rows = []
+    for line in text.splitlines():
+        cells = line.split()
+        if cells[:1] in (["pytorch"], ["onnxruntime"]):
+            rows.append((cells[0], cells[1], cells[5]))
+    return rows
 
 
 # the documented commands
@@ -146,109 +150,161 @@ def test_pretrained_float_training_with_engines_afterwards(
     imagenet_cache, few_digits, tmp_path, capsys
 ):
     torch.save(imagenet_state(), imagenet_cache)
-    flags = "--m resnet18 --dataset digits --pretrain --num_epochs 1 --test_trt --FP16 --INT8PTC --backend onnxruntime"
-    train.main([*flags.split(), "--od", str(tmp_path / "out")])
+    flags = "--m resnet18 --dataset digits --pretrain --num_epochs 1"
+    engines = "--test_trt --FP16 --INT8PTC --backend onnxruntime"
+    train.main(f"{flags} {engines} --od {tmp_path}/out".split())
     best = ckpt.load(tmp_path / "out" / "pytorch_exp" / "ckpt_best")
-    assert best["model"] == {"name": "resnet18", "stem": "imagenet", "num_classes": 10}
-    assert best["quantization"] is None
-    output = capsys.readouterr().out
-    rows = printed_rows(output)
-    expected = [("pytorch", precision) for precision in ("FP32", "FAKE-QUANT-PTC")]
-    expected += [("onnxruntime", precision) for precision in ("FP16", "INT8-PTC")]
-    assert list(dict.fromkeys(row[:2] for row in rows)) == expected
-    assert [batch for backend, precision, batch in rows if precision == "INT8-PTC"] == ["1", "128"]
-    files = {path.name for path in (tmp_path / "out" / "pytorch_exp" / "ckpt_best_onnx").iterdir()}
-    assert files == {
-        "fp32.onnx",
-        "fp16.onnx",
-        "int8_ptc.onnx",
-        "int8_ptc_fp16.onnx",
-        "export.json",
-        "predictions.npz",
-    }
+    assert vars(best.network) == {"name": "resnet18", "stem": "imagenet", "num_classes": 10}
+    assert best.quantization is None
+
+    rows = printed_rows(capsys.readouterr().out)
+    networks = [("pytorch", "FP32"), ("pytorch", "FAKE-QUANT-PTC")]
+    networks += [("onnxruntime", "FP16"), ("onnxruntime", "INT8-PTC")]
+    assert list(dict.fromkeys(row[:2] for row in rows)) == networks
+    assert [row[2] for row in rows if row[1] == "INT8-PTC"] == ["1", "128"]
+
+    folder = tmp_path / "out" / "pytorch_exp" / "ckpt_best_onnx"
+    graphs = {"fp32.onnx", "fp16.onnx", "int8_ptc.onnx", "int8_ptc_fp16.onnx"}
+    assert {path.name for path in folder.iterdir()} == {*graphs, "export.json", "predictions.npz"}
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        "--test_trt --FP16 --INT8PTC --ptc_mode implicit --backend tensorrt --data_dir there",
-        "--test_trt --FP32 --INT8QAT --quant_layers * --skip_layers conv1 fc --calibrator mse --calib_images 64",
+        "--test_trt --FP16 --INT8PTC --ptc_mode implicit --backend tensorrt",
+        "--test_trt --INT8QAT --FP32 --skip_layers conv1 fc --calibrator mse --calib_images 64",
         "--test_trt",
     ],
 )
 def test_engines_afterwards_obey_the_flags_of_training(argv):
-    """Whatever infer.py knows, too, it gets: but --m and the like, which the checkpoint knows."""
-    given = train.build_parser().parse_args(argv.split())
-    taken = infer.build_parser().parse_args(flags.handed_on(given))
-    shared = vars(given).keys() & vars(taken).keys() - {"batch_size"}
-    assert {"ptc_mode", "calibrator", "FP32", "INT8QAT", "skip_layers"} <= shared
-    assert {key: vars(given)[key] for key in shared} == {key: vars(taken)[key] for key in shared}
+    """Whatever infer.py knows, too, means the same in train.py."""
+    trained = train.build_parser().parse_args(argv.split())
+    evaluated = infer.build_parser().parse_args(argv.replace("--test_trt", "").split())
+    assert Comparison.of(trained) == Comparison.of(evaluated)
+    assert flags.agreed_quantization(trained, None) == flags.agreed_quantization(evaluated, None)
 
 
-def test_quantized_fine_tuning_from_a_float_checkpoint(
+def test_precisions_are_run_in_the_tables_order_each_once():
+    args = infer.build_parser().parse_args(["--INT8QAT", "--FP32", "--INT8QAT"])
+    assert Comparison.of(args).wanted == ["FP32", "INT8-QAT"]
+    assert Comparison().wanted == ["FP32", "FP16", "INT8-PTC", "INT8-QAT"]
+    implicit = Comparison(["INT8-PTC", "INT8-QAT"], ptc_mode="implicit")
+    assert implicit.wanted == ["INT8-PTC", "INT8-PTC-IMPLICIT", "INT8-QAT"]
+
+
+def test_quantized_fine_tuning_from_a_float_checkpoint_and_its_engine(
     float_checkpoint, few_digits, tmp_path, capsys
 ):
-    flags = "--m resnet18 --quantize --partial_ckpt --num_epochs 1 --lr 1e-4 --lrdt 10"
+    # the few images of this test are others than the checkpoint's
     source, path = ckpt.load(float_checkpoint), tmp_path / "float"
-    del source["data"]["digest"]  # the few images of this test are others
+    source.data = replace(source.data, digest=None)
     ckpt.save(path, source)
-    train.main([*flags.split(), "--load_ckpt", str(path), "--od", str(tmp_path)])
+    flags = "--m resnet18 --quantize --partial_ckpt --num_epochs 1 --lr 1e-4 --lrdt 10"
+    engines = "--test_trt --INT8QAT --backend onnxruntime"
+    train.main(f"--load_ckpt {path} {flags} {engines} --od {tmp_path}".split())
+
     output = capsys.readouterr().out
-    assert (
-        "122 float tensors and 0 ranges loaded, each exactly once; 0 unexpected, 0 missing, 51 ranges left"
-        in output
-    )
+    assert "122 float tensors and 0 ranges loaded, each exactly once" in output
+    assert "0 unexpected, 0 missing, 51 ranges left" in output
     assert "30 of 30 quantizable layers are quantized" in output
+    assert ("onnxruntime", "INT8-QAT", "128") in printed_rows(output)
+
     folder = tmp_path / "pytorch_exp"
-    assert sorted(path.name for path in folder.iterdir()) == ["ckpt_0", "ckpt_1", "ckpt_best"]
+    checkpoints = {path.name for path in folder.iterdir()} - {"ckpt_best_onnx"}
+    assert checkpoints == {"ckpt_0", "ckpt_1", "ckpt_best"}
     last = ckpt.load(folder / "ckpt_1")
-    assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [1e-4, 1e-4]
-    assert (last["model"], last["data"]) == (source["model"], source["data"])
+    assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4, 1e-4]
+    assert (last.network, last.data) == (source.network, source.data)
 
 
-def test_record_has_the_fixed_format(exported, qat_checkpoint):
-    record = json.loads((exported / "record.json").read_text())
+def test_layers_are_listed_without_training(tmp_path, capsys):
+    train.main(f"--m vanilla_cnn --list_layers --od {tmp_path}/out".split())
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines[1:-1]]
+    convolutions = [f"features.{index}" for index in (0, 3, 7, 10, 14, 17)]
+    assert names == [*convolutions, "avgpool", "fc"]
+    assert lines[-1] == "8 of 8 quantizable layers are quantized"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_listed_layers_show_the_choice(tmp_path, capsys):
+    choice = "--quant_layers features.* fc --skip_layers features.3 fc"
+    train.main(f"--m vanilla_cnn --list_layers {choice} --od {tmp_path}/out".split())
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:-1]]
+    assert [row[0] for row in rows if row[2] == "float"] == ["features.3", "avgpool", "fc"]
+    assert lines[-1] == "5 of 8 quantizable layers are quantized"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_record_has_the_fixed_format(record, qat_checkpoint):
     assert set(record) == RECORD_KEYS
-    assert (record["kind"], record["model"], record["stem"]) == (
-        "inference",
-        "resnet18",
-        "imagenet",
-    )
+    assert record["kind"] == "inference"
+    assert (record["model"], record["stem"]) == ("resnet18", "imagenet")
     assert (record["dataset"], record["seed"]) == ("digits", 0)
-    assert record["flags"]["INT8QAT"] == "True"
-    assert record["quantization"] == ckpt.load(qat_checkpoint)["quantization"]
+    assert record["flags"]["precisions"] == "['FP32', 'INT8-QAT']"
+    assert record["quantization"] == vars(ckpt.load(qat_checkpoint).quantization)
     assert "load_ckpt" not in record["flags"]  # paths are this machine's, and tell a reader nothing
     assert record["commit"] is None or isinstance(record["commit"], str)
     assert set(record["environment"]) == ENVIRONMENT_KEYS
-    assert record["environment"]["torch"] == torch.__version__
-    assert all(
-        set(row) == ROW_KEYS and set(row["latency_ms"]) == {"p50", "p99"} for row in record["rows"]
-    )
+    for row in record["rows"]:
+        assert set(row) == ROW_KEYS
+        assert set(row["latency_ms"]) == {"p50", "p99"}
     assert {row["precision"] for row in record["rows"]} <= PRECISIONS
 
 
-def test_a_flag_of_zero_is_recorded(exported):
+@pytest.mark.parametrize(
+    "path",
+    [
+        "2026-11-25_cpu_onnxruntime-1.23.2/resnet18_imagenet_digits_seed0.json",
+        "2026-11-25_h100/resnet18_cifar_seed0.json",
+    ],
+)
+def test_a_record_of_the_first_version_is_still_one(path):
+    content = json.loads((ROOT / "results" / path).read_text())
+    record = schema.parse(Record, content, path)
+    assert record.rows == [Row(**row) for row in content["rows"]]
+    assert vars(record.quantization) == content["quantization"]
+    # the study adds to its own what inference does not know
+    known = {name: content[name] for name in RECORD_KEYS}
+    assert asdict(record) == known
+
+
+def test_a_flag_of_zero_is_recorded():
     args = infer.build_parser().parse_args(["--opt_level", "0", "--batch_size"])
-    record = infer.make_record(infer.read_export(exported / "onnx")[0], [], args)
-    assert record["flags"]["opt_level"] == "0"
-    assert not {"audit", "calibrator", "batch_size", "torch_compile"} & set(
-        record["flags"]
-    )  # not given
+    given = infer.given_flags(args)
+    assert given["opt_level"] == "0"
+    for name in ("audit", "calibrator", "batch_sizes", "torch_compile", "precisions"):
+        assert name not in given
+
+
+def test_a_records_environment_names_no_package_that_ran_no_row(record, monkeypatch):
+    import onnxruntime
+
+    # installed and imported, as on a machine where another back end is in use
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="9.9"))
+    versions = {"torch": torch.__version__, "tensorrt": "9.9"}
+    versions["onnxruntime"] = onnxruntime.__version__
+    backends = {"torch": "pytorch", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
+    for ran in (["torch"], ["tensorrt"], ["onnxruntime"], ["torch", "onnxruntime"], []):
+        environment = records.environment([Row(backends[package], "FP32") for package in ran])
+        for package, version in versions.items():
+            assert environment[package] == (version if package in ran else None)
+    here = record["environment"]
+    assert (here["torch"], here["onnxruntime"]) == (versions["torch"], versions["onnxruntime"])
+    assert here["tensorrt"] is None
 
 
 @pytest.mark.parametrize("other", ["gpu", "cpu"])
 def test_latencies_of_another_machine_are_left_out(other):
-    rows = [
-        records.make_row("pytorch", "FP32", 90.0, 0.0, 100.0, size, p50=1.0, p99=2.0)
-        for size in (1, 128)
-    ]
-    here = records.environment()
-    assert records.merge_environment(here, rows) == (here, rows)
-    environment, merged = records.merge_environment(
-        {**here, other: "another", "torch": "9.9"}, rows
-    )
-    assert environment == {**here, "torch": here["torch"] or "9.9"}
-    assert merged == [records.make_row("pytorch", "FP32", 90.0, 0.0, 100.0)]
+    row = Row("pytorch", "FP32", 90.0, 0.0, 100.0)
+    rows = [row.timed(size, 1.0, 2.0) for size in (1, 128)]
+    here = records.environment(rows)
+    assert records.merge_environment(here, rows, []) == (here, rows)
+    there = {**here, other: "another", "torch": "9.9"}
+    environment, merged = records.merge_environment(there, rows, [])
+    assert environment == {**here, "torch": "9.9"}
+    assert merged == [row]
 
 
 def test_times_of_the_first_calls_do_not_count(monkeypatch):
@@ -257,8 +313,8 @@ def test_times_of_the_first_calls_do_not_count(monkeypatch):
     assert set(measure.repeated_ms(lambda: next(calls))) == {1.0}
 
 
-def test_record_has_a_row_for_each_network_and_batch_size(exported):
-    rows = json.loads((exported / "record.json").read_text())["rows"]
+def test_record_has_a_row_for_each_network_and_batch_size(record):
+    rows = record["rows"]
     assert [(row["backend"], row["precision"], row["batch_size"]) for row in rows] == [
         ("pytorch", "FP32", 1),
         ("pytorch", "FP32", 128),
@@ -270,59 +326,48 @@ def test_record_has_a_row_for_each_network_and_batch_size(exported):
     ]
 
 
-def test_numbers_of_a_record_agree_with_each_other(exported):
-    rows = json.loads((exported / "record.json").read_text())["rows"]
-    reference = rows[0]["accuracy_pct"]
-    for row in rows:
+def test_numbers_of_a_record_agree_with_each_other(exported, record):
+    reference = record["rows"][0]["accuracy_pct"]
+    files = {"FP32": "fp32.onnx", "INT8-QAT": "int8_qat.onnx"}
+    for row in record["rows"]:
         assert row["accuracy_pct"] - row["delta_pct"] == pytest.approx(reference)
         assert 0 <= row["accuracy_pct"] <= 100
-        assert (row["agreement_pct"] == 100) or row["precision"] != "FP32"
+        assert row["agreement_pct"] == 100 or row["precision"] != "FP32"
         p50, p99 = row["latency_ms"]["p50"], row["latency_ms"]["p99"]
         if row["batch_size"] is None:
             assert (p50, p99, row["throughput_img_s"]) == (None, None, None)
         else:
             assert 0 < p50 <= p99
             assert row["throughput_img_s"] == pytest.approx(1000 * row["batch_size"] / p50)
-        file = {"FP32": "fp32.onnx", "INT8-QAT": "int8_qat.onnx"}.get(row["precision"])
-        size = (
-            (exported / "onnx" / file).stat().st_size / 1e6
-            if row["backend"] == "onnxruntime"
-            else None
-        )
-        assert row["file_mb"] == size
+        size_mb = None
+        if row["backend"] == "onnxruntime":
+            size_mb = (exported / "onnx" / files[row["precision"]]).stat().st_size / 1e6
+        assert row["file_mb"] == size_mb
 
 
 def test_recorded_accuracies_are_those_of_the_checkpoints_networks(
-    exported, qat_checkpoint, digits
+    record, trained_network, qat_checkpoint, digits
 ):
     content = ckpt.load(qat_checkpoint)
-    images = normalised(digits.test_images, content["data"]["mean"], content["data"]["std"])
-    rows = {
-        (row["backend"], row["precision"]): row
-        for row in json.loads((exported / "record.json").read_text())["rows"]
-    }
+    qat_network = networks.build_quantized(content.network, content.quantization)
+    qat_network.load_state_dict(content.state)
+    images = normalised(digits.test_images, content.data.mean, content.data.std)
+    rows = {(row["backend"], row["precision"]): row for row in record["rows"]}
+
     predictions = {}
-    for precision, build, state in (
-        (
-            "FP32",
-            infer.build_float,
-            {key: value for key, value in content["start"].items() if "_quantizer" not in key},
-        ),
-        ("FAKE-QUANT-QAT", infer.build_quantized, content["state"]),
-    ):
-        model = build(content).eval()
-        model.load_state_dict(state)
+    for precision, model in (("FP32", trained_network), ("FAKE-QUANT-QAT", qat_network)):
         with torch.no_grad():
-            predictions[precision] = model(images).argmax(1).numpy()
-        accuracy = 100 * (predictions[precision] == digits.test_labels).mean()
-        assert rows["pytorch", precision]["accuracy_pct"] == pytest.approx(
-            accuracy, abs=0.3
-        )  # one image is 0.28 %
-    agreement = 100 * (predictions["FP32"] == predictions["FAKE-QUANT-QAT"]).mean()
-    assert rows["pytorch", "FAKE-QUANT-QAT"]["agreement_pct"] == pytest.approx(agreement, abs=0.6)
-    assert rows["onnxruntime", "INT8-QAT"]["accuracy_pct"] == pytest.approx(
-        rows["pytorch", "FAKE-QUANT-QAT"]["accuracy_pct"], abs=1.0
-    )
+            predictions[precision] = model.eval()(images).argmax(1).numpy()
+        accuracy_pct = 100 * (predictions[precision] == digits.test_labels).mean()
+        # one image is 0.28 %
+        assert rows["pytorch", precision]["accuracy_pct"] == pytest.approx(accuracy_pct, abs=0.6)
+
+    agreement_pct = 100 * (predictions["FP32"] == predictions["FAKE-QUANT-QAT"]).mean()
+    assert agreement_pct < 90  # they are not the same network
+    fake_quantized, int8 = rows["pytorch", "FAKE-QUANT-QAT"], rows["onnxruntime", "INT8-QAT"]
+    assert fake_quantized["agreement_pct"] == pytest.approx(agreement_pct, abs=0.6)
+    assert int8["accuracy_pct"] == pytest.approx(fake_quantized["accuracy_pct"], abs=1.5)
+    assert int8["agreement_pct"] > 97  # with the same network in PyTorch
 
 
 def test_plot_is_a_png(exported):
@@ -334,113 +379,75 @@ def test_plot_is_a_png(exported):
         assert np.asarray(image.convert("L")).std() > 1
 
 
-def test_plot_takes_many_batch_sizes(exported, tmp_path):
-    sizes = [str(size) for size in range(1, 9)]
+def test_plot_takes_many_batch_sizes(record, tmp_path):
     path = tmp_path / "plot.png"
-    infer.main(
-        [
-            "--onnx",
-            str(exported / "onnx"),
-            "--backend",
-            "onnxruntime",
-            "--batch_size",
-            *sizes,
-            "--plot",
-            str(path),
-        ]
-    )
+    row = Row("onnxruntime", "FP32", 90.0)
+    rows = [row.timed(size, 1.0, 2.0) for size in range(1, 20)]
+    plot(path, replace(schema.parse(Record, record, "record"), rows=rows))
     assert path.exists()
 
 
-def test_exported_files_are_evaluated_without_torch(exported, tmp_path, run_script):
-    argv = [
-        "--onnx",
-        exported / "onnx",
-        "--FP32",
-        "--INT8QAT",
-        "--batch_size",
-        "1",
-        "--backend",
-        "onnxruntime",
-    ]
-    process = run_script(
-        "infer.py", *argv, "--record", tmp_path / "record.json", blocked=("torch",)
-    )
+def test_exported_files_are_evaluated_without_torch(exported, record, tmp_path, run_script):
+    flags = "--FP32 --INT8QAT --batch_size 1 --backend onnxruntime"
+    output = f"--record {tmp_path}/record.json"
+    argv = f"infer.py --onnx {exported}/onnx {flags} {output}".split()
+    process = run_script(*argv, blocked=("torch",))
     assert process.returncode == 0, process.stderr
     assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(process.stdout)
-    here, there = (
-        json.loads(path.read_text())
-        for path in (exported / "record.json", tmp_path / "record.json")
-    )
-    assert there["environment"]["torch"] == here["environment"]["torch"]
-
-    def accuracies(record):
-        return {
-            (row["backend"], row["precision"]): (row["accuracy_pct"], row["agreement_pct"])
-            for row in record["rows"]
-        }
-
-    assert accuracies(there) == accuracies(here)
+    there = json.loads((tmp_path / "record.json").read_text())
+    assert there["environment"]["torch"] == record["environment"]["torch"]
+    assert accuracies(there["rows"]) == accuracies(record["rows"])
 
 
-def test_without_batch_sizes_only_accuracy_is_measured(exported, tmp_path):
-    argv = [
-        "--onnx",
-        str(exported / "onnx"),
-        "--FP32",
-        "--INT8QAT",
-        "--backend",
-        "onnxruntime",
-        "--batch_size",
-    ]
-    infer.main([*argv, "--record", str(tmp_path / "record.json")])
-    timed, untimed = (
-        [row for row in json.loads(path.read_text())["rows"] if row["backend"] == "onnxruntime"]
-        for path in (exported / "record.json", tmp_path / "record.json")
-    )
-    assert [(row["precision"], row["throughput_img_s"]) for row in untimed] == [
-        ("FP32", None),
-        ("INT8-QAT", None),
-    ]
-    assert {(row["precision"], row["accuracy_pct"]) for row in untimed} == {
-        (row["precision"], row["accuracy_pct"]) for row in timed
-    }
+def accuracies(rows):
+    found = {}
+    for row in rows:
+        key = (row["backend"], row["precision"])
+        found[key] = (row["accuracy_pct"], row["agreement_pct"])
+    return found
+
+
+def test_without_batch_sizes_only_accuracy_is_measured(exported, record, tmp_path):
+    flags = "--FP32 --INT8QAT --backend onnxruntime --batch_size"
+    infer.main(f"--onnx {exported}/onnx {flags} --record {tmp_path}/record.json".split())
+    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+    untimed = [row for row in rows if row["backend"] == "onnxruntime"]
+    assert [row["precision"] for row in untimed] == ["FP32", "INT8-QAT"]
+    assert [row["throughput_img_s"] for row in untimed] == [None, None]
+    assert accuracies(rows) == accuracies(record["rows"])
 
 
 def test_all_exported_precisions_are_evaluated_if_none_is_named(exported, capsys):
-    infer.main(["--onnx", str(exported / "onnx"), "--batch_size", "1", "--backend", "onnxruntime"])
+    infer.main(f"--onnx {exported}/onnx --batch_size 1 --backend onnxruntime".split())
     output = capsys.readouterr().out
     assert "INT8-PTC: not in this export" in output
-    assert {row[:2] for row in printed_rows(output)} >= {
-        ("onnxruntime", "FP32"),
-        ("onnxruntime", "INT8-QAT"),
-    }
+    networks = {row[:2] for row in printed_rows(output)}
+    assert networks >= {("onnxruntime", "FP32"), ("onnxruntime", "INT8-QAT")}
 
 
 # pretrained weights
 
 
 @pytest.mark.parametrize(
-    ("imagenet_cache", "name", "stem", "classifier"),
+    ("imagenet_cache", "stem", "classifier"),
     [
-        ("resnet18", "resnet18", "imagenet", ["fc.weight", "fc.bias"]),
-        *(
-            (name, name, "cifar", ["classifier.1.weight", "classifier.1.bias"])
-            for name in ("mobilenet_v2", "efficientnet_b0")
-        ),
+        ("resnet18", "imagenet", "fc"),
+        ("mobilenet_v2", "cifar", "classifier.1"),
+        ("efficientnet_b0", "cifar", "classifier.1"),
     ],
     indirect=["imagenet_cache"],
 )
 def test_pretrained_weights_fill_everything_but_the_classifier(
-    imagenet_cache, name, stem, classifier
+    imagenet_cache, request, stem, classifier
 ):
+    name = request.node.callspec.params["imagenet_cache"]
     source = imagenet_state(name)
     torch.save(source, imagenet_cache)
     model = models.build(name, 10, stem)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    models.load_imagenet_weights(model, name)
+    networks.load_imagenet_weights(model, name)
     for key, value in model.state_dict().items():
-        kept = key in classifier or key not in source
+        kept = key in (f"{classifier}.weight", f"{classifier}.bias") or key not in source
         assert torch.equal(value, before[key] if kept else source[key]), key
 
 
@@ -482,11 +489,10 @@ def test_pretrain_that_cannot_fit_says_why(imagenet_cache, tmp_path, error_line,
 # mistakes with train.py
 
 
-def test_unknown_model_lists_the_models(tmp_path, run_script, failure_line):
-    process = run_script("train.py", "--m", "resnet19", "--dataset", "digits", "--od", tmp_path)
-    assert failure_line(
-        process
-    ) == "error: no model 'resnet19'; there are vanilla_cnn, " + ", ".join(STEMMED)
+def test_unknown_model_lists_the_models(tmp_path, error_line):
+    line = error_line(train.main, f"--m resnet19 --dataset digits --od {tmp_path}".split())
+    known = ", ".join(["vanilla_cnn", *STEMMED])
+    assert line == f"error: no model 'resnet19'; there are {known}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -496,17 +502,8 @@ def test_no_model_is_one_line(tmp_path, error_line):
 
 @pytest.mark.parametrize("flag", ["--quant_layers", "--skip_layers"])
 def test_unknown_layer_pattern_lists_layers_near_it(tmp_path, float_checkpoint, error_line, flag):
-    argv = [
-        "--quantize",
-        "--partial_ckpt",
-        "--load_ckpt",
-        float_checkpoint,
-        flag,
-        "layer1.0.convv1",
-        "--od",
-        tmp_path,
-    ]
-    line = error_line(train.main, argv)
+    start = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --od {tmp_path}"
+    line = error_line(train.main, f"{start} {flag} layer1.0.convv1".split())
     assert "'layer1.0.convv1' matches no quantizable layer" in line
     assert "layer1.0.conv1" in line.split("near it:")[1]
     assert list(tmp_path.iterdir()) == []
@@ -535,53 +532,25 @@ def test_class_with_one_image_does_not_divide_by_zero(tmp_path, error_line):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
-    argv = [
-        "--m",
-        "vanilla_cnn",
-        "--dataset",
-        "folder",
-        "--data_dir",
-        tmp_path,
-        "--num_epochs",
-        "1",
-        "--od",
-        tmp_path / "out",
-    ]
-    assert str(tmp_path) in error_line(train.main, argv)
+    flags = f"--m vanilla_cnn --dataset folder --data_dir {tmp_path} --od {tmp_path}/out"
+    assert str(tmp_path) in error_line(train.main, flags.split())
 
 
 def test_float_training_works_without_pytorch_quantization(tmp_path, small_cifar10, run_script):
-    argv = [
-        "--m",
-        "resnet18",
-        "--stem",
-        "imagenet",
-        "--data_dir",
-        small_cifar10,
-        "--num_epochs",
-        "1",
-        "--od",
-        tmp_path,
-    ]
-    process = run_script("train.py", *argv, blocked=("pytorch_quantization",))
+    flags = "--m resnet18 --stem imagenet --num_epochs 1 --batch_size 128"
+    argv = f"train.py {flags} --data_dir {small_cifar10} --od {tmp_path}".split()
+    process = run_script(*argv, blocked=("pytorch_quantization",))
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "pytorch_exp" / "ckpt_best").exists()
 
 
+@pytest.mark.slow
 def test_quantized_training_without_pytorch_quantization_is_one_line(
     tmp_path, float_checkpoint, run_script, failure_line
 ):
-    argv = [
-        "--quantize",
-        "--partial_ckpt",
-        "--load_ckpt",
-        float_checkpoint,
-        "--num_epochs",
-        "0",
-        "--od",
-        tmp_path,
-    ]
-    process = run_script("train.py", *argv, blocked=("pytorch_quantization",))
+    flags = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --num_epochs 0"
+    argv = f"train.py {flags} --od {tmp_path}".split()
+    process = run_script(*argv, blocked=("pytorch_quantization",))
     assert "pytorch" in failure_line(process)
     assert list(tmp_path.iterdir()) == []
 
@@ -704,18 +673,12 @@ def test_a_network_that_was_not_exported_is_one_line_if_it_was_asked_for(
     assert f"{precision}: not in this export, no row" in capsys.readouterr().out
 
 
-def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, error_line):
-    argv = [
-        "--load_ckpt",
-        qat_checkpoint,
-        "--onnx_dir",
-        export_copy,
-        "--export_only",
-        "--batch_size",
-    ]
+def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, few_digits, error_line):
+    flags = f"--load_ckpt {qat_checkpoint} --onnx_dir {export_copy} --export_only --batch_size"
     with locked(export_copy):
-        assert f"another process is at work in {export_copy}" in error_line(infer.main, argv)
-    infer.read_export(export_copy)
+        line = error_line(infer.main, flags.split())
+    assert f"another process is at work in {export_copy}" in line
+    read_export(export_copy)
 
 
 def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
@@ -733,31 +696,34 @@ def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
 
 
 def test_an_export_interrupted_leaves_the_one_before_or_none(
-    qat_checkpoint, export_copy, error_line, monkeypatch
+    qat_checkpoint, export_copy, few_digits, error_line, monkeypatch
 ):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
+    interrupted = Mock(side_effect=KeyboardInterrupt)
+    argv = f"--load_ckpt {qat_checkpoint} --onnx_dir {export_copy} --FP32 --batch_size".split()
     there = sorted(export_copy.iterdir())
-    for module, name in ((infer, "evaluate_torch"), (infer.np, "savez"), (infer.records, "write")):
+
+    # before, while and after the graphs are written: whole as before
+    steps = ((compare, "evaluate_in_pytorch"), (compare.np, "savez"), (compare.records, "write"))
+    for module, name in steps:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, interrupted)
-            infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
-        infer.read_export(export_copy)  # whole as before
+            infer.main(argv)
+        read_export(export_copy)
         assert sorted(export_copy.iterdir()) == there
+
+    # a full disk, too
     with monkeypatch.context() as patch:
-        patch.setattr(
-            infer.np, "savez", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-        )
-        line = error_line(infer.main, ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy])
-        assert (
-            line
-            == f"error: cannot write {export_copy}: No space left on device; free space or name another folder"
-        )
-    infer.read_export(export_copy)
-    monkeypatch.setattr(files, "sorted", interrupted, raising=False)  # as the files are renamed
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(compare.np, "savez", Mock(side_effect=full))
+        line = error_line(infer.main, argv)
+    said = f"error: cannot write {export_copy}: No space left on device; "
+    assert line == f"{said}free space or name another folder"
+    read_export(export_copy)
+
+    # as the files are renamed: none
+    monkeypatch.setattr(files, "sorted", interrupted, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        infer.main(["--load_ckpt", str(qat_checkpoint), "--onnx_dir", str(export_copy)])
+        infer.main(argv)
     assert f"{export_copy} is no complete export" in error_line(infer.main, ["--onnx", export_copy])
 
 
@@ -779,9 +745,12 @@ def test_what_one_run_held_out_is_not_trained_on_by_the_next(
     [
         (["--m", "resnet50"], "--m resnet50 contradicts"),
         (["--dataset", "cifar10"], "--dataset cifar10 contradicts"),
-        (["--batch_size", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
-        (["--calib_images", "0"], "--batch_size, --torch_compile and --calib_images: at least 1"),
-        *((["--workspace_gb", value], "--workspace_gb ") for value in ("0", "-1", "nan", "inf")),
+        (["--batch_size", "0"], "--batch_size and --torch_compile: at least 1"),
+        (["--torch_compile", "1", "0"], "--batch_size and --torch_compile: at least 1"),
+        (["--workspace_gb", "0"], "--workspace_gb: more than 0, at most 1024"),
+        (["--workspace_gb", "-1"], "--workspace_gb: more than 0, at most 1024"),
+        (["--workspace_gb", "nan"], "--workspace_gb: more than 0, at most 1024"),
+        (["--workspace_gb", "inf"], "--workspace_gb: more than 0, at most 1024"),
         (["--stem", "cifar"], "--stem cifar contradicts"),
         (["--img_size", "64"], "--img_size 64: the images of digits are 32 pixels wide"),
         (
@@ -800,22 +769,12 @@ def test_output_that_cannot_be_written_is_one_line(
     exported, tmp_path, error_line, flag, below, capsys
 ):
     (tmp_path / "file").touch()
-    argv = [
-        "--onnx",
-        exported / "onnx",
-        "--batch_size",
-        "1",
-        "--backend",
-        "onnxruntime",
-        flag,
-        tmp_path / below,
-    ]
-    line = error_line(infer.main, argv)
-    assert line.startswith(
-        f"error: cannot write {tmp_path}/file: "
-        if below
-        else f"error: {tmp_path} is a folder: name a file"
-    )
+    flags = "--batch_size 1 --backend onnxruntime"
+    argv = f"--onnx {exported}/onnx {flags} {flag} {tmp_path / below}".split()
+    said = f"{tmp_path} is a folder: name a file"
+    if below:
+        said = f"cannot write {tmp_path}/file: "
+    assert error_line(infer.main, argv).startswith(f"error: {said}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # the table is there, whatever becomes of the file
     assert ("onnxruntime  INT8-QAT" in capsys.readouterr().out) == bool(below)
@@ -834,25 +793,13 @@ def test_values_that_argparse_knows_to_be_wrong_exit_with_usage(main, flags, cap
 
 
 def test_shared_flags_agree_or_contradict():
-    from utils.flags import agreed
-
-    assert (
-        agreed("--x", 1, 1)
-        == agreed("--x", 1, None)
-        == agreed("--x", None, 1, 2)
-        == agreed("--x", None, None, 1)
-        == 1
-    )
+    agreed = flags.agreed
+    assert agreed("--x", 1, 1) == agreed("--x", 1, None) == 1
+    assert agreed("--x", None, 1, 2) == agreed("--x", None, None, 1) == 1
     with pytest.raises(UserError, match="--x 1 contradicts the checkpoint, which says 2"):
         agreed("--x", 1, 2)
     with pytest.raises(UserError, match="--x is needed"):
         agreed("--x", None, None)
-
-
-def test_implicit_calibration_without_tensorrt_is_one_line(exported, error_line):
-    assert "--ptc_mode implicit: " in error_line(
-        infer.main, ["--onnx", exported / "onnx", "--INT8PTC", "--ptc_mode", "implicit"]
-    )
 
 
 @pytest.mark.parametrize("flag", [["--audit"], ["--ptc_mode", "implicit"]])
@@ -863,13 +810,13 @@ def test_what_only_tensorrt_can_do_is_refused_without_it(
     def require_gpu():
         raise UserError("there is no GPU here")
 
-    monkeypatch.setattr(tensorrt_engine, "require_gpu", require_gpu)
+    monkeypatch.setattr(tensorrt_build, "require_gpu", require_gpu)
     argv = ["--onnx", exported / "onnx", "--dataset", "digits", "--backend", backend, *flag]
     assert " ".join(flag) in error_line(infer.main, argv)
 
 
 def test_engines_for_no_batch_size_are_refused(exported, error_line, monkeypatch):
-    monkeypatch.setattr(tensorrt_engine, "require_gpu", lambda: None)
+    monkeypatch.setattr(tensorrt_build, "require_gpu", lambda: None)
     assert "--batch_size: " in error_line(
         infer.main, ["--onnx", exported / "onnx", "--dataset", "digits", "--batch_size"]
     )
@@ -904,22 +851,28 @@ def test_training_flags_that_contradict_each_other_are_refused_at_once(argv, sai
     assert said in error_line(train.main, [*argv, "--m", "resnet18"])
 
 
+@pytest.mark.parametrize("words", ["--FP32", "--FP16", "--FP32 --FP16"])
+def test_quantize_with_float_precisions_alone_is_refused(qat_checkpoint, error_line, words):
+    argv = f"--load_ckpt {qat_checkpoint} --quantize {words}".split()
+    assert "--quantize: the precisions named are all float" in error_line(infer.main, argv)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--torch_compile", "8"], "no GPU"),
+        (["--calib_images", "0"], "--calib_images"),
         (["--audit", "--backend", "onnxruntime"], "--audit is TensorRT's"),
         (["--FP32", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_an_earlier_export(
-    qat_checkpoint, export_copy, flags, said, error_line, monkeypatch
+    qat_checkpoint, export_copy, few_digits, flags, said, error_line, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert said in error_line(
-        infer.main, ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy, *flags]
-    )
-    infer.read_export(export_copy)
+    argv = ["--load_ckpt", qat_checkpoint, "--onnx_dir", export_copy, *flags]
+    assert said in error_line(infer.main, argv)
+    read_export(export_copy)
 
 
 @pytest.mark.parametrize(
@@ -931,49 +884,53 @@ def test_too_little_memory_is_one_line(ask, error_line):
 
 
 def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(
-    qat_checkpoint, tmp_path, capsys
+    float_checkpoint, few_digits, tmp_path, capsys
 ):
-    infer.main(
-        [
-            "--load_ckpt",
-            str(qat_checkpoint),
-            "--INT8QAT",
-            "--export_only",
-            "--onnx_dir",
-            str(tmp_path / "onnx"),
-        ]
-    )
+    flags = f"--FP32 --export_only --onnx_dir {tmp_path}/onnx --record {tmp_path}/record.json"
+    infer.main(f"--load_ckpt {float_checkpoint} {flags}".split())
     assert {row[0] for row in printed_rows(capsys.readouterr().out)} == {"pytorch"}
-    manifest, in_torch = infer.read_export(tmp_path / "onnx")
-    assert sorted(manifest["int8_nodes"]) == ["FP32", "INT8-QAT"]
-    assert manifest["int8_nodes"]["FP32"] == []
-    assert len(manifest["int8_nodes"]["INT8-QAT"]) == 29  # all but the pool, which sees one pixel
-    assert {name: len(classes) for name, classes in in_torch.items()} == {
-        "FP32": 360,
-        "FAKE-QUANT-QAT": 360,
-    }
+    environment = json.loads((tmp_path / "record.json").read_text())["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["onnxruntime"] is None
+
+    manifest, predictions = read_export(tmp_path / "onnx")
+    assert manifest.int8_nodes == {"FP32": []}
+    assert predictions["FP32"].shape == (40,)
 
 
-def test_the_backend_takes_a_network_that_reports_its_layers(exported, digits):
-    """As TensorRT does: layers are counted, and a row with the time from host to host stands beside the engine's own."""
-    from types import SimpleNamespace
+def test_an_export_says_what_should_run_in_int8_and_what_pytorch_predicts(exported):
+    manifest, predictions = read_export(exported / "onnx")
+    assert sorted(manifest.int8_nodes) == ["FP32", "INT8-QAT"]
+    assert manifest.int8_nodes["FP32"] == []
+    assert len(manifest.int8_nodes["INT8-QAT"]) == 29  # all but the pool, which sees one pixel
+    assert sorted(predictions) == ["FAKE-QUANT-QAT", "FP32"]
+    for classes in predictions.values():
+        assert classes.shape == (360,)
 
-    from utils.backends.onnxruntime import OnnxRuntimeNetwork
 
+def test_a_network_that_reports_its_layers_and_the_devices_time_has_more_columns_and_rows(
+    exported, digits
+):
+    """As TensorRT's does: layers are counted, and the time from host to host has its own row."""
     network = OnnxRuntimeNetwork(exported / "onnx" / "int8_qat.onnx")
     network.layers = [SimpleNamespace(precision=kind) for kind in ("INT8", "INT8", "FP16")]
-    in_torch = {"FP32": digits.test_labels, "FAKE-QUANT-QAT": 1 + digits.test_labels}
-    rows = infer.evaluate_network(network, "INT8-QAT", digits, in_torch, [1, 64])
-    agreement_pct = 100 * np.mean(network(digits.test_images).argmax(1) == 1 + digits.test_labels)
-    assert all(
-        row["agreement_pct"] == pytest.approx(agreement_pct) for row in rows
-    )  # with the same precision's network
-    assert all(row["accuracy_pct"] - 100 == pytest.approx(row["delta_pct"]) for row in rows)
-    assert [(row["backend"], row["batch_size"]) for row in rows] == [
+    network.device_time = True
+    network.evaluation_batch = 64
+    few = replace(digits, test_images=digits.test_images[:64], test_labels=digits.test_labels[:64])
+    predictions = {"FP32": few.test_labels, "FAKE-QUANT-QAT": 1 + few.test_labels}
+    rows = compare.evaluate_network(network, "INT8-QAT", few, predictions, [1, 64])
+
+    assert [(row.backend, row.batch_size) for row in rows] == [
         ("onnxruntime", 1),
         ("onnxruntime", 64),
         ("onnxruntime end-to-end", 64),
     ]
-    assert all((row["int8_layers"], row["layers"]) == (2, 3) for row in rows)
-    assert rows[2]["latency_ms"] == {"p50": None, "p99": None}
-    assert rows[2]["throughput_img_s"] > 0
+    # it agrees with the same precision's network
+    predicted = network(few.test_images).argmax(1)
+    agreement_pct = 100 * np.mean(predicted == 1 + few.test_labels)
+    for row in rows:
+        assert row.agreement_pct == pytest.approx(agreement_pct)
+        assert row.accuracy_pct - 100 == pytest.approx(row.delta_pct)
+        assert (row.int8_layers, row.layers) == (2, 3)
+    assert rows[2].latency_ms == {"p50": None, "p99": None}
+    assert rows[2].throughput_img_s > 0
