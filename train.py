@@ -102,17 +102,8 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, val: Batches) -> None:
     if compiled:
         # a process that trains several networks would soon have compiled as often as it may
         torch.compiler.reset()
-    images = len(train_part) * train_part.batch_size
-    bar = tqdm(
-        total=images * recipe.num_epochs,
-        initial=images * run.epoch,
-        unit="img",
-        unit_scale=True,
-        dynamic_ncols=True,
-        mininterval=0.5,
-        disable=train_part.rank > 0,
-    )
     step = None
+    bar = progress_bar(run, recipe, train_part)
     try:
         for epoch in range(run.epoch, recipe.num_epochs):
             bar.set_description(f"epoch {epoch + 1}/{recipe.num_epochs}")
@@ -128,27 +119,29 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, val: Batches) -> None:
             val_loss, val_pct = evaluate(run.model, val)
             run.require_finite(loss + val_loss, recipe.lr)
 
-            run.epoch = epoch + 1
-            run.history.append(
-                {
-                    "loss": loss,
-                    "train_accuracy_pct": train_pct,
-                    "val_loss": val_loss,
-                    "val_accuracy_pct": val_pct,
-                }
-            )
-            if train_part.rank == 0:
-                run.save(val_loss)
-                bar.write(
-                    f"epoch {epoch + 1}: train loss {loss:.4f}, {train_pct:.2f} %, "
-                    f"val loss {val_loss:.4f}, {val_pct:.2f} %, {seconds:.2f} s",
-                    file=sys.stdout,
-                )
+            run.finish_epoch(loss, train_pct, val_loss, val_pct, write=train_part.rank == 0)
+            line = f"train loss {loss:.4f}, {train_pct:.2f} %, val loss {val_loss:.4f}"
+            line = f"epoch {run.epoch}: {line}, {val_pct:.2f} %, {seconds:.2f} s"
+            bar.write(line, file=sys.stdout)
     finally:
         if step is not None:
             # an exception keeps this frame, and NCCL would wait for ever for its graph to go
             step.graph = None
         bar.close()
+
+
+def progress_bar(run: Run, recipe: Recipe, train_part: Batches) -> tqdm:
+    """A bar over all images of the run, on the first rank."""
+    images = len(train_part) * train_part.batch_size
+    return tqdm(
+        total=images * recipe.num_epochs,
+        initial=images * run.epoch,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=train_part.rank > 0,
+    )
 
 
 def wants_compile(recipe: Recipe, train_part: Batches) -> bool:

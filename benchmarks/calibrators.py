@@ -26,7 +26,7 @@ from utils import checkpoint as ckpt
 from utils import compare, networks, records
 from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint
-from utils.device import default_device
+from utils.device import default_device, full_precision
 from utils.errors import UserError, run
 from utils.metrics import percent_equal, sqnr_db
 from utils.specs import CALIBRATORS, Quantization
@@ -62,7 +62,8 @@ class Row:
 def logits_of(model: nn.Module, batches: Batches) -> Tensor:
     """(N, classes) in evaluation mode."""
     model.eval()
-    return torch.cat([model(images) for images, _ in batches])
+    with full_precision():
+        return torch.cat([model(images) for images, _ in batches])
 
 
 def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {
             "kind": "calibrators",
             "commit": records.commit(),
-            "environment": records.environment([records.Row("pytorch", "FP32")]),
+            "environment": records.environment(["pytorch"]),
             "rows": rows,
         }
         records.write(args.record, record)

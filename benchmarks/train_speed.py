@@ -528,7 +528,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings[name] = str(value) if isinstance(value, Path) else value
     record = {
         "kind": "train_speed",
-        "environment": records.environment([records.Row("pytorch", "FP32")]),
+        "environment": records.environment(["pytorch"]),
         "commit": records.commit(),
         "flags": settings,
     }

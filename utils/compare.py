@@ -200,7 +200,7 @@ def export_checkpoint(
             seed=checkpoint.recipe["seed"],
             quantization=quantization,
             int8_nodes=nodes,
-            environment=records.environment(rows),
+            environment=records.environment(["pytorch"]),
             rows=rows,
         )
         records.write(draft / MANIFEST, manifest)

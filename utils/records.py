@@ -89,9 +89,9 @@ PACKAGES = {
 """Package -> the back end that it is, and the modules that say its version."""
 
 
-def environment(rows: Iterable[Row]) -> dict[str, str | None]:
-    """Hardware and versions. A package that ran none of the rows has version None."""
-    ran = {row.backend for row in rows}
+def environment(backends: Iterable[str]) -> dict[str, str | None]:
+    """Hardware, and versions of the packages that ran: those behind `backends`."""
+    ran = set(backends)
     versions: dict[str, str | None] = {}
     for package, (backend, modules) in PACKAGES.items():
         loaded = [sys.modules[name] for name in modules if name in sys.modules]
@@ -113,7 +113,7 @@ def merge_environment(
     If the export was made on other hardware, its latencies must not stand beside this machine's:
     they become None.
     """
-    here = environment(rows)
+    here = environment(row.backend for row in rows)
     here["torch"] = exported.get("torch")
     if any(here[key] != exported.get(key) for key in ("gpu", "cpu")):
         without = {(row.backend, row.precision): row.untimed() for row in torch_rows}

@@ -63,6 +63,22 @@ class Run:
             f"{left}"
         )
 
+    def finish_epoch(
+        self, loss: float, train_pct: float, val_loss: float, val_pct: float, write: bool
+    ) -> None:
+        """One epoch more: into the history, and to disk if this rank is to `write`."""
+        self.epoch += 1
+        self.history.append(
+            {
+                "loss": loss,
+                "train_accuracy_pct": train_pct,
+                "val_loss": val_loss,
+                "val_accuracy_pct": val_pct,
+            }
+        )
+        if write:
+            self.save(val_loss)
+
     def save(self, val_loss: float) -> None:
         """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier loss on val was lower.
 
