@@ -34,6 +34,7 @@ from utils.files import locked
 from utils.manifest import read_export
 from utils.plot import plot
 from utils.records import Record, Row
+from utils.specs import NetworkSpec
 
 PRECISIONS = {
     "FP32",
@@ -92,8 +93,8 @@ def record(exported):
 
 @pytest.fixture
 def few_digits(digits):
-    """For the rest of the test, `--dataset digits` is 160 train and 40 test images."""
-    with digits_cut_to(160, 40, digits):
+    """For the rest of the test, `--dataset digits` is 60 train and 40 test images."""
+    with digits_cut_to(60, 40, digits):
         yield
 
 
@@ -536,9 +537,13 @@ def test_class_with_one_image_does_not_divide_by_zero(tmp_path, error_line):
     assert str(tmp_path) in error_line(train.main, flags.split())
 
 
-def test_float_training_works_without_pytorch_quantization(tmp_path, small_cifar10, run_script):
-    flags = "--m resnet18 --stem imagenet --num_epochs 1 --batch_size 128"
-    argv = f"train.py {flags} --data_dir {small_cifar10} --od {tmp_path}".split()
+@pytest.mark.slow
+def test_float_training_works_without_pytorch_quantization(tmp_path, digits, run_script):
+    images, labels = digits.train_images[:30], digits.train_labels[:30]
+    archive = tmp_path / "cifar10.npz"
+    np.savez(archive, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    flags = f"--m resnet18 --stem imagenet --num_epochs 1 --data_dir {tmp_path}"
+    argv = f"train.py {flags} --od {tmp_path}".split()
     process = run_script(*argv, blocked=("pytorch_quantization",))
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "pytorch_exp" / "ckpt_best").exists()
@@ -593,7 +598,7 @@ def test_tensorrt_by_name_without_the_package_says_what_is_missing(exported, err
     importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed: there may be a GPU"
 )
 def test_without_tensorrt_onnx_runtime_runs_and_says_why(exported, capsys):
-    infer.main(["--onnx", str(exported / "onnx"), "--batch_size", "1"])
+    infer.main(f"--onnx {exported}/onnx --INT8QAT --batch_size 1".split())
     output = capsys.readouterr().out
     assert "TensorRT is not used: the Python package " in output
     assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(output)
@@ -658,19 +663,15 @@ def test_a_terminal_without_a_tables_letters_gets_another():
 
 @pytest.mark.parametrize("flag", ["--INT8PTC", "--INT8QAT"])
 def test_a_network_that_was_not_exported_is_one_line_if_it_was_asked_for(
-    export_copy, error_line, flag, capsys
+    export_copy, error_line, flag
 ):
     precision = flag.replace("--INT8", "INT8-")
     manifest = json.loads((export_copy / "export.json").read_text())
     manifest["int8_nodes"].pop(precision, None)
     (export_copy / "export.json").write_text(json.dumps(manifest))
-    argv = ["--onnx", export_copy, "--batch_size", "1", "--backend", "onnxruntime"]
-    assert (
-        error_line(infer.main, [*argv, flag])
-        == f"error: {precision} is not in {export_copy}: export it again, with {flag}"
-    )
-    infer.main(list(map(str, argv)))  # all that there are
-    assert f"{precision}: not in this export, no row" in capsys.readouterr().out
+    line = error_line(infer.main, f"--onnx {export_copy} --backend onnxruntime {flag}".split())
+    said = f"{precision} is not in {export_copy}: export it again, with {flag}"
+    assert line == f"error: {said}"
 
 
 def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, few_digits, error_line):
@@ -696,10 +697,15 @@ def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
 
 
 def test_an_export_interrupted_leaves_the_one_before_or_none(
-    qat_checkpoint, export_copy, few_digits, error_line, monkeypatch
+    float_checkpoint, export_copy, few_digits, error_line, monkeypatch, tmp_path
 ):
+    # any network will do, so a small one
+    state = models.build("vanilla_cnn", 10, "cifar").state_dict()
+    spec = NetworkSpec("vanilla_cnn", "cifar", 10)
+    small = replace(ckpt.load(float_checkpoint), network=spec, state=state)
+    ckpt.save(tmp_path / "small", small)
+    argv = f"--load_ckpt {tmp_path}/small --onnx_dir {export_copy} --FP32 --batch_size".split()
     interrupted = Mock(side_effect=KeyboardInterrupt)
-    argv = f"--load_ckpt {qat_checkpoint} --onnx_dir {export_copy} --FP32 --batch_size".split()
     there = sorted(export_copy.iterdir())
 
     # before, while and after the graphs are written: whole as before
@@ -769,7 +775,7 @@ def test_output_that_cannot_be_written_is_one_line(
     exported, tmp_path, error_line, flag, below, capsys
 ):
     (tmp_path / "file").touch()
-    flags = "--batch_size 1 --backend onnxruntime"
+    flags = "--INT8QAT --batch_size 1 --backend onnxruntime"
     argv = f"--onnx {exported}/onnx {flags} {flag} {tmp_path / below}".split()
     said = f"{tmp_path} is a folder: name a file"
     if below:
