@@ -288,7 +288,7 @@ def test_a_records_environment_names_no_package_that_ran_no_row(record, monkeypa
     versions["onnxruntime"] = onnxruntime.__version__
     backends = {"torch": "pytorch", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
     for ran in (["torch"], ["tensorrt"], ["onnxruntime"], ["torch", "onnxruntime"], []):
-        environment = records.environment([Row(backends[package], "FP32") for package in ran])
+        environment = records.environment([backends[package] for package in ran])
         for package, version in versions.items():
             assert environment[package] == (version if package in ran else None)
     here = record["environment"]
@@ -300,7 +300,7 @@ def test_a_records_environment_names_no_package_that_ran_no_row(record, monkeypa
 def test_latencies_of_another_machine_are_left_out(other):
     row = Row("pytorch", "FP32", 90.0, 0.0, 100.0)
     rows = [row.timed(size, 1.0, 2.0) for size in (1, 128)]
-    here = records.environment(rows)
+    here = records.environment(["pytorch"])
     assert records.merge_environment(here, rows, []) == (here, rows)
     there = {**here, other: "another", "torch": "9.9"}
     environment, merged = records.merge_environment(there, rows, [])
