@@ -19,6 +19,7 @@ import dataset
 from utils import compare, flags, records
 from utils.compare import COMPARISON_REFUSALS, Comparison
 from utils.errors import UserError, run
+from utils.files import user_path
 from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS, read_export
 from utils.plot import plot
@@ -30,8 +31,8 @@ DEFAULT = Comparison()
 def build_parser() -> argparse.ArgumentParser:
     parser = flags.make_parser(__doc__, tuple(dataset.LOADERS))
     add = parser.add_argument_group("export").add_argument
-    add("--onnx", type=Path, metavar="DIR", help="evaluate an earlier export; needs no torch")
-    add("--onnx_dir", type=Path, metavar="DIR", help="where to export (default: CKPT_onnx)")
+    add("--onnx", type=user_path, metavar="DIR", help="evaluate an earlier export; needs no torch")
+    add("--onnx_dir", type=user_path, metavar="DIR", help="where to export (default: CKPT_onnx)")
     add("--export_only", action="store_true", help="run only PyTorch here, engines elsewhere")
 
     add = parser.add_argument_group("comparison").add_argument
@@ -41,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--torch_compile", type=int, nargs="+", default=(), metavar="B", help=compiled)
     audit = "list and time engine layers; fail if one meant for INT8 runs in another type"
     add("--audit", action="store_true", help=audit)
-    add("--record", type=Path, metavar="FILE", help="write the rows as JSON")
-    add("--plot", type=Path, metavar="FILE", help="plot accuracy against throughput as PNG")
+    add("--record", type=user_path, metavar="FILE", help="write the rows as JSON")
+    add("--plot", type=user_path, metavar="FILE", help="plot accuracy against throughput as PNG")
 
     add = parser.add_argument_group("TensorRT").add_argument
     rest = "what unquantized layers compute in (default: %(default)s)"
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     level = "of the builder (default: %(default)s)"
     add("--opt_level", type=int, choices=range(6), default=DEFAULT.opt_level, help=level)
     timings = "kernel timings to share between exports (default: each its own)"
-    add("--timing_cache", type=Path, metavar="DIR", help=timings)
+    add("--timing_cache", type=user_path, metavar="DIR", help=timings)
     return parser
 
 
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = compare.make_record(folder, rows, given_flags(args))
     compare.print_record(record)
     if args.record:
-        records.write(args.record, record)
+        records.write(args.record, record, follow_link=True)
     if args.plot:
         plot(args.plot, record)
     if complaints:

@@ -12,7 +12,6 @@ through the rounding with a straight-through gradient and ranges that stay fixed
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.errors import UserError, run
-from utils.files import new_folder
+from utils.files import new_folder, user_path
 from utils.recipe import Defaults, Recipe, resolve
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
@@ -61,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pretrain", action="store_true", help="from torchvision's ImageNet weights")
     add("--partial_ckpt", action="store_true", help="--load_ckpt is float: it has no ranges")
     add(
-        "--resume", type=Path, metavar="DIR", help="go on with an interrupted run, by its own flags"
+        "--resume",
+        type=user_path,
+        metavar="DIR",
+        help="go on with an interrupted run, by its own flags",
     )
 
     add = parser.add_argument_group("training").add_argument
@@ -79,9 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     parent = "folder of experiments (default: %(default)s)"
-    add("--od", "--output_dir", dest="output_dir", type=Path, default=Path("/tmp"), help=parent)
+    add(
+        "--od", "--output_dir", dest="output_dir", type=user_path, default=Path("/tmp"), help=parent
+    )
     name = "an experiment's folder (default: %(default)s, then _1, _2, ...)"
     add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help=name)
+    add("--keep", type=int, help="of how many last epochs checkpoints stay (default: 1)")
     add("--test_trt", action="store_true", help="afterwards build and compare engines")
     add("--list_layers", action="store_true", help="print the layers' names, and do no more")
     return parser
@@ -285,17 +290,22 @@ def train(
 
     model = make_model(recipe, start, base, plain)
     ranks.share_model(model)
-    run = Run(folder, model, make_optimizer(model, recipe.optimizer), base)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    run = Run(folder, model, optimizer, base, keep=recipe.keep)
     if resume:
         run.go_on(start)
         if here.first:
-            run.tidy()
+            run.mend_best(start)
     elif recipe.quantize and here.first:
-        run.save(math.inf)  # ckpt_0: calibrated, not yet fine-tuned; any epoch is better
+        # ckpt_0: calibrated, not yet fine-tuned; where no epoch is better it is the best
+        val_loss, _ = evaluate(model, val)
+        run.save(val_loss)
     fit(run, recipe, augmented, val)
 
     if here.first:
         best = ckpt.load(run.best)
+        if recipe.quantize and best.epoch == 0 < run.epoch:
+            print("QAT ended below the calibrated network, which is ckpt_best: use a lower --lr")
         model.load_state_dict(best.state)
         test = Batches(
             data.test_images, data.test_labels, normalize, recipe.batch_size, here.device
@@ -343,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, recipe, start = read_flags(sys.argv[1:] if argv is None else argv)
     if args.list_layers:
         spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
-        print_layers(networks.build_quantized(spec, flags.agreed_quantization(args, None)))
+        known = start.quantization if start else None
+        print_layers(networks.build_quantized(spec, flags.agreed_quantization(args, known)))
         return
     torch.backends.cudnn.benchmark = True
     with ranks.started() as here:

@@ -685,13 +685,13 @@ def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, few_d
 def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(tmp_path / "elsewhere.json")
-    records.write(link, {"kind": "linked"})
+    records.write(link, {"kind": "linked"}, follow_link=True)
     assert link.is_symlink()
     assert json.loads((tmp_path / "elsewhere.json").read_text()) == {"kind": "linked"}
     os.mkfifo(pipe)
     with ThreadPoolExecutor() as pool:
         read = pool.submit(pipe.read_text)
-        records.write(pipe, {"kind": "piped"})
+        records.write(pipe, {"kind": "piped"}, follow_link=True)
         assert json.loads(read.result()) == {"kind": "piped"}
     assert pipe.is_fifo()
 

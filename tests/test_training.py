@@ -2,7 +2,7 @@
 
 import copy
 import math
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +30,7 @@ from utils.quantization.swap import quantize_modules
 from utils.training import step as training
 from utils.training.optimizers import make_optimizer
 
-FLAGS = ["--dataset", "digits", "--batch_size", "16"]
+FLAGS = ["--dataset", "digits", "--batch_size", "16", "--keep", "9"]
 EPOCHS, STEPS = 3, 3  # 50 images in full batches of 16
 
 pytestmark = pytest.mark.usefixtures("small_digits")
@@ -518,7 +518,7 @@ def in_an_epoch(*args, **options):
 
 def in_a_write(content, file):
     save(content, file)
-    if ".ckpt_2." in str(file.name):
+    if "/.ckpt_2." in str(file.name):
         file.truncate(file.tell() // 2)
         die()
 
@@ -533,7 +533,7 @@ with conftest.digits_cut_to(60, 40, dataset.load("digits", Path()), width=16):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Place -> number of a process killed there in its second epoch, and the run's folder."""
+    """Place -> folder of a run that was killed there in its second epoch."""
     processes = {}
     for place in ("epoch", "write"):
         folder = tmp_path_factory.mktemp(place) / "run"
@@ -542,7 +542,7 @@ def killed(tmp_path_factory):
         processes[place] = subprocess.Popen(command, cwd=ROOT), folder
     for process, _ in processes.values():
         assert process.wait(timeout=100) == -signal.SIGKILL
-    return {place: (process.pid, folder) for place, (process, folder) in processes.items()}
+    return {place: folder for place, (_, folder) in processes.items()}
 
 
 def names(folder):
@@ -561,11 +561,11 @@ def assert_finishes_like(whole, folder):
 
 @pytest.mark.parametrize(
     ("place", "left"),
-    [("epoch", {"ckpt_1", "ckpt_best"}), ("write", {"ckpt_1", "ckpt_best", ".ckpt_2.{}.partial"})],
+    [("epoch", {"ckpt_1", "ckpt_best"}), ("write", {"ckpt_1", "ckpt_best", ".ckpt_2.partial"})],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(runs, killed, place, left):
-    pid, folder = killed[place]
-    assert names(folder) == {name.format(pid) for name in left}
+    folder = killed[place]
+    assert {re.sub(r"ckpt_2\.\w+", "ckpt_2", name) for name in names(folder)} == left
     assert_finishes_like(runs["float"], folder)
 
 
@@ -578,11 +578,12 @@ def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupt
     losses = [past["val_loss"] for past in ckpt.load(folder / f"ckpt_{epoch}").history]
     if epoch > 1:
         best = min(range(1, epoch), key=lambda index: losses[index - 1])  # of the epochs before
-        (folder / "ckpt_best").hardlink_to(folder / f"ckpt_{best}")
-    (folder / f".ckpt_best.{os.getpid()}.partial").hardlink_to(
-        folder / f"ckpt_{epoch}"
-    )  # this process's number, as it happens
-    (folder / ".ckpt_7.1.partial").write_bytes(b"half")
+        before = ckpt.load(folder / f"ckpt_{best}")
+        before.optimizer = None
+        ckpt.save(folder / "ckpt_best", before)
+    (folder / ".ckpt_best.x1.partial").mkdir()
+    (folder / ".ckpt_best.x1.partial" / "ckpt_best").write_bytes(b"half")
+    (folder / ".ckpt_7.1.partial").write_bytes(b"half")  # as earlier versions named them
     assert_finishes_like(runs["float"], folder)
 
 
@@ -661,7 +662,7 @@ def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line)
 def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 3)
     before = sorted(copy.iterdir())
-    assert f"{copy}/ckpt_3 goes on from there" in error_line(
+    assert f"the run went on to {copy}/ckpt_3" in error_line(
         train.main, ["--resume", copy / "ckpt_2"]
     )
     assert sorted(copy.iterdir()) == before
@@ -669,7 +670,7 @@ def test_resuming_from_within_a_longer_run_is_one_line(runs, tmp_path, error_lin
 
 def test_a_checkpoint_by_itself_can_be_resumed(runs, tmp_path):
     """Copied elsewhere under any name."""
-    for name in ("ckpt_best", "ckpt_2", "other"):
+    for name in ("ckpt_2", "other"):
         (tmp_path / name).mkdir()
         copy = Path(shutil.copy(runs["float"] / "ckpt_2", tmp_path / name / name))
         train.main(["--resume", str(copy)])
@@ -805,37 +806,58 @@ def test_a_val_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert (ckpt.load(tmp_path / "ckpt_best").epoch, run.best_val_loss) == (3, 1.0)
 
 
-def saved_run(folder):
+def test_ckpt_best_is_half_a_checkpoint_and_no_place_to_resume_from(runs, error_line):
+    best = ckpt.load(runs["float"] / "ckpt_best")
+    whole = ckpt.load(runs["float"] / f"ckpt_{best.epoch}")
+    assert best.optimizer is None
+    whole.optimizer = None
+    assert_same(vars(best), vars(whole))
+    alone = runs["float"] / "ckpt_best"
+    sizes = [path.stat().st_size for path in (alone, runs["float"] / "ckpt_3")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, {4}), (2, {3, 4}), (9, {0, 1, 2, 3, 4})])
+def test_of_earlier_epochs_as_many_stay_as_are_to_be_kept(tmp_path, keep, left):
     model = nn.Linear(2, 2)
-    run = train.Run(folder, model, train.make_optimizer(model, "sgd"), ckpt.Checkpoint({}), epoch=1)
-    run.save(0.5)
-    return run
+    optimizer = make_optimizer(model, "sgd")
+    run = train.Run(tmp_path, model, optimizer, ckpt.Checkpoint({}), keep=keep)
+    for epoch in range(5):
+        run.epoch = epoch
+        run.save(1.0 + epoch)
+    assert set(ckpt.by_epoch(tmp_path)) == left
+    assert ckpt.load(tmp_path / "ckpt_best").epoch == 0
 
 
-def test_ckpt_best_is_a_second_name_of_a_checkpoint_and_survives_it(tmp_path):
-    run = saved_run(tmp_path)
-    assert (tmp_path / "ckpt_1").samefile(tmp_path / "ckpt_best")
-    run.model.weight.data.fill_(7)
-    run.save(0.6)  # ckpt_1 again, not better this time
-    assert (ckpt.load(tmp_path / "ckpt_1").state["weight"] == 7).all()
-    assert (ckpt.load(tmp_path / "ckpt_best").state["weight"] != 7).all()
-    run.epoch = 2
-    run.save(0.4)
-    content = ckpt.load(tmp_path / "ckpt_2")
-    (tmp_path / "ckpt_2").unlink()
-    assert_same(vars(ckpt.load(tmp_path / "ckpt_best")), vars(content))
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt_1", "ckpt_best"}
+def test_a_best_checkpoint_alone_says_that_it_has_no_optimizer(runs, tmp_path, error_line):
+    copy = Path(shutil.copy(runs["float"] / "ckpt_best", tmp_path / "other"))
+    assert "no optimizer state" in error_line(train.main, ["--resume", copy])
 
 
-def test_ckpt_best_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
-    def hardlink_to(*_):
-        raise PermissionError(1, "Operation not permitted")
+def test_an_optimizer_of_another_shape_is_one_line(runs, tmp_path, error_line):
+    checkpoint = ckpt.load(runs["float"] / "ckpt_3")
+    for spoil in (
+        lambda state: state["param_groups"].pop(),
+        lambda state: state.pop("state"),
+        lambda state: state["state"][0].update(momentum_buffer=torch.zeros(1).expand(1 << 40)),
+        lambda state: state["state"][0].update(momentum_buffer="nonsense"),
+    ):
+        spoilt = copy.deepcopy(checkpoint)
+        spoil(spoilt.optimizer)
+        ckpt.save(tmp_path / "ckpt_3", spoilt)
+        argv = ["--resume", tmp_path, "--num_epochs", "4"]
+        assert "optimizer state does not fit" in error_line(train.main, argv)
 
-    monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
-    saved_run(tmp_path)
-    assert not (tmp_path / "ckpt_1").samefile(tmp_path / "ckpt_best")
-    assert (tmp_path / "ckpt_1").read_bytes() == (tmp_path / "ckpt_best").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt_1", "ckpt_best"}
+
+def test_a_link_in_a_runs_folder_is_replaced_not_followed(runs, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder = part_of_run(runs["float"], tmp_path / "run", 2)
+    (folder / "ckpt_best").unlink()
+    (folder / "ckpt_best").symlink_to(precious)
+    train.main(["--resume", str(folder)])
+    assert precious.read_text() == "mine"
+    assert not (folder / "ckpt_best").is_symlink()
 
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
@@ -890,7 +912,7 @@ def test_no_epochs_of_float_training_are_refused(tmp_path, error_line):
 
 @pytest.mark.parametrize("mode", ["float", "qat"])
 def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
-    for path in runs[mode].glob("ckpt_*"):
+    for path in runs[mode].glob("ckpt_[0-9]"):
         content = torch.load(path, weights_only=True)
         assert content["format"] == ckpt.FORMAT
         assert content["network"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}

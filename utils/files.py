@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,36 +15,72 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+PARTIAL = ".partial"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers (Lustre and NFS may be such)."""
+
+
+def user_path(text: str) -> Path:
+    """A path as a flag has it; `~` is the user's home, also where no shell expands it."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises for `~nobody`
+
+
+def sha256(path: Path) -> str:
+    """Tells a file's content from any other."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds, deleted if it fails.
 
-    A link stays one, to the new content; what is no file, such as /dev/null, is written to.
+    Args:
+        follow_link: the user named `path`. If it is a link, what that points to is replaced, and
+            what is no file, such as /dev/null, is written to. Elsewhere a link is replaced itself:
+            a folder from elsewhere must not decide what is written to.
 
     Raises:
         OSError: the file cannot be written (full disk, no permission); what was at `path` before
             is still there.
     """
-    path = path.resolve()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    if follow_link:
+        path = path.resolve()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            yield path
+            return
     try:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        # a folder of its own: no other process has its name, and no planted link is in it
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name[:99]}.",
+            suffix=PARTIAL,
+            dir=path.parent,
+            ignore_cleanup_errors=True,
+        ) as draft:
+            partial = Path(draft, path.name)
+            yield partial
+            partial.replace(path)
     except OSError as error:
         # a write to a full disk does not name its file
-        if error.filename in (None, str(partial)):
+        if error.filename is None or PARTIAL in str(error.filename):
             error.filename = str(path)
         raise
-    finally:
-        with suppress(OSError):  # which would hide the block's own
-            partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed processes left in `folder`, which must be locked."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -59,7 +97,9 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         OSError: a file cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+        with tempfile.TemporaryDirectory(
+            prefix=".export.", suffix=PARTIAL, dir=folder, ignore_cleanup_errors=True
+        ) as name:
             draft = Path(name)
             yield draft
             (folder / last).unlink(missing_ok=True)
@@ -72,11 +112,14 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Meanwhile no other process can have `folder`, which exists, locked.
+    """Meanwhile no other process can have `folder` locked; it is made if it is not there.
+
+    What killed processes left in it is deleted. If it is empty in the end it is deleted, too.
 
     Raises:
-        UserError: another one has.
+        UserError: another process has it locked.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -86,18 +129,16 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is at work in {folder}: wait for it, or name another folder"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{folder} cannot be locked: let no other process use it", file=sys.stderr)
+        remove_partial(folder)
         yield
     finally:
+        with suppress(OSError):
+            folder.rmdir()  # fails unless it is empty
         os.close(handle)
-
-
-def link(source: Path, path: Path) -> None:
-    """Let `path` be the file `source` too, atomically; a copy where there are no hard links."""
-    with atomic_path(path) as partial:
-        try:
-            partial.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, partial)
 
 
 def new_folder(parent: Path, name: str) -> Path:

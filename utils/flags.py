@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.errors import UserError
+from utils.files import user_path
 from utils.manifest import PRECISIONS
 from utils.specs import CALIBRATORS, DataSpec, NetworkSpec, Quantization
 
@@ -36,11 +37,16 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
         "first layers: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with --pretrain, else cifar)"
     )
     add("--stem", choices=("auto", "imagenet", "cifar"), default="auto", help=stems)
-    add("--load_ckpt", type=Path, metavar="FILE", help="checkpoint to start from")
+    add("--load_ckpt", type=user_path, metavar="FILE", help="checkpoint to start from")
 
     add = parser.add_argument_group("images").add_argument
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
-    add("--data_dir", type=Path, default=Path("data"), help="where they are (default: %(default)s)")
+    add(
+        "--data_dir",
+        type=user_path,
+        default=Path("data"),
+        help="where they are (default: %(default)s)",
+    )
     add("--img_size", type=int, help="width to resize images of --dataset folder to (default: 32)")
 
     default = Quantization()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import cycle
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def plot(path: Path, record: Record) -> None:
     rows = [row for row in record.rows if row.throughput_img_s and row.accuracy_pct is not None]
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
+    # no screen is needed, whatever a notebook left in the environment
+    os.environ["MPLBACKEND"] = "Agg"
     from matplotlib import pyplot
 
     # a colour for each network, a marker for each batch size
@@ -50,6 +50,6 @@ def plot(path: Path, record: Record) -> None:
     axes.set_title(f"{record.model} on {record.dataset}, {machine}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    with atomic_path(path) as partial:
+    with atomic_path(path, follow_link=True) as partial:
         figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -60,6 +59,7 @@ class Recipe:
         sam_rho: of SAM in the last third of the epochs; 0: no SAM.
         freeze_batch_norm: whether BatchNorm's statistics stay in the last third.
         img_size: width that a folder's images are resized to; other data sets have their own.
+        keep: of how many last epochs the checkpoints stay, besides the best one.
         compile: whether torch.compile is used; None: where the run is long enough.
         quantization: what QAT quantizes and `--test_trt` calibrates; None where neither is.
         comparison: what `--test_trt` builds afterwards; None for nothing.
@@ -78,6 +78,7 @@ class Recipe:
     freeze_batch_norm: bool = False
     compile: bool | None = None
     seed: int = 0
+    keep: int = 1
     dataset: str = "cifar10"
     data_dir: Path = Path("data")
     img_size: int | None = None
@@ -167,10 +168,11 @@ REFUSALS: tuple[Refusal, ...] = (
 """What train.py's flags may not say, checked in this order."""
 
 LIMITS = {
-    "num_epochs": (1, math.inf),
-    "batch_size": (2, math.inf),
-    "lr": (0, math.inf),
-    "lrdt": (1, math.inf),
+    "num_epochs": (1, 10**6),
+    "batch_size": (2, 10**6),
+    "lr": (0, 1e38),  # what float32 holds
+    "lrdt": (1, 10**6),
+    "keep": (1, 10**6),
     "seed": (0, 2**32 - 1),  # a million times it, as an epoch's seed is, is one that torch takes
 }
 """Field of a recipe -> its lowest and highest value."""
@@ -262,5 +264,10 @@ def _check_limits(recipe: Recipe) -> None:
             low = 0  # calibrates only
         value = getattr(recipe, name)
         if value is not None and not low <= value <= high:
-            most = f", at most {high}" if high < math.inf else ""
-            raise UserError(f"--{name} {value}: at least {low}{most}")
+            raise UserError(f"--{name} {_short(value)}: at least {low}, at most {high:g}")
+
+
+def _short(value: float) -> str:
+    """A number as the user wrote it, unless that is very long."""
+    text = str(value)
+    return text if len(text) < 20 else f"{text[:16]}..."

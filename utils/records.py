@@ -150,10 +150,10 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def write(path: Path, record: Any) -> None:
-    """Write a dataclass or a dictionary as JSON, atomically."""
+def write(path: Path, record: Any, follow_link: bool = False) -> None:
+    """Write a dataclass or a dictionary as JSON, as `utils.files.atomic_path` does."""
     content = asdict(record) if is_dataclass(record) else record
-    with atomic_path(path) as partial:
+    with atomic_path(path, follow_link) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 

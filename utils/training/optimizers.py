@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 WEIGHT_DECAY = 5e-4  # of kernels and matrices; BatchNorm parameters and biases do not decay
 MOMENTUM = 0.9
 SGD_SCALE = 2.0  # Muon's rate for what it does not orthogonalise, as a multiple of its rate
@@ -49,12 +51,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load a state dict, but for how the optimizer runs.
 
     That is for this device to say, not for the one it was saved on.
+
+    Raises:
+        UserError: it is the state of another optimizer or network.
     """
-    groups = []
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        kept = {key: own[key] for key in ("fused", "capturable") if key in own}
-        groups.append({**saved, **kept})
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    try:
+        groups = []
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            kept = {key: own[key] for key in ("fused", "capturable") if key in own}
+            groups.append({**saved, **kept})
+        optimizer.load_state_dict({**state, "param_groups": groups})
+        fits = all(_fits(p, values) for p, values in optimizer.state.items())
+    except (AttributeError, KeyError, TypeError, ValueError):  # torch checks little, and late
+        fits = False
+    if not fits:
+        raise UserError("the checkpoint's optimizer state does not fit; start with --load_ckpt")
+
+
+def _fits(p: Tensor, values: dict[str, Tensor]) -> bool:
+    """Whether an optimizer's tensors are a parameter's: of its shape, but for a count of steps."""
+    return all(value.ndim == 0 or value.shape == p.shape for value in values.values())
 
 
 class Muon(torch.optim.Optimizer):

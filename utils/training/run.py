@@ -15,7 +15,7 @@ from torch import nn
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
-from utils.files import link, locked
+from utils.files import locked
 from utils.training.optimizers import load_optimizer
 
 BEST = "ckpt_best"
@@ -28,6 +28,7 @@ class Run:
     Args:
         base: a checkpoint's constant part; its state and progress are filled in at each `save`.
         epoch: how many are completed.
+        keep: of how many last epochs the checkpoints stay.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Run:
     epoch: int = 0
     best_val_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
+    keep: int = 1
 
     @property
     def path(self) -> Path:
@@ -97,27 +99,37 @@ class Run:
         )
         ckpt.save(self.path, checkpoint)
         if best:
-            link(self.path, self.best)
+            self._save_best(checkpoint)
+        for epoch, path in ckpt.by_epoch(self.folder).items():
+            if epoch <= self.epoch - self.keep:
+                path.unlink()
+
+    def _save_best(self, checkpoint: Checkpoint) -> None:
+        """Write `ckpt_best`: half the size, since it is no place to resume from."""
+        ckpt.save(self.best, replace(checkpoint, optimizer=None))
 
     def go_on(self, checkpoint: Checkpoint) -> None:
-        """Take over the optimizer's state and the progress of a checkpoint."""
+        """Take over the optimizer's state and the progress of a checkpoint.
+
+        Raises:
+            UserError: the optimizer's state is of another network or optimizer.
+        """
         load_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch = checkpoint.epoch
         self.best_val_loss = checkpoint.best_val_loss
         self.history = checkpoint.history
 
-    def tidy(self) -> None:
-        """Do what a killed process left undone.
+    def mend_best(self, checkpoint: Checkpoint) -> None:
+        """Write `ckpt_best` where a killed process did not, or a copied checkpoint came without.
 
-        Remove its partial files, and let `ckpt_best` be the last epoch if that is the best.
+        Args:
+            checkpoint: the one that the run goes on from.
         """
-        for partial in self.folder.glob(".*.partial"):
-            partial.unlink(missing_ok=True)
         last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
-        if not self.best.exists():  # the checkpoint was copied without it
-            self.best_val_loss = last_loss if self.path.exists() else math.inf
-        if last_loss == self.best_val_loss and self.path.exists():
-            link(self.path, self.best)
+        if not self.best.exists():
+            self.best_val_loss = last_loss
+        if last_loss == self.best_val_loss:
+            self._save_best(checkpoint)
 
 
 def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
@@ -128,20 +140,23 @@ def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
     """
     newest = ckpt.latest(path)
     checkpoint = ckpt.load(newest)
-    if not checkpoint.whole or checkpoint.optimizer is None:
-        raise UserError(f"--resume {path}: not a checkpoint of train.py")
     there = ckpt.by_epoch(newest.parent)
     last = max(there, default=0)
     if last > checkpoint.epoch:
+        raise UserError(f"--resume {newest}: the run went on to {there[last]}; resume that")
+    if not checkpoint.whole:
+        raise UserError(f"--resume {path}: not a checkpoint of train.py")
+    if checkpoint.optimizer is None:
         raise UserError(
-            f"--resume {newest}: {there[last]} goes on from there; resume or delete that"
+            f"--resume {path}: it holds no optimizer state; resume the last epoch's ckpt_<epoch>, "
+            "or start from it with --load_ckpt"
         )
     return newest, checkpoint
 
 
 @contextmanager
 def at_work_in(folder: Path, first: bool) -> Iterator[None]:
-    """Meanwhile no other process trains in `folder`. A run without a checkpoint leaves no folder.
+    """Meanwhile no other process trains in `folder`; a run without a checkpoint leaves none.
 
     Args:
         first: whether this is the rank that writes.
@@ -160,6 +175,3 @@ def at_work_in(folder: Path, first: bool) -> Iterator[None]:
         if any(folder.glob("ckpt_*")):
             mend = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
         raise UserError(f"{what}; {mend}") from None
-    finally:
-        if first and not any(folder.iterdir()):
-            folder.rmdir()  # its number is free again
