@@ -16,6 +16,10 @@ from utils.errors import UserError
 VAL_FRACTION = 0.02
 """Of the train images; CIFAR-10: 1,000 of 50,000 choose the checkpoint."""
 
+MIN_SIZE = 8
+MAX_SIZE = 4096
+"""Of an image's width in pixels."""
+
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """Train images, train labels, test images, test labels, class names."""
 
@@ -56,29 +60,38 @@ class ImageData:
     def split(
         self, seed: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """`train_part` and `val`, images and labels of each, as `split_train` draws them."""
+        """`train_part` and `val`, images and labels of each, as `split_train` draws them.
+
+        Raises:
+            UserError: `val` would be empty.
+        """
         train_part, val = split_train(self.train_labels, seed)
+        if len(val) == 0:
+            raise UserError(f"{self.name}: no class has a second train image to choose epochs by")
         return (
             (self.train_images[train_part], self.train_labels[train_part]),
             (self.train_images[val], self.train_labels[val]),
         )
 
 
-def load(name: str, data_dir: Path, img_size: int = 32) -> ImageData:
+def load(name: str, data_dir: Path, img_size: int | None = None) -> ImageData:
     """Load a data set and check it.
 
     Args:
         name: "cifar10", "folder" or "digits".
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
-        img_size: height and width in pixels that images of "folder" are resized to; the others are
-            32 pixels wide.
+        img_size: height and width in pixels that images of "folder" are resized to (default: 32);
+            the others are 32 pixels wide.
 
     Raises:
-        UserError: files absent, truncated or corrupt; wrong shapes; labels out of range; a width
-            that cannot be.
+        UserError: files absent, damaged or of another kind; wrong shapes; labels out of range; a
+            width that cannot be.
+        OSError: the system cannot read a file now.
     """
-    if img_size < 8:
-        raise UserError(f"--img_size {img_size}: at least 8")
+    img_size = 32 if img_size is None else img_size
+    if not MIN_SIZE <= img_size <= MAX_SIZE:
+        # it may have more digits than Python writes
+        raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
     loaded = LOADERS[name](Path(data_dir), img_size)
     train_images, train_labels, test_images, test_labels, classes = loaded
     _check(f"{name} (train)", train_images, train_labels, len(classes))
@@ -100,7 +113,9 @@ def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) 
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         found = f"{images.dtype} {images.shape}"
         raise UserError(f"{what}: images are {found}, expected uint8 (N, height, width, 3)")
-    if labels.shape != (len(images),) or len(images) == 0:
+    if len(images) == 0:
+        raise UserError(f"{what}: there are no images")
+    if labels.shape != (len(images),):
         raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
     integers = np.issubdtype(labels.dtype, np.integer)
     # what is no number may have no order, hence no minimum

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 MAX_SHIFT = 4
 """Pixels that a training image moves at most in each direction."""
 CUTOUT = 3 / 8
@@ -47,6 +49,9 @@ class Batches:
         mirror_and_cutout: with `augment`, also mirror half of the images and cut a square out of
             each at a random place (DeVries and Taylor, 2017, arXiv:1708.04552).
         rank, world_size: every rank draws the same epoch and serves its own part of each batch.
+
+    Raises:
+        UserError: fewer images than ranks, or none.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ):
+        if len(images) < world_size:
+            raise UserError(f"{len(images)} images cannot be shared by {world_size} ranks")
         self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.normalize = normalize.to(device)

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+import re
+import stat
+import unicodedata
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.errors import UserError
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+if TYPE_CHECKING:
+    from PIL import Image
+
+LeftOut = dict[tuple[str, str], list[str]]
+"""Why files are left out, in singular and plural, and their names."""
+
+NO_IMAGE = ("no image", "no images")
+NO_FILE = ("not a regular file", "not regular files")
+NO_CLASS = ("in no class folder", "in no class folder")
+
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow knows, but has no pixels of: data, films, and programs to be run."""
+OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".svg"}
+"""Of images that Pillow cannot read."""
+
+OTHER_KINDS = {
+    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+    b"<?xml": "an XML file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89hdf": "an HDF5 file",
+    b"\x93numpy": "a single NumPy array",
+    b"\x80": "a pickle",
+}
+"""How sound files of other kinds begin, in small letters."""
+HEAD_BYTES = 1 << 16
+"""What is searched for a file's kind and the bits of its pixels."""
+
+WIDE_TILES = re.compile(r"(?<!BGR);16|SGI16|BC6H")
+"""What Pillow calls the decoding of wider pixels; BGR;16 is 5, 6 and 5 bits."""
+WIDE_HEADS = {
+    # SIZ marker, 38 bytes of sizes, Ssiz of the first channel: its bits - 1, the top bit its sign
+    "JPEG2000": re.compile(rb"\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]", re.DOTALL),
+    # the third byte of the AV1 configuration has the bit high_bitdepth
+    "AVIF": re.compile(rb"av1C..[\x40-\x7f\xc0-\xff]", re.DOTALL),
+}
+BITS_PER_SAMPLE = 258
+"""Tag of a TIFF file."""
+
+BLOCK = 256
+"""Images that wait for a thread at once."""
+SHOWN = 3
+"""Names that a message has room for."""
 
 
 def load(
@@ -18,68 +70,292 @@ def load(
     """Train images, train labels, test images, test labels, class names.
 
     Images are (N, img_size, img_size, 3) uint8. Classes are numbered by the sorted names of the
-    folders in `train`.
+    folders in `train`. Links are followed, hidden names never count. Prints how many images there
+    are, and which files are none.
 
     Raises:
-        UserError: a folder is missing or empty, the two splits have different classes, or an image
-            cannot be read.
+        UserError: a folder is missing or holds no images, the two splits have different classes,
+            images cannot be read or have more than 8 bits a channel, or do not fit into memory.
+        OSError: the system cannot read a file or a folder now.
     """
-    classes = _class_names(data_dir, "train")
-    test_classes = _class_names(data_dir, "test")
-    if classes != test_classes:
-        differing = ", ".join(sorted(set(classes) ^ set(test_classes)))
+    left_out: LeftOut = defaultdict(list)
+    folders = {}
+    for split in ("train", "test"):
+        folders[split] = _class_folders(data_dir, split, left_out)
+    classes = tuple(folders["train"])
+    if classes != tuple(folders["test"]):
+        differing = ", ".join(sorted(folders["train"].keys() ^ folders["test"].keys()))
         raise UserError(f"{data_dir}: train and test have different class folders: {differing}")
     if len(classes) < 2:
         raise UserError(
             f"{data_dir}/train holds {len(classes)} class folders; at least 2 are needed"
         )
-    train = _read_split(data_dir / "train", classes, img_size)
-    test = _read_split(data_dir / "test", classes, img_size)
-    return *train, *test, classes
+
+    # all files are known before the first is read, which may take long
+    files = {}
+    for split, of_classes in folders.items():
+        files[split] = _files_and_labels(list(of_classes.values()), left_out)
+    count = sum(len(paths) for paths, _ in files.values())
+    _require_memory(count, img_size)
+
+    # every rank reads, the first one tells of it
+    first_rank = os.environ.get("RANK", "0") == "0"
+    arrays = []
+    refused: list[str] = []
+    with tqdm(total=count, desc="images", disable=None if first_rank else True) as bar:
+        for paths, labels in files.values():
+            arrays += _read_split(paths, labels, img_size, bar, left_out, refused)
+    if refused:
+        raise UserError(f"{len(refused)} of {count} files cannot be used: {_first(refused, '; ')}")
+    train_images, train_labels, test_images, test_labels = arrays
+    _require_each_class(list(folders["train"].values()), train_labels)
+    _require_each_class(list(folders["test"].values()), test_labels)
+    if first_rank:
+        counts = f"{len(train_images)} train and {len(test_images)} test images"
+        print(f"{counts} of {len(classes)} classes{_describe(left_out)}")
+    return train_images, train_labels, test_images, test_labels, classes
 
 
-def _class_names(data_dir: Path, split: str) -> tuple[str, ...]:
+def other_kind(head: bytes) -> str | None:
+    """What a sound file of another kind is, by its first bytes; None if they tell of none."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for beginning, kind in OTHER_KINDS.items():
+        if start.startswith(beginning):
+            return kind
+    return None
+
+
+def cannot_read_now(error: Exception, path: Path) -> bool:
+    """Whether an error is the system's, not the content's; such a one names `path` from now on.
+
+    Damaged bytes can ask for a place before a file's beginning (EINVAL).
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        error.filename = error.filename or str(path)
+        return True
+    return isinstance(error, MemoryError)
+
+
+def _class_folders(data_dir: Path, split: str, left_out: LeftOut) -> dict[str, Path]:
+    """Class name -> its folder, sorted by name."""
     root = data_dir / split
     if not root.is_dir():
         raise UserError(
             f"{root} is missing: put images into {data_dir}/train/<class>/ and "
             f"{data_dir}/test/<class>/"
         )
-    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+    folders: dict[str, Path] = {}
+    for path in _visible(root):
+        name = _composed(path)
+        if not path.is_dir():
+            left_out[NO_CLASS].append(path.name)
+        elif name in folders:
+            raise UserError(f"{root}: two folders are named {name}, in two forms of Unicode")
+        else:
+            folders[name] = path
+    return folders
+
+
+def _composed(path: Path) -> str:
+    """The name in the one form of Unicode; macOS takes letters and their accents apart."""
+    return unicodedata.normalize("NFC", path.name)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, sorted by name."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(paths, key=_composed)
+
+
+def _files_and_labels(folders: list[Path], left_out: LeftOut) -> tuple[list[Path], np.ndarray]:
+    """All files of a split's class folders, and the number of each one's class."""
+    paths = []
+    labels = []
+    for label, folder in enumerate(folders):
+        found = _files_below(folder, left_out)
+        paths += found
+        labels += [label] * len(found)
+    _require_each_class(folders, np.asarray(labels, dtype=np.int64))
+    return paths, np.asarray(labels, dtype=np.int64)
+
+
+def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
+    """Regular files at any depth, sorted by the parts of their paths."""
+    # a link to a folder above leads to the images of other classes, and in a circle
+    split = top.parent.resolve()
+    seen = {*top.resolve().parents, split, *split.parents}
+    files = []
+    # the last one is the next one
+    pending = [top]
+    while pending:
+        path = pending.pop()
+        mode = _mode(path)
+        if stat.S_ISDIR(mode):
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                pending += reversed(_visible(path))
+        elif stat.S_ISREG(mode):
+            files.append(path)
+        else:
+            left_out[NO_FILE].append(path.name)
+    return files
+
+
+def _mode(path: Path) -> int:
+    """What kind of file it is. A link to nothing counts as regular: it is refused when read."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return stat.S_IFREG
+        raise
+
+
+def _require_each_class(folders: list[Path], labels: np.ndarray) -> None:
+    counts = np.bincount(labels, minlength=len(folders))
+    for folder, count in zip(folders, counts, strict=True):
+        if count == 0:
+            raise UserError(f"{folder} holds no images")
+
+
+def _require_memory(count: int, img_size: int) -> None:
+    needed = count * img_size * img_size * 3
+    available = _available_bytes()
+    if needed > available:
+        raise UserError(
+            f"needs {needed / 1e9:.1f} GB of memory for {count} images of {img_size}x{img_size}, "
+            f"{available / 1e9:.1f} GB are free: use a smaller --img_size"
+        )
+
+
+def _available_bytes() -> float:
+    """Memory that Linux can give; infinite where nothing tells."""
+    try:
+        table = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    found = re.search(r"^MemAvailable: +(\d+) kB", table, re.MULTILINE)
+    return int(found[1]) * 1024 if found else math.inf
 
 
 def _read_split(
-    root: Path, classes: tuple[str, ...], img_size: int
+    paths: list[Path],
+    labels: np.ndarray,
+    img_size: int,
+    bar: tqdm,
+    left_out: LeftOut,
+    refused: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    paths = []
-    labels = []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"{root / name} holds no images ({' '.join(sorted(SUFFIXES))})")
-        paths += files
-        labels += [label] * len(files)
+    """Images (N, img_size, img_size, 3) uint8 and labels (N,) int64 of those files that are images.
+
+    Files that are none are added to `left_out`, what is wrong with others to `refused`.
+    """
+    images = np.empty((len(paths), img_size, img_size, 3), dtype=np.uint8)
+    kept = 0
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda path: _read_image(path, img_size), paths))
-    return np.stack(images), np.asarray(labels, dtype=np.int64)
+        for start in range(0, len(paths), BLOCK):
+            block = slice(start, start + BLOCK)
+            outcomes = pool.map(_read_image, paths[block], images[block])
+            for index, outcome in enumerate(outcomes, start):
+                bar.update()
+                if outcome is NO_IMAGE:
+                    left_out[NO_IMAGE].append(paths[index].name)
+                elif outcome is not None:
+                    refused.append(outcome)
+                else:
+                    # in the place of one that is none
+                    if kept < index:
+                        images[kept] = images[index]
+                        labels[kept] = labels[index]
+                    kept += 1
+    return images[:kept], labels[:kept]
 
 
-def _read_image(path: Path, img_size: int) -> np.ndarray:
-    """(img_size, img_size, 3) uint8, turned upright as its camera says."""
-    from PIL import Image, ImageOps
+def _read_image(path: Path, pixels: np.ndarray) -> str | tuple[str, str] | None:
+    """Fill `pixels` (img_size, img_size, 3) uint8; return what is wrong with the image, if any.
 
+    What is no image at all returns NO_IMAGE.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    head = b""
+    image = None
     try:
-        with Image.open(path) as opened:
-            mode = opened.mode
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            image = Image.open(file)
+            if image.format in NO_PICTURES:
+                return NO_IMAGE
+            if _is_wide(image, head):
+                return f"{path} has more than 8 bits a channel, which would be clipped: convert it"
+            pixels[:] = _to_rgb(image, len(pixels))
+            return None
     # Pillow's decoders raise anything on damaged bytes
     except Exception as error:
-        raise UserError(f"{path} is not a readable image ({error}); delete or replace it") from None
+        leads_nowhere = getattr(error, "errno", None) in (errno.ENOENT, errno.ELOOP)
+        if not leads_nowhere and cannot_read_now(error, path):
+            raise
+        if image is None and not leads_nowhere and path.suffix.lower() not in _image_suffixes():
+            return NO_IMAGE
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = other_kind(head) or ("of no known format" if unknown else error)
+        return f"{path} is not a readable image ({reason}): delete or replace it"
+
+
+def _image_suffixes() -> set[str]:
+    from PIL import Image
+
+    suffixes = set(OTHER_SUFFIXES)
+    for suffix, name in Image.registered_extensions().items():
+        # some formats are only written
+        if name in Image.OPEN and name not in NO_PICTURES:
+            suffixes.add(suffix)
+    return suffixes
+
+
+def _is_wide(image: Image.Image, head: bytes) -> bool:
+    """Whether pixels have more than 8 bits a channel, of which Pillow may keep the upper 8."""
     # "I", "I;16" and "F" are Pillow's modes of wider pixels
-    if mode[0] in "IF":
-        raise UserError(
-            f"{path} has more than 8 bits a channel, which would be clipped; convert it first"
-        )
+    if image.mode[0] in "IF" or WIDE_TILES.search(repr(image.tile)):
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
+    if image.format == "PPM":
+        # the decoder's last argument is the highest level
+        return isinstance(image.tile[0][3], tuple) and image.tile[0][3][-1] > 255
+    return image.format in WIDE_HEADS and bool(WIDE_HEADS[image.format].search(head))
+
+
+def _to_rgb(image: Image.Image, img_size: int) -> Image.Image:
+    """The first frame, resized to a square, in RGB and upright as its camera says."""
+    from PIL import Image, ImageCms, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    if image.has_transparency_data:
+        # on white, as paper is: drawings in alpha alone are black
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     if image.size != (img_size, img_size):
         image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return image
+
+
+def _describe(left_out: LeftOut) -> str:
+    """Which files are left out and why; empty if none are."""
+    if not left_out:
+        return ""
+    total = sum(len(names) for names in left_out.values())
+    parts = []
+    for kind, names in left_out.items():
+        plain = [name if name.isprintable() else repr(name) for name in names]
+        parts.append(f"{len(names)} {kind[len(names) > 1]} ({_first(plain, ', ')})")
+    return f"; {total} file{'s' * (total > 1)} left out: {', '.join(parts)}"
+
+
+def _first(texts: list[str], separator: str) -> str:
+    return separator.join(texts[:SHOWN] + ["..."] * (len(texts) > SHOWN))
