@@ -10,6 +10,7 @@ import stat
 import unicodedata
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ WIDE_HEADS = {
 BITS_PER_SAMPLE = 258
 """Tag of a TIFF file."""
 
+NOWHERE = (errno.ENOENT, errno.ELOOP)
+"""What the system says of links to nothing."""
 BLOCK = 256
 """Images that wait for a thread at once."""
 SHOWN = 3
@@ -79,12 +82,11 @@ def load(
         OSError: the system cannot read a file or a folder now.
     """
     left_out: LeftOut = defaultdict(list)
-    folders = {}
-    for split in ("train", "test"):
-        folders[split] = _class_folders(data_dir, split, left_out)
-    classes = tuple(folders["train"])
-    if classes != tuple(folders["test"]):
-        differing = ", ".join(sorted(folders["train"].keys() ^ folders["test"].keys()))
+    train_folders = _class_folders(data_dir / "train", left_out)
+    test_folders = _class_folders(data_dir / "test", left_out)
+    classes = tuple(train_folders)
+    if classes != tuple(test_folders):
+        differing = ", ".join(sorted(train_folders.keys() ^ test_folders.keys()))
         raise UserError(f"{data_dir}: train and test have different class folders: {differing}")
     if len(classes) < 2:
         raise UserError(
@@ -92,24 +94,23 @@ def load(
         )
 
     # all files are known before the first is read, which may take long
-    files = {}
-    for split, of_classes in folders.items():
-        files[split] = _files_and_labels(list(of_classes.values()), left_out)
-    count = sum(len(paths) for paths, _ in files.values())
+    train_paths, train_labels = _files_and_labels(train_folders, left_out)
+    test_paths, test_labels = _files_and_labels(test_folders, left_out)
+    count = len(train_paths) + len(test_paths)
     _require_memory(count, img_size)
 
     # every rank reads, the first one tells of it
     first_rank = os.environ.get("RANK", "0") == "0"
-    arrays = []
     refused: list[str] = []
     with tqdm(total=count, desc="images", disable=None if first_rank else True) as bar:
-        for paths, labels in files.values():
-            arrays += _read_split(paths, labels, img_size, bar, left_out, refused)
+        read = partial(_read, img_size=img_size, bar=bar, left_out=left_out, refused=refused)
+        train_images, train_labels = read(train_paths, train_labels)
+        test_images, test_labels = read(test_paths, test_labels)
     if refused:
         raise UserError(f"{len(refused)} of {count} files cannot be used: {_first(refused, '; ')}")
-    train_images, train_labels, test_images, test_labels = arrays
-    _require_each_class(list(folders["train"].values()), train_labels)
-    _require_each_class(list(folders["test"].values()), test_labels)
+    # of some classes all files may be no images
+    _require_each_class(train_folders, train_labels)
+    _require_each_class(test_folders, test_labels)
     if first_rank:
         counts = f"{len(train_images)} train and {len(test_images)} test images"
         print(f"{counts} of {len(classes)} classes{_describe(left_out)}")
@@ -136,13 +137,12 @@ def cannot_read_now(error: Exception, path: Path) -> bool:
     return isinstance(error, MemoryError)
 
 
-def _class_folders(data_dir: Path, split: str, left_out: LeftOut) -> dict[str, Path]:
+def _class_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """Class name -> its folder, sorted by name."""
-    root = data_dir / split
     if not root.is_dir():
         raise UserError(
-            f"{root} is missing: put images into {data_dir}/train/<class>/ and "
-            f"{data_dir}/test/<class>/"
+            f"{root} is missing: put images into {root.parent}/train/<class>/ and "
+            f"{root.parent}/test/<class>/"
         )
     folders: dict[str, Path] = {}
     for path in _visible(root):
@@ -167,54 +167,51 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(paths, key=_composed)
 
 
-def _files_and_labels(folders: list[Path], left_out: LeftOut) -> tuple[list[Path], np.ndarray]:
+def _files_and_labels(folders: dict[str, Path], left_out: LeftOut) -> tuple[list[Path], np.ndarray]:
     """All files of a split's class folders, and the number of each one's class."""
-    paths = []
-    labels = []
-    for label, folder in enumerate(folders):
-        found = _files_below(folder, left_out)
-        paths += found
-        labels += [label] * len(found)
-    _require_each_class(folders, np.asarray(labels, dtype=np.int64))
-    return paths, np.asarray(labels, dtype=np.int64)
+    files_of = [_files_below(folder, left_out) for folder in folders.values()]
+    labels = np.repeat(np.arange(len(files_of)), [len(files) for files in files_of])
+    _require_each_class(folders, labels)
+    return sum(files_of, []), labels
 
 
 def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
     """Regular files at any depth, sorted by the parts of their paths."""
     # a link to a folder above leads to the images of other classes, and in a circle
     split = top.parent.resolve()
-    seen = {*top.resolve().parents, split, *split.parents}
+    above = [*top.resolve().parents, split, *split.parents]
+    seen = {_identity(path.stat()) for path in above}
     files = []
     # the last one is the next one
     pending = [top]
     while pending:
         path = pending.pop()
-        mode = _mode(path)
-        if stat.S_ISDIR(mode):
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                pending += reversed(_visible(path))
-        elif stat.S_ISREG(mode):
+        try:
+            status = path.stat()
+        except OSError as error:
+            if error.errno not in NOWHERE:
+                raise
+            # a link to nothing is refused when it is read
             files.append(path)
-        else:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            files.append(path)
+        elif not stat.S_ISDIR(status.st_mode):
             left_out[NO_FILE].append(path.name)
+        elif _identity(status) not in seen:
+            seen.add(_identity(status))
+            pending += reversed(_visible(path))
     return files
 
 
-def _mode(path: Path) -> int:
-    """What kind of file it is. A link to nothing counts as regular: it is refused when read."""
-    try:
-        return path.stat().st_mode
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return stat.S_IFREG
-        raise
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Tells a file from all others of the machine."""
+    return status.st_dev, status.st_ino
 
 
-def _require_each_class(folders: list[Path], labels: np.ndarray) -> None:
-    counts = np.bincount(labels, minlength=len(folders))
-    for folder, count in zip(folders, counts, strict=True):
-        if count == 0:
+def _require_each_class(folders: dict[str, Path], labels: np.ndarray) -> None:
+    for label, folder in enumerate(folders.values()):
+        if label not in labels:
             raise UserError(f"{folder} holds no images")
 
 
@@ -238,7 +235,7 @@ def _available_bytes() -> float:
     return int(found[1]) * 1024 if found else math.inf
 
 
-def _read_split(
+def _read(
     paths: list[Path],
     labels: np.ndarray,
     img_size: int,
@@ -293,7 +290,7 @@ def _read_image(path: Path, pixels: np.ndarray) -> str | tuple[str, str] | None:
             return None
     # Pillow's decoders raise anything on damaged bytes
     except Exception as error:
-        leads_nowhere = getattr(error, "errno", None) in (errno.ENOENT, errno.ELOOP)
+        leads_nowhere = getattr(error, "errno", None) in NOWHERE
         if not leads_nowhere and cannot_read_now(error, path):
             raise
         if image is None and not leads_nowhere and path.suffix.lower() not in _image_suffixes():
