@@ -11,21 +11,24 @@ torch: it runs in a deployment container.
 
 from __future__ import annotations
 
+from utils.errors import UserError, run  # first: it is ready for Ctrl-C during what follows
+
+# isort: split
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import dataset
 from utils import compare, flags, records
-from utils.compare import COMPARISON_REFUSALS, Comparison
-from utils.errors import UserError, run
-from utils.files import user_path
+from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
+from utils.files import locked, user_path
 from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS, read_export
 from utils.plot import plot
 from utils.specs import DataSpec, NetworkSpec
 
 DEFAULT = Comparison()
+LARGEST_BATCH = 10**6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +67,24 @@ REFUSALS: tuple[Refusal, ...] = (
         "name a checkpoint with --load_ckpt, or files exported earlier with --onnx",
     ),
     (
-        lambda args: min((*args.batch_sizes, *args.torch_compile, 1)) < 1,
-        "--batch_size and --torch_compile: at least 1",
+        lambda args: not 1 <= min(sizes(args)) <= max(sizes(args)) <= LARGEST_BATCH,
+        f"--batch_size and --torch_compile: at least 1, at most {LARGEST_BATCH}",
+    ),
+    (
+        lambda args: args.onnx and not args.onnx.is_dir(),
+        "--onnx names no folder; make an export with infer.py --load_ckpt",
+    ),
+    (
+        lambda args: args.export_only and (args.onnx or tensorrt_flag(args)),
+        "--export_only runs no engine: drop it, or --onnx and what only TensorRT obeys",
+    ),
+    (
+        lambda args: args.onnx and args.torch_compile,
+        "--torch_compile: PyTorch runs before the export; name the checkpoint with --load_ckpt",
+    ),
+    (
+        lambda args: args.record and args.plot and args.record.resolve() == args.plot.resolve(),
+        "--record and --plot name one file: name two",
     ),
     (
         lambda args: not 0 < args.workspace_gb <= 1024,
@@ -87,39 +106,49 @@ REFUSALS: tuple[Refusal, ...] = (
 """What infer.py's flags may not say, checked in this order."""
 
 
+def sizes(args: Flags) -> list[int]:
+    return [*args.batch_sizes, *args.torch_compile, 1]
+
+
 def named_int8(args: Flags) -> bool:
     return any(PRECISIONS[name].int8 for name in args.precisions)
 
 
-def load_data(args: Flags, known: DataSpec, other_images: bool) -> dataset.ImageData:
-    """The images that a checkpoint or an export was made with."""
+def load_data(
+    args: Flags, known: DataSpec, data_dir: str | None, other_images: bool
+) -> dataset.ImageData:
+    """The images that a checkpoint or an export was made with.
+
+    Args:
+        data_dir: where they were then.
+    """
     name, img_size = flags.agreed_images(args, known)
-    return compare.load_data(name, args.data_dir, img_size, known, other_images)
+    folder = flags.agreed_data_dir(args, data_dir)
+    return compare.load_data(name, folder, img_size, known, other_images)
 
 
-def export(args: Flags, comparison: Comparison) -> tuple[Path, dataset.ImageData]:
-    """Export the checkpoint; the folder of the files, and the images."""
+def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
+    """Export the checkpoint to `folder`; the images that it was made with."""
     from utils import checkpoint as ckpt  # needs torch, as all of this step
 
     checkpoint = ckpt.load_whole(args.load_ckpt)
     flags.agreed_network(args, checkpoint.network)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
-    data = load_data(args, checkpoint.data, other_images=True)
-    folder = args.onnx_dir or compare.export_folder(args.load_ckpt)
+    data_dir = checkpoint.recipe.get("data_dir")
+    data = load_data(args, checkpoint.data, data_dir, other_images=True)
     compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
-    print(f"exported to {folder}")
-    return folder, data
+    return data
 
 
-def load_exported(args: Flags) -> tuple[Path, dataset.ImageData]:
-    """The folder of an earlier export, and the images that it was made with."""
+def load_exported(args: Flags) -> dataset.ImageData:
+    """The images that an earlier export was made with."""
     manifest, _ = read_export(args.onnx)
     network = NetworkSpec(manifest.model, manifest.stem, len(manifest.data.classes))
     flags.agreed_network(args, network)
-    return args.onnx, load_data(args, manifest.data, other_images=False)
+    return load_data(args, manifest.data, None, other_images=False)
 
 
-def given_flags(args: Flags) -> dict[str, str]:
+def flag_values(args: Flags) -> dict[str, str]:
     """What a record says of the command line: every flag with a value, but for paths."""
     words = {}
     for name, value in vars(args).items():
@@ -134,14 +163,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.refuse(REFUSALS, args)
     comparison = Comparison.of(args)
 
-    # the files, then what a back end makes of them
-    folder, data = load_exported(args) if args.onnx else export(args, comparison)
+    # the files, then what a back end makes of them; nobody else may export there meanwhile
+    folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
     rows, complaints = [], []
-    if not args.export_only:
-        rows, complaints = compare.evaluate_export(folder, data, comparison)
+    with locked(folder):
+        data = load_exported(args) if args.onnx else export(args, comparison, folder)
+        if not args.export_only:
+            rows, complaints = compare.evaluate_export(folder, data, comparison)
+        record = compare.make_record(folder, rows, flag_values(args))
 
     # the table comes before the files, which may fail to be written
-    record = compare.make_record(folder, rows, given_flags(args))
     compare.print_record(record)
     if args.record:
         records.write(args.record, record, follow_link=True)

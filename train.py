@@ -11,6 +11,9 @@ through the rounding with a straight-through gradient and ranges that stay fixed
 
 from __future__ import annotations
 
+from utils.errors import UserError, run  # first: it is ready for Ctrl-C during what follows
+
+# isort: split
 import argparse
 import sys
 import time
@@ -28,16 +31,15 @@ from utils import checkpoint as ckpt
 from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
-from utils.errors import UserError, run
-from utils.files import new_folder, user_path
-from utils.recipe import Defaults, Recipe, resolve
+from utils.files import locked, new_folder, user_path
+from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
 from utils.training.run import BEST, Run, at_work_in, load_to_resume
 from utils.training.schedule import make_schedule
-from utils.training.step import Step, evaluate, freeze_batch_norm
+from utils.training.step import Step, estimate_batch_norm, evaluate, freeze_batch_norm
 
 # What is trained how, unless flags say otherwise. A peak learning rate is for batch size 128 and
 # grows in proportion to it; the rate rises for a twentieth of the run and falls to 0, in a line.
@@ -51,7 +53,8 @@ DEFAULTS = {
 }
 # fmt: on
 LAST_PART = 1 / 3  # of the epochs
-COMPILE_STEPS = 10_000  # from which torch.compile pays on one H100: 15 to 50 s for 2 to 6 ms a step
+FEW_STEPS = 300  # until which BatchNorm's running averages lag too far behind to evaluate by
+COMPILE_STEPS = 10_000  # of a run; torch.compile takes 15 to 50 s and saves 2 to 6 ms of each step
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,23 +83,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no_compile", action="store_false", dest="compile", default=None, help="none of it")
 
     add = parser.add_argument_group("output").add_argument
-    parent = "folder of experiments (default: %(default)s)"
-    add(
-        "--od", "--output_dir", dest="output_dir", type=user_path, default=Path("/tmp"), help=parent
-    )
-    name = "an experiment's folder (default: %(default)s, then _1, _2, ...)"
-    add("--en", "--exp_name", dest="exp_name", default="pytorch_exp", help=name)
+    parent = "folder of experiments (default: /tmp)"
+    add("--od", "--output_dir", dest="output_dir", type=user_path, help=parent)
+    name = "an experiment's folder (default: pytorch_exp, then _1, _2, ...)"
+    add("--en", "--exp_name", dest="exp_name", help=name)
     add("--keep", type=int, help="of how many last epochs checkpoints stay (default: 1)")
     add("--test_trt", action="store_true", help="afterwards build and compare engines")
     add("--list_layers", action="store_true", help="print the layers' names, and do no more")
     return parser
 
 
-def fit(run: Run, recipe: Recipe, train_part: Batches, val: Batches) -> None:
+def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batches) -> None:
     """Train from `run.epoch` to `recipe.num_epochs`, writing a checkpoint after each epoch.
 
     The random state of an epoch is a function of the seed and the epoch's number, so a resumed run
-    repeats exactly what an uninterrupted one does.
+    repeats exactly what an uninterrupted one with as many threads does.
+
+    Args:
+        train_part: augmented, to train on.
+        plain: the same images as they are, for BatchNorm's statistics while steps are few.
 
     Raises:
         UserError: as `Run.require_finite`.
@@ -121,6 +126,9 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, val: Batches) -> None:
             started = time.perf_counter()
             loss, train_pct = train_epoch(step, train_part, schedule, epoch, bar)
             seconds = time.perf_counter() - started
+            few = (epoch + 1) * len(train_part) < FEW_STEPS
+            if few and not (last and recipe.freeze_batch_norm):
+                estimate_batch_norm(run.model, plain)
             val_loss, val_pct = evaluate(run.model, val)
             run.require_finite(loss + val_loss, recipe.lr)
 
@@ -200,26 +208,30 @@ def train_epoch(
     return loss, train_pct
 
 
-def describe(recipe: Recipe, start: Checkpoint | None, data: dataset.ImageData) -> Checkpoint:
-    """The constant part of the run's checkpoints.
+def describe_data(recipe: Recipe, start: Checkpoint | None, data: dataset.ImageData) -> DataSpec:
+    """What checkpoints say of the images.
 
     A checkpoint's split and normalisation go on, so that its val part is never trained on.
     """
-    info = start.data if start else None
-    if info is None:
-        mean, std = dataset.channel_stats(data.train_images)
-        info = DataSpec(
-            dataset=data.name,
-            img_size=data.train_images.shape[1],
-            classes=list(data.classes),
-            split_seed=recipe.seed,
-            mean=mean,
-            std=std,
-            digest=data.digest(),
-        )
+    if start and start.data:
+        return start.data
+    mean, std = dataset.channel_stats(data.train_images)
+    return DataSpec(
+        dataset=data.name,
+        img_size=data.train_images.shape[1],
+        classes=list(data.classes),
+        split_seed=recipe.seed,
+        mean=mean,
+        std=std,
+        digest=data.digest(),
+    )
+
+
+def describe(recipe: Recipe, start: Checkpoint | None, info: DataSpec) -> Checkpoint:
+    """The constant part of the run's checkpoints."""
     return Checkpoint(
         state={},
-        network=NetworkSpec(recipe.model, recipe.stem, len(data.classes)),
+        network=NetworkSpec(recipe.model, recipe.stem, len(info.classes)),
         data=info,
         quantization=recipe.quantization if recipe.quantize else None,
         ptq_state=start.ptq_state if start else None,
@@ -264,15 +276,23 @@ def print_layers(model: nn.Module) -> None:
 
 
 def train(
-    recipe: Recipe, start: Checkpoint | None, resume: bool, folder: Path, here: Ranks
+    recipe: Recipe, start: Checkpoint | None, folder: Path, here: Ranks, resume: bool = False
 ) -> None:
-    """Train as the recipe says and test the best checkpoint."""
+    """Train as the recipe says and test the best checkpoint.
+
+    Args:
+        start: the checkpoint to start from or, with `resume`, to go on from.
+    """
+    print(f"experiment folder: {folder}", flush=True)
     known = start.data if start else None
     data = compare.load_data(recipe.dataset, recipe.data_dir, recipe.img_size, known)
-    base = describe(recipe, start, data)
-    normalize = Normalize(base.data.mean, base.data.std)
-    train_arrays, val_arrays = data.split(base.data.split_seed)
-    check_ranks(recipe, here, len(val_arrays[0]))
+    info = describe_data(recipe, start, data)
+    train_arrays, val_arrays = data.split(info.split_seed)
+    check_images(recipe, here, len(train_arrays[0]), len(val_arrays[0]))
+    shared = len(train_arrays[0]) // here.world_size * here.world_size
+    recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
+    base = describe(recipe, start, info)
+    normalize = Normalize(info.mean, info.std)
 
     # the train part twice: plain to calibrate with, augmented to train on
     plain = Batches(*train_arrays, normalize, recipe.batch_size, here.device)
@@ -300,7 +320,7 @@ def train(
         # ckpt_0: calibrated, not yet fine-tuned; where no epoch is better it is the best
         val_loss, _ = evaluate(model, val)
         run.save(val_loss)
-    fit(run, recipe, augmented, val)
+    fit(run, recipe, augmented, plain, val)
 
     if here.first:
         best = ckpt.load(run.best)
@@ -314,12 +334,16 @@ def train(
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 
 
-def check_ranks(recipe: Recipe, here: Ranks, val_images: int) -> None:
-    """Raises UserError where images or ranks are too few or too many."""
+def check_images(recipe: Recipe, here: Ranks, train_images: int, val_images: int) -> None:
+    """Raises UserError where images are too few, or ranks too many."""
     if not val_images:
         raise UserError(
             f"{recipe.data_dir}: every class has one train image; add images: one to train on, "
             "one to choose by"
+        )
+    if train_images < here.world_size:
+        raise UserError(
+            f"{train_images} train images for {here.world_size} ranks: start fewer of them"
         )
     if recipe.batch_size % here.world_size:
         raise UserError(
@@ -329,45 +353,53 @@ def check_ranks(recipe: Recipe, here: Ranks, val_images: int) -> None:
         raise UserError("--compile: several ranks do not; drop it, or resume with --no_compile")
 
 
-def read_flags(argv: Sequence[str]) -> tuple[flags.Flags, Recipe, Checkpoint | None]:
-    """The flags, the recipe that they mean, and the checkpoint to start from, if any.
+def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
+    """The recipe that the flags mean, and the checkpoint to start from, if any.
 
     A resumed run's flags are its own unless given again.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    flags.refuse(RESUME_REFUSALS, args)
     start = None
-    if args.resume and args.load_ckpt:
-        raise UserError("--resume and --load_ckpt both name a checkpoint to start from: drop one")
     if args.resume:
-        path, start = load_to_resume(args.resume)
+        start = load_to_resume(args.resume)
         parser.set_defaults(**start.recipe)
         args = parser.parse_args(argv)
-        args.resume = path
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
-    return args, resolve(args, start, DEFAULTS, default_device().type), start
+    return resolve(args, start, DEFAULTS, default_device().type), start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, recipe, start = read_flags(sys.argv[1:] if argv is None else argv)
-    if args.list_layers:
-        spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
-        known = start.quantization if start else None
-        print_layers(networks.build_quantized(spec, flags.agreed_quantization(args, known)))
-        return
+    argv = sys.argv[1:] if argv is None else argv
+    given = build_parser().parse_args(argv)
     torch.backends.cudnn.benchmark = True
     with ranks.started() as here:
-        if args.resume:
-            folder = args.resume.parent
+        if given.resume:
+            # what is read there must be the newest: nobody else may train on meanwhile
+            folder = given.resume if given.resume.is_dir() else given.resume.parent
+            with at_work_in(folder, here.first):
+                recipe, start = read_flags(argv)
+                train(recipe, start, folder, here, resume=True)
         else:
-            new = new_folder(args.output_dir, args.exp_name) if here.first else None
+            recipe, start = read_flags(argv)
+            if given.list_layers:
+                list_layers(recipe)
+                return
+            parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
+            new = new_folder(parent, name) if here.first else None
             folder = ranks.from_first(new)
-        print(f"experiment folder: {folder}", flush=True)
-        with at_work_in(folder, here.first):
-            train(recipe, start, bool(args.resume), folder, here)
+            with at_work_in(folder, here.first):
+                train(recipe, start, folder, here)
     if recipe.comparison and here.first:
         compare_best(folder / BEST, recipe)
+
+
+def list_layers(recipe: Recipe) -> None:
+    """Print the layers that can be quantized, and which of them the flags choose."""
+    spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
+    print_layers(networks.build_quantized(spec, recipe.quantization))
 
 
 def compare_best(path: Path, recipe: Recipe) -> None:
@@ -377,10 +409,12 @@ def compare_best(path: Path, recipe: Recipe) -> None:
         recipe.dataset, recipe.data_dir, recipe.img_size, checkpoint.data, other_images=True
     )
     folder = compare.export_folder(path)
-    compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
-    rows, _ = compare.evaluate_export(folder, data, recipe.comparison)
-    compare.print_record(compare.make_record(folder, rows))
+    with locked(folder):
+        compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
+        rows, _ = compare.evaluate_export(folder, data, recipe.comparison)
+        record = compare.make_record(folder, rows)
+    compare.print_record(record)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, needs_stdout=False)

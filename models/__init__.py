@@ -9,6 +9,9 @@ from torch import nn
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.vanilla_cnn import VanillaCNN
 
+STEMLESS = ("vanilla_cnn",)
+"""Models with one kind of first layers, which counts as CIFAR's stem."""
+
 CLASSIFIERS = ("fc.", "classifier.")
 """How the names of a last layer's parameters begin."""
 

@@ -418,14 +418,14 @@ def test_state_older_than_the_counters_of_batchnorm_is_complete():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_unexpected_missing_and_misshapen_tensors_are_listed_and_nothing_is_loaded(quantized):
+def test_unexpected_missing_and_other_tensors_are_listed_and_nothing_is_loaded(quantized):
     state = snapshot(network(seed=1, classes=7))
     state["layer9.weight"] = torch.ones(2)
     del state["layer1.0.conv1.weight"], state["bn1.running_var"]
     message = weights_error(network(quantized, seed=2), state, allow_missing_ranges=quantized)
     assert "2 missing: bn1.running_var, layer1.0.conv1.weight" in message
     assert "1 unexpected: layer9.weight" in message
-    assert "2 misshapen: fc.bias, fc.weight" in message
+    assert "2 of another shape: fc.bias, fc.weight" in message
 
 
 def test_long_lists_are_cut():
@@ -481,7 +481,7 @@ def test_float_checkpoint_into_quantized_training_names_partial_ckpt(
 
 def test_quantized_checkpoint_into_float_training_is_refused(tmp_path, qat_checkpoint, error_line):
     line = error_line(train.main, ["--load_ckpt", qat_checkpoint, "--od", tmp_path])
-    assert "a quantized checkpoint for a float model" in line
+    assert "is a quantized network, and this run trains in float: add --quantize" in line
     assert list(tmp_path.iterdir()) == []
 
 

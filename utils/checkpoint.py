@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UNREADABLE, UserError
 from utils.files import atomic_path
 from utils.manifest import PRECISIONS
 from utils.schema import parse
@@ -52,6 +53,12 @@ class Checkpoint:
     best_val_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.network and self.data and self.network.num_classes != len(self.data.classes):
+            raise ValueError(f"{self.network.num_classes} classes, {len(self.data.classes)} names")
+        if self.epoch < 0:
+            raise ValueError(f"epoch {self.epoch} cannot be")
+
     @property
     def whole(self) -> bool:
         """Whether it says how to rebuild its network: a bare state dict does not."""
@@ -91,21 +98,43 @@ def load(path: Path) -> Checkpoint:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not look at its own checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except MemoryError:
         raise
-    except Exception:  # torch's unpickler raises anything on bytes that no checkpoint is made of
-        raise UserError(
-            f"{path} is truncated, damaged or not a checkpoint; train again or use an earlier one"
-        ) from None
+    except Exception as error:  # torch's unpickler raises anything on bytes of another kind
+        # it cannot be read now: nothing is said of the file
+        unreadable = isinstance(error, OSError) and error.errno in UNREADABLE
+        if unreadable or "can't allocate memory" in str(error):
+            raise
+        raise UserError(f"{path} {_what_else(path, error)}") from None
 
     if isinstance(content, dict) and content.get("format") in (1, FORMAT):
         if content["format"] == 1:
             content = _from_format_1(content)
-        return parse(Checkpoint, content, str(path))
+        checkpoint = parse(Checkpoint, content, str(path))
+        if checkpoint.quantization and checkpoint.ptq_state is None:
+            raise UserError(f"{path} lacks 'ptq_state', what QAT started from")
+        return checkpoint
     tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
     if tensors and content:
         return Checkpoint(content)
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+
+
+def _what_else(path: Path, error: Exception) -> str:
+    """What a file is that is no checkpoint and no state dict, and what to do."""
+    mend = "save model.state_dict() with torch.save and load that"
+    with path.open("rb") as file:
+        head = file.read(9)
+    # safetensors: eight bytes of length, then JSON
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return f"is a safetensors file: {mend}"
+    if zipfile.is_zipfile(path) and not isinstance(error, zipfile.BadZipFile):
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return f"is a TorchScript archive: {mend}"
+    if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+        return f"holds Python objects besides tensors, which could run code: {mend}"
+    return "is truncated, damaged or not a checkpoint; train again or use an earlier one"
 
 
 def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +170,7 @@ def by_epoch(folder: Path) -> dict[int, Path]:
     found = {}
     for path in folder.glob("ckpt_*"):
         epoch = path.name.removeprefix("ckpt_")
-        if epoch.isdigit():
+        if epoch.isascii() and epoch.isdigit():
             found[int(epoch)] = path
     return found
 
@@ -177,20 +206,32 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
         allow_missing_ranges: `state` may be a float model's; ranges are still to be calibrated.
 
     Raises:
-        UserError: unexpected, missing, misshapen or not finite tensors, listed. `model` is
-            unchanged then.
+        UserError: tensors that are missing, unexpected, of another shape or type, not finite, or
+            ranges that are not above 0, listed. `model` is unchanged then.
     """
     own = model.state_dict()
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
     missing = {key for key in own.keys() - state.keys() if not key.endswith(COUNTER_SUFFIX)}
     uncalibrated = missing & ranges
-    shared = own.keys() & state.keys()
-    problems = {
+    problems: dict[str, set[str]] = {
         "missing": missing - ranges if allow_missing_ranges else missing,
         "unexpected": state.keys() - own.keys(),
-        "misshapen": {key for key in shared if own[key].shape != state[key].shape},
-        "not finite": {key for key, value in state.items() if not value.isfinite().all()},
+        "of another shape": set(),
+        "of another type": set(),
+        "not finite": set(),
+        "not above 0": set(),
     }
+    for key in own.keys() & state.keys():
+        value = state[key]
+        if own[key].shape != value.shape:
+            problems["of another shape"].add(key)
+        # integers, booleans, complex numbers and sparse tensors would be turned into floats
+        elif not _is_like(value, own[key]):
+            problems["of another type"].add(key)
+        elif not value.isfinite().all():
+            problems["not finite"].add(key)
+        elif key in ranges and not (value > 0).all():
+            problems["not above 0"].add(key)
     if any(problems.values()):
         hint = ""
         if not allow_missing_ranges and missing and missing <= ranges:
@@ -206,6 +247,11 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
         f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each "
         f"exactly once; 0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
     )
+
+
+def _is_like(value: Tensor, own: Tensor) -> bool:
+    floats = value.is_floating_point() == own.is_floating_point()
+    return floats and not value.is_complex() and value.layout == torch.strided
 
 
 def _listed(problems: dict[str, set[str]]) -> str:

@@ -17,7 +17,7 @@ import dataset
 from utils import records
 from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
 from utils.errors import UserError
-from utils.files import locked, staged
+from utils.files import sha256, staged
 from utils.flags import Flags, Refusal
 from utils.manifest import (
     IMPLICIT,
@@ -87,13 +87,9 @@ class Comparison:
             wanted.insert(wanted.index("INT8-PTC") + 1, IMPLICIT)
         return wanted
 
-    @property
-    def tensorrt_flag(self) -> str:
-        """A flag that only TensorRT can obey, if one is given, else ""."""
-        return _tensorrt_flag(self)
 
-
-def _tensorrt_flag(options: Any) -> str:
+def tensorrt_flag(options: Any) -> str:
+    """What only TensorRT can obey, of flags or a `Comparison`; "" if there is nothing."""
     if options.backend == "tensorrt":
         return "--backend tensorrt"
     if options.ptc_mode == "implicit":
@@ -109,7 +105,7 @@ COMPARISON_REFUSALS: tuple[Refusal, ...] = (
         "--ptc_mode implicit is a second --INT8PTC: name that too, or drop it",
     ),
     (
-        lambda flags: flags.backend == "onnxruntime" and _tensorrt_flag(flags),
+        lambda flags: flags.backend == "onnxruntime" and tensorrt_flag(flags),
         "{0} is TensorRT's: drop it or --backend onnxruntime",
     ),
 )
@@ -132,7 +128,7 @@ def load_data(
     Raises:
         UserError: the files hold something else, or cannot be read.
     """
-    data = dataset.load(name, data_dir, img_size or 32)
+    data = dataset.load(name, data_dir, img_size)
     if known is None:
         return data
     if list(data.classes) != known.classes:
@@ -159,11 +155,11 @@ def export_checkpoint(
     comparison: Comparison,
     folder: Path,
 ) -> None:
-    """Evaluate a checkpoint's networks in PyTorch and export them to `folder`.
+    """Evaluate a checkpoint's networks in PyTorch and export them to `folder`, which is locked.
 
     Raises:
         UserError: INT8-QAT is asked for of a float checkpoint, the checkpoint does not fit its
-            networks, or another process is at work in `folder`.
+            networks.
     """
     if "INT8-QAT" in comparison.precisions and checkpoint.quantization is None:
         raise UserError(
@@ -185,8 +181,7 @@ def export_checkpoint(
     # before an earlier export is touched: it may fail
     rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), staged(folder, MANIFEST) as draft:
+    with staged(folder, MANIFEST) as draft:
         nodes = {}
         for precision, network in networks.items():
             path = draft / graph_file(precision)
@@ -200,10 +195,12 @@ def export_checkpoint(
             seed=checkpoint.recipe["seed"],
             quantization=quantization,
             int8_nodes=nodes,
+            files={path.name: sha256(path) for path in draft.iterdir()},
             environment=records.environment(["pytorch"]),
             rows=rows,
         )
         records.write(draft / MANIFEST, manifest)
+    print(f"exported to {folder}")
 
 
 def evaluate_in_pytorch(
@@ -276,6 +273,7 @@ def timed_rows(
     """`row` with the latency percentiles at each batch size; without a batch size `row` itself."""
     rows = []
     for batch_size in batch_sizes:
+        # the test images, over and over where they are too few
         batch = np.resize(images, (batch_size, *images.shape[1:]))
         p50, p99 = np.percentile(network.latencies_ms(batch), (50, 99))
         rows.append(row.timed(batch_size, float(p50), float(p99)))
@@ -302,17 +300,17 @@ def choose_backend(
         try:
             require_gpu()
         except UserError as error:
-            if comparison.tensorrt_flag:
-                raise UserError(f"{comparison.tensorrt_flag}: {error}") from None
+            if flag := tensorrt_flag(comparison):
+                raise UserError(f"{flag}: {error}") from None
             print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
         else:
-            if not comparison.batch_sizes:
-                raise UserError("--batch_size: TensorRT builds an engine for sizes, name some")
+            # without latencies an engine is needed all the same
+            sizes = set(comparison.batch_sizes or [EVALUATION_BATCH])
 
             def build(precision: str) -> Network:
                 options = EngineOptions(
                     precision,
-                    batch_sizes=tuple(sorted(set(comparison.batch_sizes))),
+                    batch_sizes=tuple(sorted(sizes)),
                     remainder=comparison.remainder,
                     workspace_gb=comparison.workspace_gb,
                     level=comparison.opt_level,
@@ -364,15 +362,19 @@ def evaluate_network(
 def evaluate_export(
     folder: Path, data: dataset.ImageData, comparison: Comparison
 ) -> tuple[list[Row], list[str]]:
-    """Evaluate exported files on a back end.
+    """Evaluate exported files on a back end, while their folder is locked.
 
     Returns:
         The rows, and what the audit found: each node meant for INT8 that does not run in it.
 
     Raises:
-        UserError: the export is incomplete, or lacks a precision that is asked for by name.
+        UserError: the export is incomplete, of other test images, or lacks a precision that is
+            asked for by name.
     """
     manifest, predictions = read_export(folder)
+    for title, predicted in predictions.items():
+        if predicted.shape != data.test_labels.shape or predicted.dtype.kind != "i":
+            raise UserError(f"{folder}: predictions of {title} are not one class for each image")
     for precision in comparison.precisions:
         if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
             flag = PRECISIONS[precision].flag
@@ -394,12 +396,12 @@ def evaluate_export(
         network = backend(precision)
         rows += evaluate_network(network, precision, data, predictions, comparison.batch_sizes)
         if comparison.audit:
-            print_layers(network, precision)
+            print_engine_layers(network, precision)
             complaints += [f"{precision}: {node}" for node in network.float_nodes(nodes)]
     return rows, complaints
 
 
-def print_layers(network: Network, precision: str) -> None:
+def print_engine_layers(network: Network, precision: str) -> None:
     """What the network runs: each layer's time alone, in sum more than all together take."""
     print(f"{precision}, batch size {network.evaluation_batch}; ms of each layer alone")
     for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):

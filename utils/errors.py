@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TextIO
 
-NO_ACCESS = (
+UNREADABLE = (
     errno.EACCES,
     errno.EPERM,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ELOOP,
+)
+"""What a file that cannot be read now answers: nothing is said of its content."""
+
+UNWRITABLE = (
     errno.EROFS,
     # no room
     errno.ENOSPC,
@@ -22,9 +36,12 @@ NO_ACCESS = (
     errno.ENOENT,
     errno.ENAMETOOLONG,
 )
-"""Errors of the operating system that a user can mend."""
+"""What a place that cannot be written to answers."""
 
-TOO_LITTLE_MEMORY = "the machine is out of memory: use a smaller --batch_size or --img_size"
+TOO_LITTLE_MEMORY = (
+    "the machine is out of memory: use a smaller --batch_size or --img_size, or a file of another "
+    "origin if one claims to hold that much"
+)
 
 
 class UserError(Exception):
@@ -35,13 +52,47 @@ class UserError(Exception):
         return " ".join(super().__str__().splitlines())
 
 
-def run(main: Callable[[], None]) -> None:
+class _Quiet:
+    """A text stream that goes on where it cannot be written to any more.
+
+    A terminal that is gone or a full disk behind the progress bar is no reason to end a training.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        # None: the process was started with it closed
+        self._stream = stream or open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
     """Run a script's `main`.
 
-    What a user can mend ends it with one line on stderr and an exit code other than 0.
+    What a user can mend ends it with one line on stderr and an exit code other than 0. SIGTERM, a
+    cluster's way to end a job, is like Ctrl-C.
+
+    Args:
+        needs_stdout: whether the script is of no use where nobody reads what it prints.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # tables have letters that not every terminal has
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # tables have letters that not every terminal has
+    sys.stderr = _Quiet(sys.stderr)
+    if not needs_stdout or sys.stdout is None:
+        sys.stdout = _Quiet(sys.stdout)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         try:
             main()
@@ -55,25 +106,44 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell says of SIGPIPE
     except Exception as error:
-        line = _mendable(error)
+        line = mendable(error)
         if line is None:
             raise
         sys.exit(f"error: {line}")
 
 
-def _mendable(error: Exception) -> str | None:
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def mendable(error: Exception) -> str | None:
     """What to tell the user of an error; None if only a programmer can mend it."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name!r} is missing: pip install -r requirements.txt"
-    if isinstance(error, OSError) and error.errno in NO_ACCESS:
-        verb = "read or write" if error.errno in (errno.EACCES, errno.EPERM) else "write"
+    if isinstance(error, OSError):
         what = error.filename or "a file"
-        return f"cannot {verb} {what}: {error.strerror}; free space or name another folder"
+        if error.errno in UNREADABLE:
+            return f"cannot read or write {what}: {error.strerror}; give access or name another"
+        if error.errno in UNWRITABLE:
+            return f"cannot write {what}: {error.strerror}; free space or name another folder"
     # torch's own error on a CPU is a RuntimeError
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return TOO_LITTLE_MEMORY
     if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's, without importing torch
         return "the GPU is out of memory: use a smaller --batch_size"
     return None
+
+
+def _excepthook(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _excepthook
+"""For Ctrl-C while a script still imports: it imports this file first."""

@@ -41,17 +41,14 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
 
     add = parser.add_argument_group("images").add_argument
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
-    add(
-        "--data_dir",
-        type=user_path,
-        default=Path("data"),
-        help="where they are (default: %(default)s)",
-    )
+    where = "where they are (default: where the checkpoint's are, else data)"
+    add("--data_dir", type=user_path, help=where)
     add("--img_size", type=int, help="width to resize images of --dataset folder to (default: 32)")
 
     default = Quantization()
     add = parser.add_argument_group("quantization").add_argument
-    add("--quantize", action="store_true", help="quantize the selected layers")
+    quantize = "quantize the selected layers (infer.py: INT8 must be among the engines)"
+    add("--quantize", action="store_true", help=quantize)
     add("--quant_layers", nargs="+", metavar="GLOB", help="layers to quantize (default: '*')")
     add("--skip_layers", nargs="+", metavar="GLOB", help="layers to leave in float (default: none)")
     ranges = f"how activation ranges are found (default: {default.calibrator})"
@@ -122,6 +119,13 @@ def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int | None
             "--dataset folder"
         )
     return dataset, None
+
+
+def agreed_data_dir(flags: Flags, known: str | None) -> Path:
+    """Where the images are: as the flag says, else where a checkpoint's were if that is there."""
+    if flags.data_dir is None and known and Path(known).is_dir():
+        return Path(known)
+    return flags.data_dir or Path("data")
 
 
 def agreed_quantization(flags: Flags, known: Quantization | None) -> Quantization:

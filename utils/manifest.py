@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import sha256
 from utils.records import Row
 from utils.schema import parse
 from utils.specs import DataSpec, Quantization
@@ -75,6 +76,7 @@ class Manifest:
     Args:
         seed: of the training.
         int8_nodes: precision -> the graph's nodes that are meant to run in INT8.
+        files: SHA-256 of every other file of the export, by name.
         environment: where PyTorch's rows were measured.
         rows: PyTorch's.
     """
@@ -85,6 +87,7 @@ class Manifest:
     seed: int
     quantization: Quantization
     int8_nodes: dict[str, list[str]]
+    files: dict[str, str]
     environment: dict[str, str | None]
     rows: list[Row]
 
@@ -92,15 +95,23 @@ class Manifest:
 def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Manifest of an export, and what PyTorch predicts of the test images by row, FP32 always.
 
+    Graphs may be missing: a deployment needs one of them.
+
     Raises:
-        UserError: something is missing or damaged.
+        UserError: something else is missing, or a file is not the one that was exported.
     """
     try:
         manifest = parse(Manifest, json.loads((folder / MANIFEST).read_text()), MANIFEST)
+        for name, digest in manifest.files.items():
+            path = folder / Path(name).name
+            if (path.exists() or name == PREDICTIONS) and sha256(path) != digest:
+                raise UserError(f"{path} is not the file that {MANIFEST} describes")
         with np.load(folder / PREDICTIONS) as arrays:
             return manifest, {"FP32": arrays["FP32"], **arrays}
+    except PermissionError:
+        raise
     except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(
-            f"{folder} is no complete export ({type(error).__name__}: {error}); make one with "
-            "infer.py --load_ckpt"
+            f"{folder} is no complete export ({kind}{error}); make one with infer.py --load_ckpt"
         ) from None

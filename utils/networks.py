@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from dataset.batches import Batches
 
 
+def require_known(name: str, stem: str) -> None:
+    """Raises UserError unless there is a model of that name with that stem."""
+    if name not in models.MODELS:
+        raise UserError(f"no model {name!r}; there are {', '.join(models.MODELS)}")
+    if name in models.STEMLESS and stem != "cifar":
+        raise UserError(f"--stem {stem}: {name} has no other stem than its own; drop the flag")
+
+
 def build_float(spec: NetworkSpec) -> nn.Module:
     """The float network, freshly initialised.
 
     Raises:
-        UserError: no model of that name.
+        UserError: no such model.
     """
-    if spec.name not in models.MODELS:
-        raise UserError(f"no model {spec.name!r}; there are {', '.join(models.MODELS)}")
+    require_known(spec.name, spec.stem)
     return models.build(spec.name, spec.num_classes, spec.stem)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import models
 from utils.checkpoint import Checkpoint, has_ranges
 from utils.compare import COMPARISON_REFUSALS, Comparison
 from utils.errors import UserError
@@ -15,6 +16,7 @@ from utils.flags import (
     Flags,
     Refusal,
     agreed,
+    agreed_data_dir,
     agreed_images,
     agreed_network,
     agreed_quantization,
@@ -22,6 +24,8 @@ from utils.flags import (
     refuse,
 )
 from utils.manifest import PRECISIONS
+from utils.networks import require_known
+from utils.schema import parse
 from utils.specs import Quantization
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
@@ -46,6 +50,10 @@ class Defaults:
     cpu_optimizer: str
     peak_lr: Mapping[str, float]
     last_third: str = ""
+
+    def __post_init__(self) -> None:
+        if self.last_third not in ("", SAM, FROZEN_BATCH_NORM):
+            raise ValueError(f"there is no last third {self.last_third!r}")
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,29 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
             f"only: use {' or '.join(defaults.peak_lr)}"
         )
     values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
-    # Muon's runs end with SAM; with SGD it cost accuracy on digits
+    # Muon's runs end with SAM. With SGD it cost accuracy on digits, and in QAT, where the
+    # statistics are frozen, nothing cancels the perturbation
     sam = defaults.last_third == SAM and optimizer == "muon"
-    values["sam_rho"] = SAM_RHO if sam else 0.0
-    values["freeze_batch_norm"] = defaults.last_third == FROZEN_BATCH_NORM
-    return Recipe(**values)
+    values.setdefault("sam_rho", SAM_RHO if sam else 0.0)
+    values.setdefault("freeze_batch_norm", defaults.last_third == FROZEN_BATCH_NORM)
+    return parse(Recipe, values, "the recipe")
 
+
+RESUME_REFUSALS: tuple[Refusal, ...] = (
+    (
+        lambda flags: flags.resume and flags.load_ckpt,
+        "--resume and --load_ckpt both name a checkpoint to start from: drop one",
+    ),
+    (
+        lambda flags: flags.resume and (flags.pretrain or flags.partial_ckpt),
+        "--resume goes on with a run as it began: drop --pretrain and --partial_ckpt",
+    ),
+    (
+        lambda flags: flags.resume and given(flags, ("output_dir", "exp_name")),
+        "{0}: a resumed run stays in its folder; drop it",
+    ),
+)
+"""What train.py's command line may not say, before a resumed run's own flags fill it."""
 
 REFUSALS: tuple[Refusal, ...] = (
     (
@@ -206,37 +231,61 @@ def resolve(
     """
     refuse(REFUSALS, flags)
     _refuse_start(flags, checkpoint)
-
-    # which row of the table
-    if flags.quantize:
-        kind = "QAT"
-    elif flags.load_ckpt:
-        kind = "fine-tuning"
-    elif flags.pretrain:
-        kind = "pretrained"
-    else:
-        kind = "scratch"
+    kind = _kind(flags)
 
     # what a checkpoint decides too
     network = checkpoint.network if checkpoint else None
-    model, stem = agreed_network(flags, network, "imagenet" if flags.pretrain else "cifar")
+    has_weights = flags.pretrain and flags.model not in models.STEMLESS
+    model, stem = agreed_network(flags, network, "imagenet" if has_weights else "cifar")
+    require_known(model, stem)
     dataset, img_size = agreed_images(flags, checkpoint.data if checkpoint else None)
     quantization = None
-    if flags.quantize or flags.test_trt:
+    if flags.quantize or flags.test_trt or flags.list_layers:
         known = checkpoint.quantization if checkpoint else None
         quantization = agreed_quantization(flags, known)
 
+    known_recipe = checkpoint.recipe if checkpoint else None
     # everything else is as the flags say, or a default
     chosen = {}
     for name in (field.name for field in fields(Recipe)):
         chosen[name] = getattr(flags, name, None)
     chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
     chosen |= {"quantization": quantization, "comparison": None}
+    chosen["data_dir"] = agreed_data_dir(flags, (known_recipe or {}).get("data_dir"))
     if flags.test_trt:
         chosen["comparison"] = Comparison.of(flags)
     recipe = make_recipe(kind, defaults[kind], device_type, **chosen)
     _check_limits(recipe)
+    if recipe.compile and device_type != "cuda":
+        raise UserError("--compile is for a GPU, and there is none here: use --no_compile")
     return recipe
+
+
+def fit_to_images(recipe: Recipe, defaults: Defaults, images: int) -> Recipe:
+    """The recipe for a train part of so many images: no batch and no calibration is larger.
+
+    A learning rate that follows the batch size by default goes on doing so.
+
+    Args:
+        images: how many the ranks can share.
+    """
+    quantization = recipe.quantization
+    if quantization and quantization.calib_images > images:
+        recipe = replace(recipe, quantization=replace(quantization, calib_images=images))
+    if recipe.batch_size <= images:
+        return recipe
+    default_lr = defaults.peak_lr[recipe.optimizer] * recipe.batch_size / 128
+    lr = recipe.lr * images / recipe.batch_size if recipe.lr == default_lr else recipe.lr
+    return replace(recipe, batch_size=images, lr=lr)
+
+
+def _kind(flags: Flags) -> str:
+    """Which row of the table of defaults."""
+    if flags.quantize:
+        return "QAT"
+    if flags.load_ckpt:
+        return "fine-tuning"
+    return "pretrained" if flags.pretrain else "scratch"
 
 
 def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:
@@ -251,6 +300,11 @@ def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:
             )
         # the optimizer's state is of no use to another
         agreed("--optimizer", flags.optimizer, checkpoint.recipe.get("optimizer"))
+    if not flags.quantize and has_ranges(checkpoint.state):
+        raise UserError(
+            f"--load_ckpt {flags.load_ckpt} is a quantized network, and this run trains in float: "
+            "add --quantize, or load a float checkpoint"
+        )
     if flags.quantize and checkpoint.quantization is None and has_ranges(checkpoint.state):
         raise UserError(
             f"--load_ckpt {flags.load_ckpt}: ranges, but not what they are of; load train.py's "

@@ -141,13 +141,21 @@ def commit() -> str | None:
 
     Outside a checkout it is what $GIT_COMMIT says, or None.
     """
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    command.append("--exclude=*")
+    # GIT_DIR and the like name another repository, as a hook's environment does
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # a folder below the top is another repository's: this project was copied into it
+        if git("rev-parse", "--show-prefix") == "":
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
-    return done.stdout.strip()
+        pass  # no git, or no checkout
+    return os.environ.get("GIT_COMMIT")
 
 
 def write(path: Path, record: Any, follow_link: bool = False) -> None:

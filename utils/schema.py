@@ -21,7 +21,8 @@ def parse(cls: type[T], content: Any, what: str) -> T:
         what: the file, for the message.
 
     Raises:
-        UserError: a field is missing or of another type; the line names both.
+        UserError: a field is missing, of another type, or has a value that cannot be; the line
+            names it.
     """
     if not isinstance(content, dict):
         raise UserError(f"{what}: {_shown(content)} stands where {cls.__name__} should")
@@ -32,7 +33,10 @@ def parse(cls: type[T], content: Any, what: str) -> T:
             values[field.name] = _value(hints[field.name], content[field.name], what, field.name)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{what} lacks {field.name!r}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # the dataclass's own check
+        raise UserError(f"{what}: {error}") from None
 
 
 def _value(hint: Any, value: Any, what: str, name: str) -> Any:
@@ -41,6 +45,8 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if hint is Any:
         return value
     if is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
         return parse(hint, value, f"{what}: {name}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 """How activation ranges are found (`utils.quantization.calibrate`); the first is the default.
 `benchmarks/calibrators.py` compares them."""
+
+
+STEMS = ("imagenet", "cifar")
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,10 @@ class NetworkSpec:
     name: str
     stem: str
     num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.stem not in STEMS or self.num_classes < 1:
+            raise ValueError(f"there is no network {self} of {self.num_classes} classes")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.stem} stem)"
@@ -39,6 +47,17 @@ class DataSpec:
     std: list[float]
     digest: str | None = None
 
+    def __post_init__(self) -> None:
+        numbers = [*self.mean, *self.std]
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError("mean and std are not three finite numbers each")
+        if min(self.std) <= 0:
+            raise ValueError("a std is not above 0")
+        if len(set(self.classes)) != len(self.classes) or self.img_size < 1:
+            raise ValueError("classes or image size cannot be")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed {self.split_seed} cannot be")
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -54,3 +73,9 @@ class Quantization:
     skip_layers: list[str] = field(default_factory=list)
     calibrator: str = CALIBRATORS[0]
     calib_images: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.calibrator not in CALIBRATORS:
+            raise ValueError(f"there is no calibrator {self.calibrator!r}")
+        if self.calib_images < 1:
+            raise ValueError(f"calib_images {self.calib_images}: at least 1")

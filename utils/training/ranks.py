@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from utils.device import default_device
+from utils.errors import UserError
 
 T = TypeVar("T")
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells every process that it starts."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ def started() -> Iterator[Ranks]:
     A plain process is rank 0 of 1.
     """
     device = default_device()
-    if "RANK" not in os.environ:
+    # some of these alone are what another program left behind
+    if not all(name in os.environ for name in TORCHRUN):
         yield Ranks(0, 1, device)
         return
     if device.type == "cuda":
@@ -58,6 +64,11 @@ def started() -> Iterator[Ranks]:
         else:
             with redirect_stdout(io.StringIO()):
                 yield here
+    except UserError:
+        # what is wrong with flags or files is so for all ranks of a host: one says it
+        if os.environ["LOCAL_RANK"] != "0":
+            sys.exit(1)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -65,6 +76,18 @@ def started() -> Iterator[Ranks]:
 def active() -> bool:
     """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized()
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error is this rank's for want of another one."""
+    return active() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def command() -> str:
+    """How train.py was started, for hints."""
+    if not active():
+        return "python train.py"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 'N')} train.py"
 
 
 def from_first(value: T) -> T:
@@ -122,8 +145,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
             count = x.numel() // len(mean) * world_size
             unbiased = variance * (count / (count - 1))
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+            momentum = self.momentum
+            if momentum is None:  # an average of all batches alike
+                momentum = 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(unbiased, momentum)
 
         factor = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * factor

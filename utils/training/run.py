@@ -16,6 +16,7 @@ from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.files import locked
+from utils.training import ranks
 from utils.training.optimizers import load_optimizer
 
 BEST = "ckpt_best"
@@ -132,8 +133,8 @@ class Run:
             self._save_best(checkpoint)
 
 
-def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
-    """The newest checkpoint of a run's folder, or a checkpoint itself, and its path.
+def load_to_resume(path: Path) -> Checkpoint:
+    """The newest checkpoint of a run's folder, or the one at `path` itself.
 
     Raises:
         UserError: it is not train.py's, or the run went on from there.
@@ -151,7 +152,7 @@ def load_to_resume(path: Path) -> tuple[Path, Checkpoint]:
             f"--resume {path}: it holds no optimizer state; resume the last epoch's ckpt_<epoch>, "
             "or start from it with --load_ckpt"
         )
-    return newest, checkpoint
+    return checkpoint
 
 
 @contextmanager
@@ -167,11 +168,16 @@ def at_work_in(folder: Path, first: bool) -> Iterator[None]:
     try:
         with locked(folder) if first else nullcontext():
             yield
-    except (KeyboardInterrupt, torch.AcceleratorError) as error:
-        what = "interrupted"
-        if str(error):  # Ctrl-C says nothing
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, KeyboardInterrupt):
+            what = "interrupted"
+        elif isinstance(error, torch.AcceleratorError):
             what = f"the GPU failed ({str(error).splitlines()[0]})"
+        elif ranks.lost_another(error):
+            what = "another rank has ended"
+        else:
+            raise
         mend = "nothing was saved yet"
         if any(folder.glob("ckpt_*")):
-            mend = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
+            mend = f"continue with: {ranks.command()} --resume {shlex.quote(str(folder))}"
         raise UserError(f"{what}; {mend}") from None

@@ -162,6 +162,25 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     return loss, percent_equal(logits.argmax(1), labels)
 
 
+@torch.no_grad()
+def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace BatchNorm's running averages by the averages over one pass, all batches alike.
+
+    A running average begins with what it was initialised to, and lags behind weights that change
+    fast: after few steps it describes a network that never was.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for an average of all batches alike
+    model.train()
+    for images, _ in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def freeze_batch_norm(model: nn.Module) -> None:
     """Let BatchNorm use its running statistics and no longer update them.
 
