@@ -161,12 +161,14 @@ def flag_values(args: Flags) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     flags.refuse(REFUSALS, args)
+    if args.export_only and args.batch_sizes == DEFAULT.batch_sizes:
+        args.batch_sizes = ()  # times belong to where the export will run
     comparison = Comparison.of(args)
 
     # the files, then what a back end makes of them; nobody else may export there meanwhile
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
     rows, complaints = [], []
-    with locked(folder):
+    with locked(folder, make=not args.onnx):
         data = load_exported(args) if args.onnx else export(args, comparison, folder)
         if not args.export_only:
             rows, complaints = compare.evaluate_export(folder, data, comparison)

@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ranks.started() as here:
         if given.resume:
             # what is read there must be the newest: nobody else may train on meanwhile
-            folder = given.resume if given.resume.is_dir() else given.resume.parent
+            folder = ckpt.latest(given.resume).parent
             with at_work_in(folder, here.first):
                 recipe, start = read_flags(argv)
                 train(recipe, start, folder, here, resume=True)
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
             new = new_folder(parent, name) if here.first else None
             folder = ranks.from_first(new)
-            with at_work_in(folder, here.first):
+            with at_work_in(folder, here.first, new=True):
                 train(recipe, start, folder, here)
     if recipe.comparison and here.first:
         compare_best(folder / BEST, recipe)
@@ -409,7 +409,7 @@ def compare_best(path: Path, recipe: Recipe) -> None:
         recipe.dataset, recipe.data_dir, recipe.img_size, checkpoint.data, other_images=True
     )
     folder = compare.export_folder(path)
-    with locked(folder):
+    with locked(folder, make=True):
         compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
         rows, _ = compare.evaluate_export(folder, data, recipe.comparison)
         record = compare.make_record(folder, rows)

@@ -206,22 +206,18 @@ class Study:
 def finished(folder: Path, num_epochs: int, data_dir: Path, argv: Sequence[str]) -> Path:
     """Train until `ckpt_<num_epochs>` is there, going on from what an interrupted run left.
 
-    All checkpoints but that and the best, which is returned, are deleted: those of a study would
-    fill a disk.
+    Returns the best checkpoint.
     """
     resumable = any(path.name != BEST for path in folder.glob("ckpt_*"))
     if resumable:
         start = ["--resume", str(folder)]
     else:
         start = [*argv, "--num_epochs", str(num_epochs)]
+        start += ["--od", str(folder.parent), "--en", folder.name]
         # killed before its first checkpoint was whole
         if folder.exists():
             shutil.rmtree(folder)
-    output = ["--od", str(folder.parent), "--en", folder.name]
-    train.main([*start, "--data_dir", str(data_dir), *output])
-    for path in folder.glob("ckpt_*"):
-        if path.name not in (BEST, f"ckpt_{num_epochs}"):
-            path.unlink()
+    train.main([*start, "--data_dir", str(data_dir)])
     return folder / BEST
 
 

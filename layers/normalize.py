@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W): (pixel / 255 - mean) / std of each channel.
+    """(N, H, W, C) uint8 -> (N, C, H, W): (pixel / 255 - mean) / std of each channel.
 
     Args:
         mean, std: of each channel, in units of the full range (0..1).
@@ -20,8 +20,8 @@ class Normalize(nn.Module):
         # (pixel / 255 - mean) / std = pixel * (1 / (255 std)) + (-mean / std)
         scale = [1 / (255 * s) for s in std]
         offset = [-m / s for m, s in zip(mean, std, strict=True)]
-        self.register_buffer("scale", torch.tensor(scale).reshape(3, 1, 1))
-        self.register_buffer("offset", torch.tensor(offset).reshape(3, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).reshape(-1, 1, 1))
+        self.register_buffer("offset", torch.tensor(offset).reshape(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         # TensorRT takes bytes only if a cast is the first to read them
@@ -31,7 +31,7 @@ class Normalize(nn.Module):
 
 
 class FromImages(nn.Module):
-    """`model` behind `Normalize`: (N, H, W, 3) uint8 -> what `model` makes of (N, 3, H, W).
+    """`model` behind `Normalize`: (N, H, W, C) uint8 -> what `model` makes of (N, C, H, W).
 
     Args:
         mean, std: of each channel, in units of the full range (0..1).
@@ -43,4 +43,7 @@ class FromImages(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.normalize(images))
+        x = self.normalize(images)
+        if torch.onnx.is_in_onnx_export():
+            x = x.contiguous()  # a graph has no strides, and a `view` in the model may need these
+        return self.model(x)

@@ -89,11 +89,7 @@ def load(path: Path) -> Checkpoint:
     Raises:
         UserError: missing, truncated, or something else.
     """
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        there = sorted(p.name for p in folder.glob("ckpt_*"))
-        hint = f"; {folder} holds {', '.join(there)}" if there else ""
-        raise UserError(f"no checkpoint at {path}{hint}")
+    _require_file(path)
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not look at its own checksums
@@ -118,6 +114,16 @@ def load(path: Path) -> Checkpoint:
     if tensors and content:
         return Checkpoint(content)
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+
+
+def _require_file(path: Path) -> None:
+    """Raises UserError where there is none, with the names of those beside it."""
+    if path.is_file():
+        return
+    folder = path if path.is_dir() else path.parent
+    there = sorted(p.name for p in folder.glob("ckpt_*"))
+    hint = f"; {folder} holds {', '.join(there)}" if there else ""
+    raise UserError(f"no checkpoint at {path}{hint}")
 
 
 def _what_else(path: Path, error: Exception) -> str:
@@ -179,9 +185,10 @@ def latest(path: Path) -> Path:
     """`path` itself if it is a file, else the `ckpt_<epoch>` of the highest epoch in that folder.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or there is no file.
     """
     if not path.is_dir():
+        _require_file(path)
         return path
     there = by_epoch(path)
     if not there:

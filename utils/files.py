@@ -111,15 +111,17 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Meanwhile no other process can have `folder` locked; it is made if it is not there.
+def locked(folder: Path, make: bool = False) -> Iterator[None]:
+    """Meanwhile no other process can have `folder` locked. What killed ones left is deleted.
 
-    What killed processes left in it is deleted. If it is empty in the end it is deleted, too.
+    Args:
+        make: it is made if it is not there, and deleted in the end if it is empty.
 
     Raises:
         UserError: another process has it locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -136,8 +138,9 @@ def locked(folder: Path) -> Iterator[None]:
         remove_partial(folder)
         yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()  # fails unless it is empty
+        if make:
+            with suppress(OSError):
+                folder.rmdir()  # fails unless it is empty
         os.close(handle)
 
 

@@ -18,7 +18,7 @@ All but "max" go over the images twice: the second pass counts |x| between 0 and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -51,15 +51,19 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     """Set every range of `model`; its weights and BatchNorm statistics stay as they are.
 
     Args:
-        batches: normalised images (B, 3, H, W) on the model's device.
+        batches: normalised images (B, C, H, W), or (images, labels) as a DataLoader serves them.
         method: one of `utils.specs.CALIBRATORS`.
 
     Raises:
-        UserError: no such method, or an activation was not finite or never computed.
+        UserError: no such method, no images, or an activation that was not finite or never
+            computed.
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
-    batches = list(batches)
+    device = next(model.parameters()).device
+    batches = [_images(batch).to(device) for batch in batches]
+    if not batches:
+        raise UserError("there are no images to calibrate with")
     quantizers = {
         name: module for name, module in model.named_modules() if isinstance(module, Quantizer)
     }
@@ -89,9 +93,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
         quantizer._calibrator = None
 
 
+def _images(batch: Tensor | Sequence[Tensor]) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
 def _require_finite(largest: dict[str, Tensor | None]) -> None:
     for name, amax in largest.items():
-        if amax is None or not torch.isfinite(amax).all():
+        if amax is None:
+            raise UserError(f"{name} was never computed: the model does not call its layer")
+        if not torch.isfinite(amax).all():
             raise UserError(
                 f"calibration of {name} found no finite value: "
                 "the model's weights or the images are broken"

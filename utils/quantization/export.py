@@ -16,6 +16,7 @@ from torch import nn
 
 from layers.normalize import FromImages
 from layers.quantizers import per_channel
+from utils.errors import UserError
 from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT
 from utils.quantization.calibrate import require_calibrated
@@ -38,7 +39,7 @@ def export_onnx(
 ) -> None:
     """Write the inference form of `model`, and the same graph in FP16 beside it.
 
-    Both take raw images (batch, H, W, 3) uint8 and return logits (batch, classes) float32, for any
+    Both take raw images (batch, H, W, C) uint8 and return logits (batch, classes) float32, for any
     batch. Each quantizer becomes a QuantizeLinear / DequantizeLinear pair with a constant scale and
     zero point 0. `model` stays as it is.
 
@@ -46,14 +47,16 @@ def export_onnx(
         path: of the graph; the one in FP16 is `<stem>_fp16.onnx`, or `fp16.onnx` if the stem is
             `fp32`.
         image_size: height and width in pixels.
-        mean, std: of each channel, in units of the full range (0..1).
+        mean, std: of each of the C channels, in units of the full range (0..1).
 
     Raises:
-        UserError: a range was never calibrated.
+        UserError: a range was never calibrated, or `mean` is in other units.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
     require_calibrated(model)
+    if not all(-1 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
     path = Path(path)
     graph = _traced(FromImages(to_inference(model), mean, std).eval(), image_size)
     merge_shared_quantizers(graph)
@@ -65,13 +68,14 @@ def export_onnx(
 
 
 def _traced(network: FromImages, image_size: tuple[int, int]) -> ModelProto:
+    channels = len(network.normalize.scale)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # this exporter is deprecated, but its successor cannot export fake quantization
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            (torch.zeros(2, *image_size, 3, dtype=torch.uint8),),
+            (torch.zeros(2, *image_size, channels, dtype=torch.uint8),),
             buffer,
             dynamo=False,
             opset_version=OPSET,

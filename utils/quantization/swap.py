@@ -37,7 +37,8 @@ def select(
 
     def matching(patterns: Sequence[str]) -> set[str]:
         found = set()
-        for pattern in patterns:
+        # one pattern is one, not its letters
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
             fitting = [name for name in names if fnmatchcase(name, pattern)]
             if not fitting:
                 near = _near(pattern, names)

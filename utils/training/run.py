@@ -156,17 +156,18 @@ def load_to_resume(path: Path) -> Checkpoint:
 
 
 @contextmanager
-def at_work_in(folder: Path, first: bool) -> Iterator[None]:
-    """Meanwhile no other process trains in `folder`; a run without a checkpoint leaves none.
+def at_work_in(folder: Path, first: bool, new: bool = False) -> Iterator[None]:
+    """Meanwhile no other process trains in `folder`.
 
     Args:
         first: whether this is the rank that writes.
+        new: a run that ends without a checkpoint leaves no folder.
 
     Raises:
         UserError: another process does; or this one is interrupted, and how to go on.
     """
     try:
-        with locked(folder) if first else nullcontext():
+        with locked(folder, make=new) if first else nullcontext():
             yield
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, KeyboardInterrupt):

@@ -170,15 +170,16 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
     fast: after few steps it describes a network that never was.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch's word for an average of all batches alike
     model.train()
     for images, _ in batches:
         model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, (momentum, batches_tracked) in zip(norms, kept, strict=True):
         norm.momentum = momentum
+        norm.num_batches_tracked.copy_(batches_tracked)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
