@@ -53,7 +53,7 @@ DEFAULTS = {
 }
 # fmt: on
 LAST_PART = 1 / 3  # of the epochs
-FEW_STEPS = 300  # until which BatchNorm's running averages lag too far behind to evaluate by
+FEW_STEPS = 100  # until which BatchNorm's running averages lag too far behind to evaluate by
 COMPILE_STEPS = 10_000  # of a run; torch.compile takes 15 to 50 s and saves 2 to 6 ms of each step
 
 

@@ -45,5 +45,6 @@ class FromImages(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.normalize(images)
         if torch.onnx.is_in_onnx_export():
-            x = x.contiguous()  # a graph has no strides, and a `view` in the model may need these
+            # a graph has no strides, and a `view` in the model needs those of NCHW
+            x = x.clone(memory_format=torch.contiguous_format)
         return self.model(x)

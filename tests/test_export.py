@@ -20,6 +20,7 @@ from utils import checkpoint as ckpt
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.backends.pytorch import TorchNetwork
 from utils.checkpoint import load_weights
+from utils.errors import UserError
 from utils.metrics import percent_equal, sqnr_db
 from utils.networks import build_float, build_quantized
 from utils.quantization import calibrate, export_onnx, quantize_modules
@@ -552,6 +553,37 @@ def test_a_model_in_training_mode_is_exported_in_evaluation_mode(tmp_path):
     export(model, tmp_path / "evaluation.onnx")
     export(model.train(), tmp_path / "training.onnx")
     assert (tmp_path / "training.onnx").read_bytes() == (tmp_path / "evaluation.onnx").read_bytes()
+
+
+class Grey(nn.Module):
+    """One channel, and a head that wants its input in one piece of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 6 * 6, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_a_network_of_one_channel_that_flattens_by_view_is_exported(tmp_path):
+    torch.manual_seed(0)
+    model = Grey().eval()
+    export_onnx(model, str(tmp_path / "grey.onnx"), (8, 8), [0.5], [0.25])
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    logits = OnnxRuntimeNetwork(tmp_path / "grey.onnx")(images)
+    x = torch.from_numpy(((images / 255 - 0.5) / 0.25).astype(np.float32).transpose(0, 3, 1, 2))
+    expected = model(x.clone(memory_format=torch.contiguous_format)).detach().numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "std"), [([127.0] * 3, [0.2] * 3), ([0.5] * 3, [58.0] * 3)])
+def test_normalisation_in_units_of_levels_is_refused(tmp_path, mean, std):
+    with pytest.raises(UserError, match="units of the full range"):
+        export_onnx(small(), tmp_path / "x.onnx", (8, 8), mean, std)
+    assert list(tmp_path.iterdir()) == []
 
 
 def fail_halfway(self, data):
