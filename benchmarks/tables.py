@@ -226,7 +226,7 @@ def _accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str]
 
 def headline_table(groups: Groups) -> str:
     """What a reader wants to know first: test accuracies in percent in PyTorch, and the gain."""
-    lines = [["network", "FP32", "INT8 PTQ", "INT8 QAT", "INT8 over FP16"]]
+    lines = [["network", "FP32", "INT8 PTQ", "INT8 QAT", "INT8 speed-up over FP16"]]
     for model, title in TITLES.items():
         group = groups.get(f"{model}, cifar stem", [])
         sizes = _batch_sizes(group)

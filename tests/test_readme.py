@@ -14,9 +14,11 @@ from PIL import Image
 from torch import nn
 
 import infer
+import layers
 import train
 from benchmarks import tables, train_speed
 from utils import records
+from utils.quantization import calibrate, quantize_modules
 
 README = (ROOT / "README.md").read_text()
 WITH_TABLES = tables.documents()
@@ -178,6 +180,8 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
 
     model = Small()
     before = model.conv.weight.detach().clone()
+    block = nn.Module()
+    block.conv2, block.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
     names = {
         "model": model,
         "batches": [images],
@@ -185,6 +189,11 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
         "images": np.zeros((7, 32, 32, 3), dtype=np.uint8),
+        # of a residual block
+        "layers": layers,
+        "self": block,
+        "y": images,
+        "shortcut": images,
     }
     monkeypatch.chdir(tmp_path)
     for block in blocks(README, "python"):
@@ -195,6 +204,22 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
     assert names["logits"].shape == (7, 5)
     assert names["logits"].dtype == np.float32
     assert np.isfinite(names["logits"]).all()
+    assert names["y"].shape == images.shape
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model_fp16.onnx"}
+
+
+def test_a_quantized_network_is_reloaded_as_the_readme_says():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    model = Small().eval()
+    quantize_modules(model, skip_layers=["fc"])
+    # as a DataLoader serves them
+    calibrate(model, [(images, torch.zeros(4))])
+
+    again = Small().eval()
+    quantize_modules(again, skip_layers=["fc"])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images), model(images))
 
 
 # The demo
@@ -216,3 +241,5 @@ def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
     precisions = {row["precision"] for row in record["rows"]}
     assert precisions >= {"FP32", "INT8-PTC", "INT8-QAT", "FAKE-QUANT-QAT"}
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    # three networks, each in FP32 and in FP16 form
+    assert len(list(tmp_path.rglob("*.onnx"))) == 6

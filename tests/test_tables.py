@@ -153,7 +153,7 @@ def test_the_headline_has_the_speed_up_at_the_largest_batch(results, monkeypatch
     (line,) = cells(tables.headline_table(tables.load(results)))
     assert line["network"] == "Net"
     assert (line["FP32"], line["INT8 QAT"]) == ("91.00 ± 1.41", "90.50 ± 2.12")
-    assert line["INT8 over FP16"] == "2.00 ×"
+    assert line["INT8 speed-up over FP16"] == "2.00 ×"
 
 
 def test_the_plot_holds_its_points(results):
