@@ -6,6 +6,7 @@ SEEDS ?= 5
 RESULTS ?= out/results
 DATA ?= data
 DEMO := out/demo
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-all lint reproduce tables install clean
 
@@ -18,10 +19,10 @@ demo: install  ## float training, calibration, QAT, export and one table, on a C
 		--record $(DEMO)/record.json --plot $(DEMO)/plot.png
 
 test: install  ## the quick tests, at most four minutes on two cores
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
 
 test-slow: install  ## the others that need no GPU
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
 
 test-all: test test-slow  ## all tests that need no GPU
 

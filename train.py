@@ -32,7 +32,7 @@ from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
-from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve
+from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
 from utils.training.optimizers import make_optimizer
@@ -252,7 +252,9 @@ def make_model(
     else:
         model = networks.build_float(base.network)
     if start:
-        partial = recipe.quantize and recipe.partial_ckpt
+        partial = recipe.quantize and recipe.partial_ckpt and start.quantization is None
+        if start.quantization is not None:
+            ckpt.load_weights(model, start.ptq_state)  # an export will need it
         print(ckpt.load_weights(model, start.state, allow_missing_ranges=partial))
     elif recipe.pretrain:
         networks.load_imagenet_weights(model, recipe.model)
@@ -360,11 +362,10 @@ def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    flags.refuse(RESUME_REFUSALS, args)
     start = None
     if args.resume:
         start = load_to_resume(args.resume)
-        parser.set_defaults(**start.recipe)
+        parser.set_defaults(**stored_flags(start))
         args = parser.parse_args(argv)
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
@@ -374,6 +375,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     given = build_parser().parse_args(argv)
+    flags.refuse(RESUME_REFUSALS, given)
     torch.backends.cudnn.benchmark = True
     with ranks.started() as here:
         if given.resume:

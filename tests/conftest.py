@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# two processes of pytest-xdist share the two cores of the smallest machine
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # threads that spin slow each other down wherever cores are shared
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
