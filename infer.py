@@ -21,7 +21,7 @@ from pathlib import Path
 import dataset
 from utils import compare, flags, records
 from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
-from utils.files import locked, user_path
+from utils.files import locked, real_path, user_path
 from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS, read_export
 from utils.plot import plot
@@ -83,7 +83,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--torch_compile: PyTorch runs before the export; name the checkpoint with --load_ckpt",
     ),
     (
-        lambda args: args.record and args.plot and args.record.resolve() == args.plot.resolve(),
+        lambda args: len({*map(real_path, outputs(args))}) < len(outputs(args)),
         "--record and --plot name one file: name two",
     ),
     (
@@ -91,7 +91,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--workspace_gb: more than 0, at most 1024",
     ),
     (
-        lambda args: next((path for path in (args.record, args.plot) if path and path.is_dir()), 0),
+        lambda args: next((path for path in outputs(args) if path.is_dir()), 0),
         "{0} is a folder: name a file in it",
     ),
     (
@@ -108,6 +108,10 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def sizes(args: Flags) -> list[int]:
     return [*args.batch_sizes, *args.torch_compile, 1]
+
+
+def outputs(args: Flags) -> list[Path]:
+    return [path for path in (args.record, args.plot) if path]
 
 
 def named_int8(args: Flags) -> bool:

@@ -35,6 +35,8 @@ UNWRITABLE = (
     errno.EEXIST,
     errno.ENOENT,
     errno.ENAMETOOLONG,
+    # a FIFO or a socket that nobody reads
+    errno.ENXIO,
 )
 """What a place that cannot be written to answers."""
 

@@ -25,10 +25,22 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path's raises for `~nobody`
 
 
+def real_path(path: Path) -> Path:
+    """`path` with links followed. Unlike `Path.resolve`, it takes a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def regular(path: Path) -> Path:
+    """`path` itself; raises OSError for a FIFO or the like: to read that may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path
+
+
 def sha256(path: Path) -> str:
     """Tells a file's content from any other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -48,9 +60,14 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
             is still there.
     """
     if follow_link:
-        path = path.resolve()
+        path = real_path(path)
         if path.exists() and not path.is_file() and not path.is_dir():
-            yield path
+            # a FIFO that nobody reads fails here, where plain opening would wait for ever
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                yield path
+            finally:
+                os.close(handle)
             return
     try:
         if path.is_dir() and not path.is_symlink():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from itertools import cycle
 from pathlib import Path
@@ -50,6 +51,9 @@ def plot(path: Path, record: Record) -> None:
     axes.set_title(f"{record.model} on {record.dataset}, {machine}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
+    # not all that can be written to can be sought in
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
     with atomic_path(path, follow_link=True) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        partial.write_bytes(png.getvalue())
     pyplot.close(figure)
