@@ -88,6 +88,8 @@ def load(name: str, data_dir: Path, img_size: int | None = None) -> ImageData:
             width that cannot be.
         OSError: the system cannot read a file now.
     """
+    if name not in LOADERS:
+        raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
     img_size = 32 if img_size is None else img_size
     if not MIN_SIZE <= img_size <= MAX_SIZE:
         # it may have more digits than Python writes

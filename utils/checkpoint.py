@@ -20,6 +20,7 @@ from utils.specs import DataSpec, NetworkSpec, Quantization
 
 FORMAT = 2
 RANGE_SUFFIX = "_quantizer._amax"
+VARIANCE_SUFFIX = ".running_var"
 COUNTER_SUFFIX = ".num_batches_tracked"
 """BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as
 torchvision's, lack it."""
@@ -56,8 +57,17 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if self.network and self.data and self.network.num_classes != len(self.data.classes):
             raise ValueError(f"{self.network.num_classes} classes, {len(self.data.classes)} names")
-        if self.epoch < 0:
-            raise ValueError(f"epoch {self.epoch} cannot be")
+        if not 0 <= self.epoch <= 10**6 or self.best_val_loss < 0:
+            raise ValueError("epoch or best_val_loss cannot be")
+        if not all("val_loss" in epoch for epoch in self.history):
+            raise ValueError("an epoch of history lacks 'val_loss'")
+        if self.recipe is not None:
+            # what an export reads of it; `utils.recipe` knows the rest
+            seed, data_dir = self.recipe.get("seed"), self.recipe.get("data_dir")
+            if type(seed) is not int or not 0 <= seed < 2**32:
+                raise ValueError("recipe has no seed")
+            if not isinstance(data_dir, str | None):
+                raise ValueError("data_dir of recipe is no path")
 
     @property
     def whole(self) -> bool:
@@ -103,8 +113,9 @@ def load(path: Path) -> Checkpoint:
             raise
         raise UserError(f"{path} {_what_else(path, error)}") from None
 
-    if isinstance(content, dict) and content.get("format") in (1, FORMAT):
-        if content["format"] == 1:
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and found in (1, FORMAT):
+        if found == 1:
             content = _from_format_1(content)
         checkpoint = parse(Checkpoint, content, str(path))
         if checkpoint.quantization and checkpoint.ptq_state is None:
@@ -214,7 +225,7 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
 
     Raises:
         UserError: tensors that are missing, unexpected, of another shape or type, not finite, or
-            ranges that are not above 0, listed. `model` is unchanged then.
+            ranges that are not above 0, variances below it, listed. `model` is unchanged then.
     """
     own = model.state_dict()
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
@@ -227,6 +238,7 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
         "of another type": set(),
         "not finite": set(),
         "not above 0": set(),
+        "below 0": set(),
     }
     for key in own.keys() & state.keys():
         value = state[key]
@@ -235,10 +247,14 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
         # integers, booleans, complex numbers and sparse tensors would be turned into floats
         elif not _is_like(value, own[key]):
             problems["of another type"].add(key)
-        elif not value.isfinite().all():
+        # as the model will hold it: a float64 may be too large for that
+        elif not (value := value.to(own[key].dtype)).isfinite().all():
             problems["not finite"].add(key)
-        elif key in ranges and not (value > 0).all():
+        # a scale is a range / 127, and must not become 0 either
+        elif key in ranges and not (value / 127 >= torch.finfo(torch.float32).tiny).all():
             problems["not above 0"].add(key)
+        elif key.endswith(VARIANCE_SUFFIX) and not (value >= 0).all():
+            problems["below 0"].add(key)
     if any(problems.values()):
         hint = ""
         if not allow_missing_ranges and missing and missing <= ranges:
@@ -258,7 +274,8 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
 
 def _is_like(value: Tensor, own: Tensor) -> bool:
     floats = value.is_floating_point() == own.is_floating_point()
-    return floats and not value.is_complex() and value.layout == torch.strided
+    dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return floats and dense and not value.is_complex()
 
 
 def _listed(problems: dict[str, set[str]]) -> str:

@@ -18,7 +18,7 @@ from utils import records
 from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
 from utils.errors import UserError
 from utils.files import sha256, staged
-from utils.flags import Flags, Refusal
+from utils.flags import BACKENDS, PTC_MODES, Flags, Refusal
 from utils.manifest import (
     IMPLICIT,
     MANIFEST,
@@ -65,6 +65,10 @@ class Comparison:
     timing_cache: Path | None = None
     audit: bool = False
     torch_compile: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS or self.ptc_mode not in PTC_MODES:
+            raise UserError(f"backend {self.backend!r} or ptc_mode {self.ptc_mode!r} cannot be")
 
     @classmethod
     def of(cls, flags: Flags) -> Comparison:
@@ -373,7 +377,8 @@ def evaluate_export(
     """
     manifest, predictions = read_export(folder)
     for title, predicted in predictions.items():
-        if predicted.shape != data.test_labels.shape or predicted.dtype.kind != "i":
+        fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
+        if not fits or not set(predicted) <= set(range(len(data.classes))):
             raise UserError(f"{folder}: predictions of {title} are not one class for each image")
     for precision in comparison.precisions:
         if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:

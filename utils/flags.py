@@ -16,6 +16,9 @@ from utils.specs import CALIBRATORS, DataSpec, NetworkSpec, Quantization
 T = TypeVar("T")
 Flags = argparse.Namespace
 
+BACKENDS = ("auto", "tensorrt", "onnxruntime")
+PTC_MODES = ("explicit", "implicit")
+
 QUANTIZATION = tuple(field.name for field in fields(Quantization))
 """The flags that say how to quantize."""
 
@@ -61,9 +64,9 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
         flag = {"action": "append_const", "const": name, "dest": "precisions"}
         add(f"--{precision.flag}", help=precision.help, **flag)
     implicit = "implicit: also an engine by TensorRT's own calibration"
-    add("--ptc_mode", choices=("explicit", "implicit"), default="explicit", help=implicit)
+    add("--ptc_mode", choices=PTC_MODES, default=PTC_MODES[0], help=implicit)
     runs = "what runs the exported networks; auto: TensorRT where it runs, else ONNX Runtime"
-    add("--backend", choices=("auto", "tensorrt", "onnxruntime"), default="auto", help=runs)
+    add("--backend", choices=BACKENDS, default=BACKENDS[0], help=runs)
     return parser
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import sha256
+from utils.files import regular, sha256
 from utils.records import Row
 from utils.schema import parse
-from utils.specs import DataSpec, Quantization
+from utils.specs import DataSpec, NetworkSpec, Quantization
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 """Names of a graph's input (batch, height, width, 3) uint8, its output (batch, classes) float32,
@@ -91,6 +91,14 @@ class Manifest:
     environment: dict[str, str | None]
     rows: list[Row]
 
+    def __post_init__(self) -> None:
+        NetworkSpec(self.model, self.stem, len(self.data.classes))  # raises if it cannot be
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} cannot be")
+        described = {PREDICTIONS, *(graph_file(name) for name in self.int8_nodes)}
+        if missing := described - self.files.keys():
+            raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+
 
 def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Manifest of an export, and what PyTorch predicts of the test images by row, FP32 always.
@@ -101,7 +109,7 @@ def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         UserError: something else is missing, or a file is not the one that was exported.
     """
     try:
-        manifest = parse(Manifest, json.loads((folder / MANIFEST).read_text()), MANIFEST)
+        manifest = parse(Manifest, json.loads(regular(folder / MANIFEST).read_text()), MANIFEST)
         for name, digest in manifest.files.items():
             path = folder / Path(name).name
             if (path.exists() or name == PREDICTIONS) and sha256(path) != digest:

@@ -25,7 +25,7 @@ from utils.flags import (
 )
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
-from utils.schema import parse
+from utils.schema import parse, parse_fields
 from utils.specs import Quantization
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
@@ -198,6 +198,8 @@ LIMITS = {
     "lr": (0, 1e38),  # what float32 holds
     "lrdt": (1, 10**6),
     "keep": (1, 10**6),
+    "label_smoothing": (0, 1),
+    "sam_rho": (0, 1),
     "seed": (0, 2**32 - 1),  # a million times it, as an epoch's seed is, is one that torch takes
 }
 """Field of a recipe -> its lowest and highest value."""
@@ -211,6 +213,20 @@ def _engine_flags(flags: Flags) -> str:
     if flags.ptc_mode != "explicit":
         words.append("--ptc_mode")
     return ", ".join(words)
+
+
+def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a run's checkpoint says of its flags: the defaults of a resumed run's.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    # None is no choice, and what is no field any more is left out
+    stored = {name: value for name, value in checkpoint.recipe.items() if value is not None}
+    values = {name: stored.get(name) is True for name in ("quantize", "test_trt")}
+    for cls in (Comparison, Quantization, Recipe):
+        values |= parse_fields(cls, stored, "the checkpoint's recipe")
+    return values
 
 
 def resolve(

@@ -43,6 +43,13 @@ class Row:
     int8_layers: int | None = None
     layers: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.latency_ms.keys() != {"p50", "p99"}:
+            raise ValueError("latency_ms has not just p50 and p99")
+        for percent in (self.accuracy_pct, self.agreement_pct):
+            if percent is not None and not 0 <= percent <= 100:
+                raise ValueError(f"{percent} is no share in percent")
+
     def timed(self, batch_size: int, p50_ms: float, p99_ms: float) -> Row:
         """This row with the latency of a batch."""
         return replace(

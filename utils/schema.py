@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.errors import UserError
@@ -26,17 +29,26 @@ def parse(cls: type[T], content: Any, what: str) -> T:
     """
     if not isinstance(content, dict):
         raise UserError(f"{what}: {_shown(content)} stands where {cls.__name__} should")
-    hints = typing.get_type_hints(cls)
-    values = {}
+    values = parse_fields(cls, content, what)
     for field in fields(cls):
-        if field.name in content:
-            values[field.name] = _value(hints[field.name], content[field.name], what, field.name)
-        elif field.default is MISSING and field.default_factory is MISSING:
+        if field.name in values:
+            continue
+        if field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{what} lacks {field.name!r}")
     try:
         return cls(**values)
     except ValueError as error:  # the dataclass's own check
         raise UserError(f"{what}: {error}") from None
+
+
+def parse_fields(cls: type, content: dict[str, Any], what: str) -> dict[str, Any]:
+    """Those fields of the dataclass `cls` that `content` has, as `parse` makes them."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, hint in hints.items():
+        if name in content:
+            values[name] = _value(hint, content[name], what, name)
+    return values
 
 
 def _value(hint: Any, value: Any, what: str, name: str) -> Any:
@@ -53,13 +65,18 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
             return None
         # the unions here are "something or None"
         return _value(next(arg for arg in args if arg is not type(None)), value, what, name)
-    if origin is list and isinstance(value, list | tuple):
+    if origin in (list, Sequence) and isinstance(value, list | tuple):
         return [_value(args[0], item, what, name) for item in value]
     if origin is dict and isinstance(value, dict):
         return {key: _value(args[1], item, what, name) for key, item in value.items()}
-    if hint is float and type(value) is int:
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int and value.bit_length() < 1000:
         return float(value)
-    if isinstance(value, origin or hint) and not (isinstance(value, bool) and hint is not bool):
+    # a bool is an int to Python, a text a sequence, and NaN a float
+    other = isinstance(value, bool) and hint is not bool or origin is Sequence
+    nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, origin or hint) and not other and not nan:
         return value
     expected = getattr(hint, "__name__", hint)
     raise UserError(f"{what}: {name} is {_shown(value)}, not of type {expected}")
@@ -67,5 +84,8 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
 
 def _shown(value: Any) -> str:
     """A few characters of any value."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = "a very large number"
     return text if len(text) <= 40 else f"{text[:37]}..."

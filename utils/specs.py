@@ -11,6 +11,8 @@ CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 
 
 STEMS = ("imagenet", "cifar")
+MAX_SIZE = 4096
+"""Of an image's width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class DataSpec:
             raise ValueError("mean and std are not three finite numbers each")
         if min(self.std) <= 0:
             raise ValueError("a std is not above 0")
-        if len(set(self.classes)) != len(self.classes) or self.img_size < 1:
-            raise ValueError("classes or image size cannot be")
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes are none, or two have one name")
+        if not 1 <= self.img_size <= MAX_SIZE:
+            raise ValueError(f"img_size {self.img_size} cannot be")
         if not 0 <= self.split_seed < 2**32:
             raise ValueError(f"split_seed {self.split_seed} cannot be")
 

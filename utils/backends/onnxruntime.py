@@ -39,7 +39,23 @@ class OnnxRuntimeNetwork(Network):
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             reason = str(error).splitlines()[0]
             raise UserError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from None
+        self._require_ends()
+
+    def _require_ends(self) -> None:
+        """Raises UserError unless the graph turns images into logits."""
+        inputs = [(end.name, end.type, len(end.shape)) for end in self._session.get_inputs()]
+        outputs = [(end.name, end.type, len(end.shape)) for end in self._session.get_outputs()]
+        expected = [(INPUT, "tensor(uint8)", 4)], [(OUTPUT, "tensor(float)", 2)]
+        if (inputs, outputs) != expected:
+            raise UserError(
+                f"{self.path}: it has {inputs} and {outputs}, not {expected[0]} and {expected[1]}; "
+                "export it again"
+            )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        [logits] = self._session.run([OUTPUT], {INPUT: images})
+        try:
+            [logits] = self._session.run([OUTPUT], {INPUT: images})
+        except Exception as error:  # images of another size, too little memory
+            reason = str(error).splitlines()[0]
+            raise UserError(f"ONNX Runtime cannot run {self.path}: {reason}") from None
         return logits
