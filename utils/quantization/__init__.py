@@ -3,7 +3,7 @@
 A network of your own takes these lines and its own training loop:
 
     quantize_modules(model, skip_layers=["fc"])  # in place
-    calibrate(model, batches)  # normalised images (B, 3, H, W)
+    calibrate(model, batches)  # normalised images (B, C, H, W)
     fine_tune(model)
     export_onnx(model, "model.onnx", image_size=(32, 32), mean=mean, std=std)
 """
