@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import os
 import signal
 import sys
@@ -93,6 +94,10 @@ def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
     sys.stderr = _Quiet(sys.stderr)
     if not needs_stdout or sys.stdout is None:
         sys.stdout = _Quiet(sys.stdout)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # docker run -u 12345: torch names a folder by the user
+        os.environ["USER"] = str(os.getuid())
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -53,10 +53,16 @@ def started() -> Iterator[Ranks]:
     if not all(name in os.environ for name in TORCHRUN):
         yield Ranks(0, 1, device)
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the ranks did not meet ({str(error).splitlines()[0]}): start them by torchrun or, "
+            f"for a plain process, unset {', '.join(TORCHRUN)}"
+        ) from None
     here = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
         if here.first:
@@ -127,7 +133,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        # without a momentum, statistics are estimated: every rank sees the same images
+        if not self.training or self.momentum is None:
             return super().forward(x)
         x32 = x.float()
         world_size, rank = dist.get_world_size(), dist.get_rank()
@@ -145,11 +152,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
             count = x.numel() // len(mean) * world_size
             unbiased = variance * (count / (count - 1))
             self.num_batches_tracked += 1
-            momentum = self.momentum
-            if momentum is None:  # an average of all batches alike
-                momentum = 1 / float(self.num_batches_tracked)
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(unbiased, momentum)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
 
         factor = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * factor
