@@ -178,6 +178,9 @@ def export_checkpoint(
     # the networks, calibrated on the checkpoint's own train images where they must be
     info = checkpoint.data
     train_part, _ = data.split(info.split_seed)
+    if checkpoint.quantization is None:
+        images = min(quantization.calib_images, len(train_part[0]))
+        quantization = replace(quantization, calib_images=images)
     normalize = Normalize(info.mean, info.std)
     batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
     networks = restore(checkpoint, comparison.wanted, quantization, batches)

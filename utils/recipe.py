@@ -270,8 +270,9 @@ def resolve(
     chosen["data_dir"] = agreed_data_dir(flags, (known_recipe or {}).get("data_dir"))
     if flags.test_trt:
         chosen["comparison"] = Comparison.of(flags)
+    # before a default is computed of them
+    _check_limits(chosen, flags.quantize)
     recipe = make_recipe(kind, defaults[kind], device_type, **chosen)
-    _check_limits(recipe)
     if recipe.compile and device_type != "cuda":
         raise UserError("--compile is for a GPU, and there is none here: use --no_compile")
     return recipe
@@ -328,11 +329,11 @@ def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:
         )
 
 
-def _check_limits(recipe: Recipe) -> None:
+def _check_limits(values: Mapping[str, Any], quantize: bool) -> None:
     for name, (low, high) in LIMITS.items():
-        if name == "num_epochs" and recipe.quantize:
+        if name == "num_epochs" and quantize:
             low = 0  # calibrates only
-        value = getattr(recipe, name)
+        value = values[name]
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {_short(value)}: at least {low}, at most {high:g}")
 
