@@ -67,7 +67,7 @@ from utils import networks, records
 from utils.checkpoint import Checkpoint, State
 from utils.device import default_device
 from utils.errors import UserError, run
-from utils.recipe import Recipe, make_recipe
+from utils.recipe import Recipe, fit_to_images, make_recipe
 from utils.specs import Quantization
 from utils.training.optimizers import make_optimizer
 from utils.training.schedule import make_schedule
@@ -307,8 +307,10 @@ def ours(
 
     # the images, plain to calibrate with and augmented to train on
     recipe = our_recipe(mode, stem, data.name, args)
-    base = train.describe(recipe, None, data)
-    train_part, _ = data.split(base.data.split_seed)
+    info = train.describe_data(recipe, None, data)
+    train_part, _ = data.split(info.split_seed)
+    recipe = fit_to_images(recipe, train.DEFAULTS[recipe.kind], len(train_part[0]))
+    base = train.describe(recipe, None, info)
     shared = (*train_part, Normalize(base.data.mean, base.data.std), recipe.batch_size, device)
     plain = Batches(*shared)
     batches = Batches(*shared, augment=True, mirror_and_cutout=data.mirror_and_cutout)

@@ -26,7 +26,7 @@ from utils.training.optimizers import make_optimizer
 from utils.training.step import Step
 
 # a rate so low that later steps do not amplify the rounding of earlier ones
-FLAGS = ["--batch_size", "16", "--lr", "1e-5"]
+FLAGS = ["--batch_size", "16", "--lr", "1e-5", "--keep", "9"]
 
 
 def part(tensor, rank):
@@ -320,7 +320,7 @@ def test_two_ranks_train_what_one_process_does(runs):
         gradients(two), gradients(one), 1e-2
     )  # roundings grow through steps; a wrong mean would be off by far more
     for biases, tolerance in (
-        (False, 1e-5),
+        (False, 1e-4),
         (True, 1e-2),
     ):  # biases start at 0: they are their gradients, and no more exact
         part = {key: value for key, value in one.state.items() if key.endswith("bias") == biases}
