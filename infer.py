@@ -128,7 +128,7 @@ def load_data(
     """
     name, img_size = flags.agreed_images(args, known)
     folder = flags.agreed_data_dir(args, data_dir)
-    return compare.load_data(name, folder, img_size, known, other_images)
+    return compare.load_data(name, folder, img_size, known, other_images, mend="export again")
 
 
 def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:

@@ -277,6 +277,17 @@ def print_layers(model: nn.Module) -> None:
     print(layer_table(model))
 
 
+def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset.ImageData:
+    """The images of a run; those of the checkpoint that it starts from, if that has any."""
+    # what to do with others: weights are of use for them, ranges and a half-done run are not
+    mend = "start from its weights alone, saved by torch.save(model.state_dict())"
+    if recipe.quantize:
+        mend = "train a float network on the others first"
+    if resume:
+        mend = "begin a new run"
+    return compare.load_data(recipe.dataset, recipe.data_dir, recipe.img_size, known, mend=mend)
+
+
 def train(
     recipe: Recipe, start: Checkpoint | None, folder: Path, here: Ranks, resume: bool = False
 ) -> None:
@@ -287,7 +298,7 @@ def train(
     """
     print(f"experiment folder: {folder}", flush=True)
     known = start.data if start else None
-    data = compare.load_data(recipe.dataset, recipe.data_dir, recipe.img_size, known)
+    data = load_images(recipe, known, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
     check_images(recipe, here, len(train_arrays[0]), len(val_arrays[0]))

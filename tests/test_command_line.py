@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, STEMMED, digits_cut_to, normalised
 
+import dataset
 import infer
 import models
 import train
@@ -31,10 +32,11 @@ from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.compare import Comparison
 from utils.errors import UserError
 from utils.files import locked
-from utils.manifest import read_export
+from utils.manifest import Manifest, read_export
 from utils.plot import plot
+from utils.recipe import Recipe
 from utils.records import Record, Row
-from utils.specs import NetworkSpec
+from utils.specs import DataSpec, NetworkSpec, Quantization
 
 PRECISIONS = {
     "FP32",
@@ -686,6 +688,178 @@ def test_two_exports_do_not_mix_in_one_folder(qat_checkpoint, export_copy, few_d
     read_export(export_copy)
 
 
+def test_an_export_is_locked_until_it_is_evaluated(
+    qat_checkpoint, exported, few_digits, tmp_path, monkeypatch
+):
+    def at_work(folder, *_):
+        with pytest.raises(UserError, match="another process is at work"), locked(folder):
+            pass
+        raise UserError("as expected")
+
+    monkeypatch.setattr(compare, "evaluate_export", at_work)
+    for source in (["--onnx", exported / "onnx"], ["--load_ckpt", qat_checkpoint, "--FP32"]):
+        argv = [*source, "--batch_size"]
+        if "--onnx" not in source:
+            argv += ["--onnx_dir", tmp_path / "onnx"]
+        monkeypatch.setattr(infer, "load_exported", lambda _: None)
+        monkeypatch.setattr(infer, "export", lambda *_: None)
+        with pytest.raises(UserError, match="as expected"):
+            infer.main([str(arg) for arg in argv])
+
+
+def manifest_of(folder):
+    """An export without a network: a manifest as JSON, and the files that it describes."""
+    (folder / "fp32.onnx").write_bytes(b"a graph")
+    np.savez(folder / "predictions.npz", FP32=np.zeros(4, np.int64))
+    names = ("fp32.onnx", "predictions.npz")
+    spec = DataSpec("digits", 32, ["a", "b"], 0, [0.5] * 3, [0.5] * 3, "1f")
+    manifest = Manifest(
+        model="resnet18",
+        stem="cifar",
+        data=spec,
+        seed=0,
+        quantization=Quantization(),
+        int8_nodes={"FP32": []},
+        files={name: files.sha256(folder / name) for name in names},
+        environment={"gpu": None, "cpu": "x", "torch": "2"},
+        rows=[Row("pytorch", "FP32", 90.0, 0.0, 100.0)],
+    )
+    records.write(folder / "export.json", manifest)
+    read_export(folder)
+    return json.loads((folder / "export.json").read_text())
+
+
+def manifest_error(folder, content):
+    (folder / "export.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        read_export(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
+def test_a_field_of_a_manifest_that_is_missing_or_of_another_type_is_named(tmp_path, name):
+    content = manifest_of(tmp_path)
+    without = {key: value for key, value in content.items() if key != name}
+    assert f"lacks {name!r}" in manifest_error(tmp_path, without)
+    for wrong in (None, 1.5, True, [1]):
+        assert name in manifest_error(tmp_path, {**content, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["stem"], "vgg"),
+        (["seed"], -1),
+        (["seed"], 10**30),
+        (["data", "classes"], []),
+        (["data", "classes"], ["a", "a"]),
+        (["data", "std"], [0.5, 0.5, 0.0]),
+        (["data", "std"], [0.5, 0.5]),
+        (["data", "mean"], [0.5, 0.5, float("nan")]),
+        (["data", "img_size"], 10**9),
+        (["data", "split_seed"], -1),
+        (["data", "split_seed"], 10**30),
+        (["quantization", "calibrator"], "best"),
+        (["quantization", "calib_images"], 0),
+        (["quantization", "quant_layers"], 5),
+        (["quantization", "quant_layers"], "*"),
+        (["int8_nodes", "FP32"], "x"),
+        (["int8_nodes", "INT8-PTC"], []),  # a precision whose graph has no digest
+        (["files", "fp32.onnx"], "00"),
+        (["files", "predictions.npz"], "00"),
+        (["rows", 0], None),
+        (["rows", 0, "latency_ms"], {}),
+        (["rows", 0, "accuracy_pct"], 1e308),
+        (["rows", 0, "accuracy_pct"], -1),
+        (["rows", 0, "agreement_pct"], float("nan")),
+    ],
+)
+def test_a_value_of_a_manifest_that_cannot_be_is_one_line(tmp_path, place, value):
+    content = manifest_of(tmp_path)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    assert "is no complete export" in manifest_error(tmp_path, content)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "5", "[" * 100_000, "9" * 5000, "{", "\0"])
+def test_what_is_no_manifest_is_one_line(tmp_path, text):
+    (tmp_path / "export.json").write_text(text)
+    with pytest.raises(UserError, match="is no complete export"):
+        read_export(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["export.json", "predictions.npz", "fp32.onnx"])
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_in_an_export_is_not_waited_for(tmp_path, name, kind):
+    manifest_of(tmp_path)
+    (tmp_path / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="not a file"):
+        read_export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "predicted",
+    [
+        np.zeros(40),
+        np.zeros(40, bool),
+        np.zeros(3, np.int64),
+        np.zeros((40, 1), np.int64),
+        np.full(40, 10),
+        np.full(40, -1),
+    ],
+    ids=["float", "bool", "few", "2d", "above", "below"],
+)
+def test_predictions_that_are_not_one_class_for_each_image_are_refused(
+    tmp_path, few_digits, predicted, monkeypatch
+):
+    data = dataset.load("digits", tmp_path)
+    monkeypatch.setattr(compare, "read_export", lambda _: (None, {"FP32": predicted}))
+    with pytest.raises(UserError, match="predictions of FP32 are not one class for each image"):
+        compare.evaluate_export(tmp_path, data, Comparison())
+
+
+def test_a_graph_of_another_kind_is_refused_where_it_is_loaded(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    node = helper.make_node("Relu", ["images"], ["logits"])
+    graph = helper.make_graph([node], "other", [images], [logits])
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.save(model, tmp_path / "fp32.onnx")
+    with pytest.raises(UserError, match=r"it has \[\('images', 'tensor\(float\)', 4\)\]"):
+        OnnxRuntimeNetwork(tmp_path / "fp32.onnx")
+
+
+def test_images_of_another_size_than_the_graphs_are_one_line(exported):
+    network = OnnxRuntimeNetwork(exported / "onnx" / "fp32.onnx")
+    with pytest.raises(UserError, match="ONNX Runtime cannot run"):
+        network(np.zeros((2, 16, 16, 3), np.uint8))
+
+
+def test_fields_that_are_flags_have_the_flags_names():
+    """Recipes, comparisons and quantizations are made of flags by name."""
+    trained = vars(train.build_parser().parse_args([]))
+    evaluated = vars(infer.build_parser().parse_args([]))
+    derived = {"kind", "label_smoothing", "sam_rho", "freeze_batch_norm"}
+    derived |= {"quantization", "comparison"}
+    assert {field.name for field in fields(Recipe)} - trained.keys() == derived
+    assert {field.name for field in fields(Comparison)} <= evaluated.keys()
+    assert {field.name for field in fields(Quantization)} <= trained.keys() & evaluated.keys()
+    # and no flag of a run is forgotten in what a checkpoint stores of it
+    stored = set(Recipe("QAT", "m", "cifar", 1, 2, "sgd", 0.1).flags())
+    stored |= {field.name for cls in (Comparison, Quantization) for field in fields(cls)}
+    assert trained.keys() - stored == {"resume", "list_layers", "output_dir", "exp_name"}
+
+
 def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(tmp_path / "elsewhere.json")
@@ -746,13 +920,20 @@ def test_an_export_interrupted_leaves_the_one_before_or_none(
 def test_export_made_from_other_test_images_is_one_line(exported, few_digits, error_line):
     line = error_line(infer.main, ["--onnx", exported / "onnx", "--backend", "onnxruntime"])
     assert "other images, or in another order, than the checkpoint or export was made with" in line
+    assert line.endswith("name those, or export again")
 
 
 def test_what_one_run_held_out_is_not_trained_on_by_the_next(
     float_checkpoint, few_digits, error_line, tmp_path
 ):
-    argv = ["--quantize", "--partial_ckpt", "--load_ckpt", float_checkpoint, "--od", tmp_path]
-    assert "other images, or in another order" in error_line(train.main, argv)
+    argv = ["--load_ckpt", float_checkpoint, "--od", tmp_path]
+    for more, mend in (
+        (["--quantize", "--partial_ckpt"], "train a float network on the others first"),
+        ([], "start from its weights alone, saved by torch.save(model.state_dict())"),
+    ):
+        line = error_line(train.main, [*argv, *more])
+        assert "other images, or in another order" in line
+        assert line.endswith(f"name those, or {mend}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,6 +121,7 @@ def load_data(
     img_size: int | None,
     known: DataSpec | None,
     other_images: bool = False,
+    mend: str = "",
 ) -> dataset.ImageData:
     """A data set, and whether it is the one that a checkpoint or an export was made with.
 
@@ -128,6 +129,7 @@ def load_data(
         img_size: width that a folder's images are resized to.
         known: what that says of its images; None: there is none.
         other_images: the images may be others, of the same classes.
+        mend: what else than naming the same images a user of others can do.
 
     Raises:
         UserError: the files hold something else, or cannot be read.
@@ -142,7 +144,7 @@ def load_data(
     if not other_images and known.digest not in (None, data.digest()):
         raise UserError(
             f"--data_dir {data_dir}: other images, or in another order, than the checkpoint or "
-            "export was made with; name those, or begin with a float network again"
+            f"export was made with; name those{mend and f', or {mend}'}"
         )
     return data
 
