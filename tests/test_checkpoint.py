@@ -1,10 +1,13 @@
 """Checkpoints: whole or absent, refused with a clear line, and every weight where it belongs."""
 
+import argparse
 import errno
 import json
 import os
 import pickle
+import socket
 
+import numpy as np
 import pytest
 import torch
 from conftest import digits_cut_to, digits_spec
@@ -37,6 +40,16 @@ def network(quantized=False, classes=10, seed=0):
     model = models.build("resnet18", classes, "imagenet")
     if quantized:
         quantize_modules(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """A quantized network with ranges."""
+    model = network(quantized=True)
+    for key, value in model.state_dict().items():
+        if key.endswith("_amax"):
+            value.fill_(1.0)
     return model
 
 
@@ -192,6 +205,51 @@ def test_something_else_is_not_a_checkpoint(tmp_path, content):
     assert f"{tmp_path}/ckpt_1 is " in load_error(tmp_path / "ckpt_1")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_blamed(
+    tmp_path, monkeypatch, error_line, code
+):
+    ckpt.save(tmp_path / "ckpt_1", Checkpoint({"w": torch.ones(1)}))
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code), str(tmp_path / "ckpt_1"))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    line = error_line(train.main, ["--load_ckpt", tmp_path / "ckpt_1"])
+    assert line.startswith(f"error: cannot read or write {tmp_path}/ckpt_1: {os.strerror(code)}")
+
+
+def test_what_is_whole_but_of_another_kind_is_called_by_its_name(tmp_path):
+    path = tmp_path / "ckpt_1"
+    model = torch.nn.Linear(2, 2)
+    torch.jit.script(model).save(path)
+    assert "is a TorchScript archive" in load_error(path)
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "is a safetensors file" in load_error(path)
+    for content in (model, {"args": argparse.Namespace(lr=1), "w": torch.ones(1)}):
+        torch.save(content, path)
+        assert "holds Python objects besides tensors" in load_error(path)
+    torch.save({"acc": np.float64(1.0), "w": torch.ones(1)}, path)
+    assert "damaged" not in load_error(path)
+
+
+@pytest.mark.parametrize("main", [train.main, infer.main])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "loop", "dangling", "folder", "/dev/zero"])
+def test_what_is_no_file_is_no_checkpoint_and_not_waited_for(tmp_path, error_line, main, kind):
+    path = tmp_path / "x"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to({"loop": "x", "dangling": "nowhere"}.get(kind, kind))
+    assert f"no checkpoint at {path}" in error_line(main, ["--load_ckpt", path])
+
+
 @pytest.mark.parametrize(
     "content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 3, "state": {}}]
 )
@@ -238,6 +296,96 @@ def test_a_field_that_is_missing_or_of_another_type_is_one_line(
     torch.save(content, tmp_path / "ckpt_1")
     line = error_line(main, ["--load_ckpt", tmp_path / "ckpt_1"])
     assert line == f"error: {tmp_path}/ckpt_1{said}"
+
+
+WRONG = (5, 1.5, "x", True, [], [1.0], b"x", torch.ones(2), float("nan"), 10**400, -1)
+
+
+def small_content():
+    """A float checkpoint as `save` writes it."""
+    info = DataSpec("digits", 32, ["a", "b"], 0, [0.5] * 3, [0.5] * 3, "1f")
+    return {
+        "format": 2,
+        "state": {"w": torch.ones(1)},
+        "network": {"name": "x", "stem": "cifar", "num_classes": 2},
+        "data": vars(info).copy(),
+        "quantization": vars(Quantization()).copy(),
+        "ptq_state": {"w": torch.ones(1)},
+        "recipe": {"seed": 0},
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 1,
+        "best_val_loss": 1.0,
+        "history": [{"val_loss": 1.0}],
+    }
+
+
+PLACES = [(key,) for key in small_content() if key != "format"]
+for _outer in ("network", "data", "quantization"):
+    PLACES += [(_outer, key) for key in small_content()[_outer]]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_a_field_of_another_type_is_refused_and_named(tmp_path, place):
+    hint = {
+        "epoch": int,
+        "best_val_loss": float,
+        "name": str,
+        "stem": str,
+        "dataset": str,
+        "digest": str,
+        "calibrator": str,
+        "num_classes": int,
+        "img_size": int,
+        "split_seed": int,
+        "calib_images": int,
+    }.get(place[-1])
+    for wrong in WRONG:
+        content = small_content()
+        inner = content[place[0]] if len(place) == 2 else content
+        if hint is float and isinstance(wrong, int | float) and wrong in (5, 1.5):
+            continue
+        if hint is not None and type(wrong) is hint and wrong != -1 and wrong != 10**400:
+            continue
+        if isinstance(wrong, list) and wrong == [] and isinstance(inner[place[-1]], list):
+            continue
+        inner[place[-1]] = wrong
+        torch.save(content, tmp_path / "ckpt_1")
+        assert f"{tmp_path}/ckpt_1" in load_error(tmp_path / "ckpt_1"), wrong
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_a_field_that_is_missing_is_refused_or_has_a_default(tmp_path, place):
+    content = small_content()
+    inner = content[place[0]] if len(place) == 2 else content
+    del inner[place[-1]]
+    torch.save(content, tmp_path / "ckpt_1")
+    optional = {"network", "data", "quantization", "recipe", "optimizer", "epoch", "best_val_loss"}
+    optional |= {"history", "digest", "quant_layers", "skip_layers", "calibrator", "calib_images"}
+    if place[-1] in optional:
+        ckpt.load(tmp_path / "ckpt_1")
+    else:
+        assert repr(place[-1]) in load_error(tmp_path / "ckpt_1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": 10**7},
+        {"best_val_loss": -1.0},
+        {"history": [{}]},
+        {"history": [{"val_loss": float("nan")}]},
+        {"recipe": {}},
+        {"recipe": {"seed": "0"}},
+        {"recipe": {"seed": 2**32}},
+        {"recipe": {"seed": 0, "data_dir": 5}},
+        {"format": torch.ones(2)},
+        {"format": 10**400},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_value_that_cannot_be_is_one_line(tmp_path, change):
+    torch.save({**small_content(), **change}, tmp_path / "ckpt_1")
+    load_error(tmp_path / "ckpt_1")
 
 
 def first_format(network_name, data, num_epochs):
@@ -346,7 +494,15 @@ def test_what_qat_started_from_has_another_name_in_the_first_format(tmp_path, qa
 
 
 def test_latest_is_the_highest_epoch_as_a_number(tmp_path):
-    for name in ("ckpt_9", "ckpt_10", "ckpt_best", "ckpt_best_onnx", ".ckpt_11.1.partial"):
+    for name in (
+        "ckpt_9",
+        "ckpt_10",
+        "ckpt_best",
+        "ckpt_best_onnx",
+        "ckpt_²",
+        "ckpt_-1",
+        ".ckpt_11.1.partial",
+    ):
         (tmp_path / name).touch()
     assert ckpt.latest(tmp_path) == tmp_path / "ckpt_10"
     assert ckpt.latest(tmp_path / "ckpt_9") == tmp_path / "ckpt_9"
@@ -407,6 +563,52 @@ def test_weights_that_are_not_finite_are_not_loaded():
     message = weights_error(network(seed=2), state)
     assert "a training that diverged or a damaged file" in message
     assert message.endswith(": 1 not finite: fc.bias")
+
+
+def odd_tensors(like):
+    """Tensors of the shape of `like` that are no weights, and what is wrong with them."""
+    ones = torch.ones_like(like)
+    return {
+        "int8": (ones.to(torch.int8), "of another type"),
+        "bool": (ones.bool(), "of another type"),
+        "complex": (ones.to(torch.complex64), "of another type"),
+        "sparse": (ones.to_sparse(), "of another type"),
+        "meta": (ones.to("meta"), "of another type"),
+        "quantized": (torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8), "of another type"),
+        "too large": (torch.full_like(like, 1e300, dtype=torch.float64), "not finite"),
+        "bomb": (torch.ones(1).expand(10**6, 10**6), "of another shape"),
+        "empty": (torch.ones(0), "of another shape"),
+        "scalar": (torch.tensor(1.0), "of another shape"),
+    }
+
+
+@pytest.mark.parametrize("key", ["fc.bias", "bn1.running_var", "conv1.weight_quantizer._amax"])
+@pytest.mark.parametrize("kind", list(odd_tensors(torch.ones(1))))
+def test_tensors_that_are_no_weights_are_not_loaded(key, kind, calibrated):
+    state = snapshot(calibrated)
+    state[key], said = odd_tensors(state[key])[kind]
+    assert f"1 {said}: {key}" in weights_error(calibrated, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_float_type_are_loaded(dtype, calibrated):
+    state = snapshot(calibrated)
+    state["fc.bias"] = torch.arange(10).to(dtype)
+    ckpt.load_weights(calibrated, state)
+    assert torch.equal(calibrated.fc.bias, torch.arange(10.0))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, float("nan"), float("inf")])
+def test_ranges_that_make_no_sense_are_not_loaded(value, calibrated):
+    state, key = snapshot(calibrated), "conv1.input_quantizer._amax"
+    state[key] = torch.full_like(state[key], value)
+    assert key in weights_error(calibrated, state)
+
+
+def test_a_negative_variance_is_not_loaded(calibrated):
+    state = snapshot(calibrated)
+    state["bn1.running_var"][3] = -1.0
+    assert "1 below 0: bn1.running_var" in weights_error(calibrated, state)
 
 
 def test_state_older_than_the_counters_of_batchnorm_is_complete():

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 from utils.files import user_path
 from utils.manifest import PRECISIONS
-from utils.specs import CALIBRATORS, DataSpec, NetworkSpec, Quantization
+from utils.specs import CALIBRATORS, MOST_IMAGES, DataSpec, NetworkSpec, Quantization
 
 T = TypeVar("T")
 Flags = argparse.Namespace
@@ -144,6 +144,7 @@ def agreed_quantization(flags: Flags, known: Quantization | None) -> Quantizatio
         values[name] = agreed(
             f"--{name}", value, getattr(known, name, None), getattr(default, name)
         )
-    if values["calib_images"] < 1:
-        raise UserError(f"--calib_images {values['calib_images']}: at least 1")
+    images = values["calib_images"]
+    if not 1 <= images <= MOST_IMAGES:
+        raise UserError(f"--calib_images {str(images)[:20]}: at least 1, at most {MOST_IMAGES}")
     return Quantization(**values)

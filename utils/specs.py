@@ -10,6 +10,8 @@ CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 `benchmarks/calibrators.py` compares them."""
 
 
+MOST_IMAGES = 10**9
+
 STEMS = ("imagenet", "cifar")
 MAX_SIZE = 4096
 """Of an image's width in pixels."""
@@ -81,5 +83,5 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.calibrator not in CALIBRATORS:
             raise ValueError(f"there is no calibrator {self.calibrator!r}")
-        if self.calib_images < 1:
-            raise ValueError(f"calib_images {self.calib_images}: at least 1")
+        if not 1 <= self.calib_images <= MOST_IMAGES:
+            raise ValueError(f"calib_images: at least 1, at most {MOST_IMAGES}")
