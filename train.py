@@ -401,8 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 list_layers(recipe)
                 return
             parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
-            new = new_folder(parent, name) if here.first else None
-            folder = ranks.from_first(new)
+            folder = ranks.from_first(lambda: new_folder(parent, name))
             with at_work_in(folder, here.first, new=True):
                 train(recipe, start, folder, here)
     if recipe.comparison and here.first:

@@ -1,11 +1,14 @@
 """Two ranks, on the CPU through gloo, train what one process trains on the same batches."""
 
 import copy
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +47,10 @@ def two_ranks(rank, ports, folder, data):
     os.environ["MASTER_PORT"] = str(ports[0])
     with distributed.started() as ranks:
         assert (ranks.rank, ranks.world_size, ranks.device.type) == (rank, 2, "cpu")
-        assert distributed.from_first(f"rank {rank}") == "rank 0"
+        assert distributed.from_first(lambda: f"rank {rank}") == "rank 0"
+        # what fails on the first alone is no riddle to the others
+        with pytest.raises(UserError, match="cannot write /x"):
+            distributed.from_first(lambda: cannot_write(rank))
         batch_norm_equals_torchs(rank)
         steps_equal_the_textbook_loop(rank)
     assert not distributed.active()
@@ -58,6 +64,11 @@ def two_ranks(rank, ports, folder, data):
         kind, match = (UserError, f"{flags[0]}.*{said}") if rank == 0 else (SystemExit, "1")
         with pytest.raises(kind, match=match):
             train.main(["--m", "vanilla_cnn", "--data_dir", str(data), *flags, "--od", str(folder)])
+
+
+def cannot_write(rank):
+    assert rank == 0
+    raise OSError(errno.ENOSPC, "No space left on device", "/x")
 
 
 def batch_norm_equals_torchs(rank):
@@ -300,6 +311,54 @@ def test_ranks_normalise_as_torch_does_step_as_one_process_and_refuse_a_batch_th
 ):
     torch.multiprocessing.spawn(two_ranks, (free_ports(3), tmp_path, data), nprocs=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_ranks_or_of_the_first_is_said_once(tmp_path, data):
+    (tmp_path / "file").touch()
+    flags = ["--model", "vanilla_cnn", "--data_dir", data, *FLAGS]
+    for wrong, said in (
+        (["--load_ckpt", "/nowhere"], "error: no checkpoint at /nowhere"),
+        (["--od", tmp_path / "file"], f"error: cannot write {tmp_path}/file: File exists"),
+    ):
+        process = start_torchrun(*flags, *wrong)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode != 0
+        lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert lines[0].startswith(said)
+        # torchrun has a traceback of its own
+        assert "train.py" not in stderr.split("Traceback")[0].replace(lines[0], "")
+        assert "[rank" not in stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_one_line_that_says_how_to_go_on(tmp_path, data):
+    flags = ["--model", "vanilla_cnn", "--data_dir", data, *FLAGS, "--num_epochs", "900"]
+    process = start_torchrun(*flags, "--od", tmp_path, "--en", "run")
+    try:
+        deadline = time.monotonic() + 100
+        while not list((tmp_path / "run").glob("ckpt_[0-9]*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(rank_process(process, 1), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    hint = f"torchrun --nproc_per_node=2 train.py --resume {tmp_path}/run"
+    assert lines == [f"error: another rank has ended; continue with: {hint}"]
+    assert "utils/" not in stderr
+
+
+def rank_process(process, rank):
+    """The id of the process of a rank that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        if f"\0LOCAL_RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError("no such rank")
 
 
 @pytest.mark.slow

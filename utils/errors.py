@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import getpass
 import os
@@ -100,6 +101,8 @@ def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
         os.environ["USER"] = str(os.getuid())
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+        # it ends by itself then, and nothing would catch what the signal raises
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     try:
         try:
             main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from utils.device import default_device
-from utils.errors import UserError
+from utils.errors import UserError, mendable
 
 T = TypeVar("T")
 
@@ -70,10 +70,15 @@ def started() -> Iterator[Ranks]:
         else:
             with redirect_stdout(io.StringIO()):
                 yield here
-    except UserError:
+    except (UserError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError) and lost_another(error)
+        if not lost and not isinstance(error, UserError):
+            raise
         # what is wrong with flags or files is so for all ranks of a host: one says it
         if os.environ["LOCAL_RANK"] != "0":
             sys.exit(1)
+        if lost:
+            raise UserError("another rank has ended") from None
         raise
     finally:
         dist.destroy_process_group()
@@ -96,12 +101,27 @@ def command() -> str:
     return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 'N')} train.py"
 
 
-def from_first(value: T) -> T:
-    """Rank 0's `value`, on every rank."""
-    values = [value]
-    if active():
-        dist.broadcast_object_list(values)
-    return values[0]
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it, on every rank.
+
+    Raises:
+        UserError: on every rank, what a user can mend of its failure.
+    """
+    if not active():
+        return work()
+    # result, error
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = mendable(error)
+            if outcome[1] is None:
+                raise
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 @torch.no_grad()
