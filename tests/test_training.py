@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -845,6 +846,88 @@ def test_an_optimizer_of_another_shape_is_one_line(runs, tmp_path, error_line):
         ckpt.save(tmp_path / "ckpt_3", spoilt)
         argv = ["--resume", tmp_path, "--num_epochs", "4"]
         assert "optimizer state does not fit" in error_line(train.main, argv)
+
+
+def respoilt(folder, copy, **changes):
+    """A copy of a run's last checkpoint with other contents."""
+    content = torch.load(folder / "ckpt_3", weights_only=True)
+    copy.mkdir()
+    torch.save({**content, **changes}, copy / "ckpt_3")
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(recipe.Recipe) if field.name not in ("kind", "compile")]
+)
+def test_a_recipe_of_other_types_is_one_line(runs, tmp_path, error_line, name):
+    stored = ckpt.load(runs["float"] / "ckpt_3").recipe
+    for number, wrong in enumerate(([None], {"a": 1}, torch.ones(2), 10**400)):
+        if name in ("quantization", "comparison"):
+            continue  # made of the flags of their own fields
+        changed = {**stored, name: wrong}
+        copy = respoilt(runs["float"], tmp_path / str(number), recipe=changed)
+        line = error_line(train.main, ["--resume", copy])
+        assert name in line, wrong
+
+
+@pytest.mark.parametrize("name", ["quant_layers", "calib_images", "precisions", "batch_sizes"])
+def test_a_recipes_engines_and_layers_of_other_types_are_one_line(runs, tmp_path, error_line, name):
+    stored = ckpt.load(runs["qat"] / "ckpt_3").recipe
+    for number, wrong in enumerate((torch.ones(2), {"a": 1}, "*")):
+        copy = respoilt(runs["qat"], tmp_path / str(number), recipe={**stored, name: wrong})
+        assert name in error_line(train.main, ["--resume", copy])
+
+
+@pytest.mark.parametrize("part", ["state", "ptq_state"])
+def test_a_resumed_qat_run_lacks_no_range_and_holds_what_an_export_needs(
+    runs, tmp_path, error_line, part
+):
+    whole = getattr(ckpt.load(runs["qat"] / "ckpt_3"), part)
+    key = "fc.weight_quantizer._amax"
+    lacking = {name: value for name, value in whole.items() if name != key}
+    for number, (state, said) in enumerate(
+        [
+            (lacking, f"1 missing: {key}"),
+            ({**whole, key: -whole[key]}, f"1 not above 0: {key}"),
+            ({**whole, "fc.weight": whole["fc.weight"].to(torch.int8)}, "1 of another type"),
+            ({**whole, "more": torch.ones(1)}, "1 unexpected: more"),
+        ]
+    ):
+        copy = respoilt(runs["qat"], tmp_path / str(number), **{part: state})
+        argv = ["--resume", copy, "--num_epochs", "4"]
+        assert said in error_line(train.main, argv)
+
+
+def test_a_resume_reads_its_checkpoint_after_it_has_the_lock(runs, tmp_path, monkeypatch):
+    copy = part_of_run(runs["float"], tmp_path / "run", 2)
+
+    def read(_):
+        with pytest.raises(UserError, match="another process is at work"), locked(copy):
+            pass
+        raise UserError("as expected")
+
+    monkeypatch.setattr(train, "load_to_resume", read)
+    for start in (copy, copy / "ckpt_2"):
+        with pytest.raises(UserError, match="as expected"):
+            train.main(["--resume", str(start)])
+
+
+@pytest.mark.parametrize("flags", [["--od", "x"], ["--en", "x"], ["--pretrain"]])
+def test_flags_that_a_resumed_run_would_ignore_are_refused(runs, error_line, flags):
+    assert "drop" in error_line(train.main, ["--resume", runs["float"], *flags])
+
+
+def test_compile_is_refused_on_a_cpu(tmp_path, error_line):
+    argv = ["--m", "vanilla_cnn", *FLAGS, "--compile", "--od", tmp_path]
+    assert "--compile is for a GPU" in error_line(train.main, argv)
+
+
+def test_a_batch_size_above_the_data_set_is_what_the_rate_follows(tmp_path):
+    for size in ("50", "5000"):
+        argv = f"--m vanilla_cnn --dataset digits --num_epochs 1 --od {tmp_path} --en {size}"
+        train.main([*argv.split(), "--batch_size", size])
+    small, large = (ckpt.load(tmp_path / size / "ckpt_1").recipe for size in ("50", "5000"))
+    assert (large["batch_size"], large["lr"]) == (small["batch_size"], small["lr"])
 
 
 def test_a_link_in_a_runs_folder_is_replaced_not_followed(runs, tmp_path):
