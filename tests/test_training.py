@@ -917,6 +917,40 @@ def test_flags_that_a_resumed_run_would_ignore_are_refused(runs, error_line, fla
     assert "drop" in error_line(train.main, ["--resume", runs["float"], *flags])
 
 
+def test_fine_tuning_that_collapses_leaves_the_calibrated_network(runs, tmp_path, capsys):
+    argv = arguments("qat", runs["float"] / "ckpt_3", epochs=2)
+    train.main([*argv, "--lr", "3", "--od", str(tmp_path), "--en", "run"])
+    assert "QAT ended below the calibrated network" in capsys.readouterr().out
+    assert ckpt.load(tmp_path / "run" / "ckpt_best").epoch == 0
+
+
+def test_a_stem_that_a_network_has_not_is_refused(tmp_path, error_line):
+    argv = ["--m", "vanilla_cnn", *FLAGS, "--stem", "imagenet", "--od", tmp_path]
+    assert "vanilla_cnn has no other stem" in error_line(train.main, argv)
+
+
+def test_a_short_run_is_evaluated_with_the_statistics_of_its_own_weights(tmp_path):
+    """Running averages of six steps would still be those of the initialisation."""
+    argv = ["--m", "vanilla_cnn", *FLAGS, "--num_epochs", "2", "--od", str(tmp_path)]
+    train.main([*argv, "--en", "run"])
+    trained = ckpt.load(tmp_path / "run" / "ckpt_2")
+    data = dataset.load("digits", tmp_path)
+    (images, _), _ = data.split(trained.data.split_seed)
+    x = normalised(images, trained.data.mean, trained.data.std)
+    seen = F.conv2d(x, trained.state["features.0.weight"], padding=1)
+    for name, expected in (("mean", seen.mean((0, 2, 3))), ("var", seen.var((0, 2, 3)))):
+        estimated = trained.state[f"features.1.running_{name}"]
+        assert (estimated - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_last_batch_of_one_image_has_no_statistics(tmp_path):
+    """ResNet's last layers see a single pixel of these images."""
+    argv = "--m resnet18 --stem imagenet --dataset digits --batch_size 49 --num_epochs 1"
+    train.main([*argv.split(), "--od", str(tmp_path)])
+    state = ckpt.load(tmp_path / "pytorch_exp" / "ckpt_1").state
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_compile_is_refused_on_a_cpu(tmp_path, error_line):
     argv = ["--m", "vanilla_cnn", *FLAGS, "--compile", "--od", tmp_path]
     assert "--compile is for a GPU" in error_line(train.main, argv)
@@ -957,7 +991,9 @@ def test_history_holds_what_each_epochs_network_does_on_the_val_images(runs, mod
         labels, past = digits.train_labels[val], content.history[-1]
         losses = np.log(np.exp(logits).sum(1)) - logits[range(len(labels)), labels]
         assert past["val_accuracy_pct"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
-        assert past["val_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+        # images are normalised in another order here: beside a tie that is another code
+        tolerance = 1e-4 if mode == "float" else 1e-2
+        assert past["val_loss"] == pytest.approx(losses.mean(), rel=tolerance)
         assert content.best_val_loss == min(past["val_loss"] for past in content.history)
 
 

@@ -164,18 +164,22 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
 
 @torch.no_grad()
 def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Replace BatchNorm's running averages by the averages over one pass, all batches alike.
+    """Replace BatchNorm's running averages by the averages over one pass, all images alike.
 
     A running average begins with what it was initialised to, and lags behind weights that change
     fast: after few steps it describes a network that never was.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's word for an average of all batches alike
     model.train()
+    seen = 0
     for images, _ in batches:
+        # one image has no variance where it is a single pixel
+        if len(images) == 1:
+            continue
+        seen += len(images)
+        for norm in norms:
+            norm.momentum = len(images) / seen
         model(images)
     for norm, (momentum, batches_tracked) in zip(norms, kept, strict=True):
         norm.momentum = momentum
