@@ -707,6 +707,61 @@ def test_an_export_is_locked_until_it_is_evaluated(
             infer.main([str(arg) for arg in argv])
 
 
+@pytest.mark.parametrize("onnx_dir", [[], ["--onnx_dir", "deep/er/onnx"]])
+def test_a_mistyped_checkpoint_makes_no_folder(tmp_path, monkeypatch, error_line, onnx_dir):
+    monkeypatch.chdir(tmp_path)
+    line = error_line(infer.main, ["--load_ckpt", "mistyped/run/best", *onnx_dir])
+    assert line == "error: no checkpoint at mistyped/run/best"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--onnx {} --torch_compile 1", "--torch_compile: PyTorch runs before the export"),
+        ("--onnx {} --record {}/x --plot {}/x", "--record and --plot name one file"),
+        ("--onnx {} --record {}/x --plot {}/../{}/x", "--record and --plot name one file"),
+        ("--onnx {} --onnx_dir {}", "--onnx_dir: decided when the files were exported"),
+        ("--onnx {} --calib_images 5", "--calib_images: decided when the files were exported"),
+        ("--onnx {} --record {}", "is a folder: name a file in it"),
+        ("--onnx {} --export_only", "--export_only runs no engine"),
+    ],
+)
+def test_flags_that_would_be_ignored_or_overwrite_are_refused(
+    tmp_path, monkeypatch, error_line, flags, said
+):
+    (tmp_path / "export").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert said in error_line(infer.main, flags.replace("{}", "export").split())
+
+
+def test_a_commit_is_this_projects_own(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y"]
+    outer = tmp_path / "outer"
+    subprocess.run([*git, "init", "-q", str(outer)], check=True)
+    empty = ["commit", "-q", "--allow-empty", "-m", "another project's"]
+    subprocess.run([*git, "-C", str(outer), *empty], check=True)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    here = records.commit()
+
+    # a hook's environment names another repository
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))
+    assert records.commit() == here
+    # copied into another repository, the project has no commit of its own
+    (outer / "copy").mkdir()
+    monkeypatch.setattr(records, "ROOT", outer / "copy")
+    assert records.commit() is None
+    monkeypatch.setattr(records, "ROOT", outer)
+    assert records.commit() is not None
+
+
+def test_an_export_says_how_many_images_calibrated(few_digits, tmp_path, float_checkpoint):
+    flags = "--INT8PTC --calib_images 1000000 --calibrator max --export_only"
+    infer.main(f"--load_ckpt {float_checkpoint} {flags} --onnx_dir {tmp_path}/onnx".split())
+    manifest, _ = read_export(tmp_path / "onnx")
+    assert manifest.quantization.calib_images == 50
+
+
 def manifest_of(folder):
     """An export without a network: a manifest as JSON, and the files that it describes."""
     (folder / "fp32.onnx").write_bytes(b"a graph")

@@ -132,12 +132,15 @@ def locked(folder: Path, make: bool = False) -> Iterator[None]:
     """Meanwhile no other process can have `folder` locked. What killed ones left is deleted.
 
     Args:
-        make: it is made if it is not there, and deleted in the end if it is empty.
+        make: it is made if it is not there, and deleted in the end if it is empty; so are the
+            folders above it that were made for it.
 
     Raises:
         UserError: another process has it locked.
     """
+    made = []
     if make:
+        made = [folder, *(path for path in folder.parents if not path.exists())]
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -155,9 +158,9 @@ def locked(folder: Path, make: bool = False) -> Iterator[None]:
         remove_partial(folder)
         yield
     finally:
-        if make:
+        for path in made:
             with suppress(OSError):
-                folder.rmdir()  # fails unless it is empty
+                path.rmdir()  # fails unless it is empty
         os.close(handle)
 
 
