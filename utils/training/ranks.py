@@ -153,8 +153,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # without a momentum, statistics are estimated: every rank sees the same images
-        if not self.training or self.momentum is None:
+        # while statistics are estimated every rank sees the same images
+        if not self.training or getattr(self, "estimating", False):
             return super().forward(x)
         x32 = x.float()
         world_size, rank = dist.get_world_size(), dist.get_rank()

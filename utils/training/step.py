@@ -180,9 +180,11 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
         seen += len(images)
         for norm in norms:
             norm.momentum = len(images) / seen
+            norm.estimating = True
         model(images)
     for norm, (momentum, batches_tracked) in zip(norms, kept, strict=True):
         norm.momentum = momentum
+        norm.estimating = False
         norm.num_batches_tracked.copy_(batches_tracked)
 
 
