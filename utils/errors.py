@@ -123,7 +123,9 @@ def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
 
 
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    # while an error ends the process already, a second one would only hide it
+    if sys.exc_info()[0] is None:
+        raise KeyboardInterrupt
 
 
 def mendable(error: Exception) -> str | None:
