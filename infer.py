@@ -23,7 +23,7 @@ from utils import compare, flags, records
 from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
 from utils.files import locked, real_path, user_path
 from utils.flags import Flags, Refusal
-from utils.manifest import PRECISIONS, read_export
+from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
 from utils.specs import DataSpec, NetworkSpec
 
@@ -144,9 +144,8 @@ def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageDa
     return data
 
 
-def load_exported(args: Flags) -> dataset.ImageData:
+def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData:
     """The images that an earlier export was made with."""
-    manifest, _ = read_export(args.onnx)
     network = NetworkSpec(manifest.model, manifest.stem, len(manifest.data.classes))
     flags.agreed_network(args, network)
     return load_data(args, manifest.data, None, other_images=False)
@@ -173,10 +172,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
     rows, complaints = [], []
     with locked(folder, make=not args.onnx):
-        data = load_exported(args) if args.onnx else export(args, comparison, folder)
+        if not args.onnx:
+            data = export(args, comparison, folder)
+        manifest, predictions = read_export(folder)
+        if args.onnx:
+            data = load_exported(args, manifest)
         if not args.export_only:
-            rows, complaints = compare.evaluate_export(folder, data, comparison)
-        record = compare.make_record(folder, rows, flag_values(args))
+            found = compare.evaluate_export(folder, manifest, predictions, data, comparison)
+            rows, complaints = found
+        record = compare.make_record(manifest, rows, flag_values(args))
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)

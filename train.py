@@ -32,6 +32,7 @@ from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
+from utils.manifest import read_export
 from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
@@ -424,8 +425,10 @@ def compare_best(path: Path, recipe: Recipe) -> None:
     folder = compare.export_folder(path)
     with locked(folder, make=True):
         compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
-        rows, _ = compare.evaluate_export(folder, data, recipe.comparison)
-        record = compare.make_record(folder, rows)
+        export = read_export(folder)
+        rows, _ = compare.evaluate_export(folder, *export, data, recipe.comparison)
+    manifest, _ = export
+    record = compare.make_record(manifest, rows)
     compare.print_record(record)
 
 

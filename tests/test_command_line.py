@@ -701,8 +701,9 @@ def test_an_export_is_locked_until_it_is_evaluated(
         argv = [*source, "--batch_size"]
         if "--onnx" not in source:
             argv += ["--onnx_dir", tmp_path / "onnx"]
-        monkeypatch.setattr(infer, "load_exported", lambda _: None)
+        monkeypatch.setattr(infer, "load_exported", lambda *_: None)
         monkeypatch.setattr(infer, "export", lambda *_: None)
+        monkeypatch.setattr(infer, "read_export", lambda _: (None, None))
         with pytest.raises(UserError, match="as expected"):
             infer.main([str(arg) for arg in argv])
 
@@ -871,12 +872,11 @@ def test_what_is_no_file_in_an_export_is_not_waited_for(tmp_path, name, kind):
     ids=["float", "bool", "few", "2d", "above", "below"],
 )
 def test_predictions_that_are_not_one_class_for_each_image_are_refused(
-    tmp_path, few_digits, predicted, monkeypatch
+    tmp_path, few_digits, predicted
 ):
     data = dataset.load("digits", tmp_path)
-    monkeypatch.setattr(compare, "read_export", lambda _: (None, {"FP32": predicted}))
     with pytest.raises(UserError, match="predictions of FP32 are not one class for each image"):
-        compare.evaluate_export(tmp_path, data, Comparison())
+        compare.evaluate_export(tmp_path, None, {"FP32": predicted}, data, Comparison())
 
 
 def test_a_graph_of_another_kind_is_refused_where_it_is_loaded(tmp_path):

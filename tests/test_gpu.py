@@ -33,10 +33,10 @@ from utils.backends import tensorrt_build
 from utils.backends.network import MIN_RUNS, predict
 from utils.backends.tensorrt_build import EngineOptions, load_tensorrt
 from utils.backends.tensorrt_run import TensorRTNetwork
-from utils.compare import load_data, read_export
+from utils.compare import load_data
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.manifest import IMPLICIT, PRECISIONS, graph_file
+from utils.manifest import IMPLICIT, PRECISIONS, graph_file, read_export
 from utils.metrics import percent_equal
 
 REFERENCE = "onnxruntime.npz"

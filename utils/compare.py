@@ -26,7 +26,6 @@ from utils.manifest import (
     PREDICTIONS,
     Manifest,
     graph_file,
-    read_export,
 )
 from utils.metrics import percent_equal
 from utils.records import Record, Row
@@ -369,18 +368,24 @@ def evaluate_network(
 
 
 def evaluate_export(
-    folder: Path, data: dataset.ImageData, comparison: Comparison
+    folder: Path,
+    manifest: Manifest,
+    predictions: dict[str, np.ndarray],
+    data: dataset.ImageData,
+    comparison: Comparison,
 ) -> tuple[list[Row], list[str]]:
     """Evaluate exported files on a back end, while their folder is locked.
+
+    Args:
+        manifest, predictions: of the export, as `read_export` returns them.
 
     Returns:
         The rows, and what the audit found: each node meant for INT8 that does not run in it.
 
     Raises:
-        UserError: the export is incomplete, of other test images, or lacks a precision that is
-            asked for by name.
+        UserError: the export is of other test images, or lacks a precision that is asked for by
+            name.
     """
-    manifest, predictions = read_export(folder)
     for title, predicted in predictions.items():
         fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
         if not fits or not set(predicted) <= set(range(len(data.classes))):
@@ -419,13 +424,12 @@ def print_engine_layers(network: Network, precision: str) -> None:
         print(f"{time:>8} {layer}")
 
 
-def make_record(folder: Path, rows: list[Row], flags: dict[str, str] | None = None) -> Record:
+def make_record(manifest: Manifest, rows: list[Row], flags: dict[str, str] | None = None) -> Record:
     """A record of the PyTorch rows that an export holds, and of `rows`.
 
     Args:
-        flags: those of the command line that were given.
+        flags: those of the command line that have a value.
     """
-    manifest, _ = read_export(folder)
     environment, torch_rows = records.merge_environment(manifest.environment, manifest.rows, rows)
     return Record(
         model=manifest.model,

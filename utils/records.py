@@ -71,7 +71,7 @@ class Record:
     """An inference record: one checkpoint on the back ends of one machine.
 
     Args:
-        flags: those of the command line that were given.
+        flags: those of the command line that have a value, defaults among them.
         commit: of this project; None: not in a checkout.
         environment: hardware and versions.
     """
