@@ -303,7 +303,7 @@ def train(
     data = load_images(recipe, known, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
-    check_images(recipe, here, len(train_arrays[0]), len(val_arrays[0]))
+    check_ranks(recipe, here, len(train_arrays[0]))
     shared = len(train_arrays[0]) // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
     base = describe(recipe, start, info)
@@ -349,13 +349,8 @@ def train(
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 
 
-def check_images(recipe: Recipe, here: Ranks, train_images: int, val_images: int) -> None:
-    """Raises UserError where images are too few, or ranks too many."""
-    if not val_images:
-        raise UserError(
-            f"{recipe.data_dir}: every class has one train image; add images: one to train on, "
-            "one to choose by"
-        )
+def check_ranks(recipe: Recipe, here: Ranks, train_images: int) -> None:
+    """Raises UserError where there are too many ranks for the images, or for what is asked."""
     if train_images < here.world_size:
         raise UserError(
             f"{train_images} train images for {here.world_size} ranks: start fewer of them"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, small_net
 from torch import nn
 
 import train
@@ -118,17 +118,6 @@ def batch_norm_equals_torchs(rank):
         )  # plain BatchNorm then
         assert all(torch.equal(seen[name], value) for name, value in statistics.items())
     assert ranked.train()(part(x, rank).bfloat16()).dtype == torch.bfloat16
-
-
-def small_net():
-    layers = [
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-    ]
-    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
 def steps_equal_the_textbook_loop(rank):

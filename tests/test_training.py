@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, normalised
+from conftest import ROOT, normalised, small_net
 from torch import nn
 
 import dataset
@@ -200,17 +200,6 @@ def small_model(monkeypatch):
     """`--m small` is `small_net`: Muon's products take long on a CPU."""
     monkeypatch.setitem(models.MODELS, "small", lambda classes, stem: small_net(classes))
     return ("--m", "small")
-
-
-def small_net(classes=4):
-    layers = [
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-    ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def test_a_step_on_the_cpu_is_the_textbook_loop():

@@ -16,7 +16,7 @@ from utils.errors import UNREADABLE, UserError
 from utils.files import atomic_path
 from utils.manifest import PRECISIONS
 from utils.schema import parse
-from utils.specs import DataSpec, NetworkSpec, Quantization
+from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
 
 FORMAT = 2
 RANGE_SUFFIX = "_quantizer._amax"
@@ -64,7 +64,7 @@ class Checkpoint:
         if self.recipe is not None:
             # what an export reads of it; `utils.recipe` knows the rest
             seed, data_dir = self.recipe.get("seed"), self.recipe.get("data_dir")
-            if type(seed) is not int or not 0 <= seed < 2**32:
+            if type(seed) is not int or not 0 <= seed <= MAX_SEED:
                 raise ValueError("recipe has no seed")
             if not isinstance(data_dir, str | None):
                 raise ValueError("data_dir of recipe is no path")

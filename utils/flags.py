@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 from utils.files import user_path
 from utils.manifest import PRECISIONS
-from utils.specs import CALIBRATORS, MOST_IMAGES, DataSpec, NetworkSpec, Quantization
+from utils.specs import CALIBRATORS, MOST_IMAGES, STEMS, DataSpec, NetworkSpec, Quantization
 
 T = TypeVar("T")
 Flags = argparse.Namespace
@@ -39,7 +39,7 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
     stems = (
         "first layers: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with --pretrain, else cifar)"
     )
-    add("--stem", choices=("auto", "imagenet", "cifar"), default="auto", help=stems)
+    add("--stem", choices=("auto", *STEMS), default="auto", help=stems)
     add("--load_ckpt", type=user_path, metavar="FILE", help="checkpoint to start from")
 
     add = parser.add_argument_group("images").add_argument

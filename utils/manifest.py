@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import regular, sha256
 from utils.records import Row
 from utils.schema import parse
-from utils.specs import DataSpec, NetworkSpec, Quantization
+from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 """Names of a graph's input (batch, height, width, 3) uint8, its output (batch, classes) float32,
@@ -93,7 +93,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         NetworkSpec(self.model, self.stem, len(self.data.classes))  # raises if it cannot be
-        if not 0 <= self.seed < 2**32:
+        if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed {self.seed} cannot be")
         described = {PREDICTIONS, *(graph_file(name) for name in self.int8_nodes)}
         if missing := described - self.files.keys():

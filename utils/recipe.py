@@ -26,7 +26,7 @@ from utils.flags import (
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
 from utils.schema import parse, parse_fields
-from utils.specs import Quantization
+from utils.specs import MAX_SEED, Quantization
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
 LABEL_SMOOTHING = 0.1
@@ -200,7 +200,7 @@ LIMITS = {
     "keep": (1, 10**6),
     "label_smoothing": (0, 1),
     "sam_rho": (0, 1),
-    "seed": (0, 2**32 - 1),  # a million times it, as an epoch's seed is, is one that torch takes
+    "seed": (0, MAX_SEED),
 }
 """Field of a recipe -> its lowest and highest value."""
 
@@ -260,14 +260,17 @@ def resolve(
         known = checkpoint.quantization if checkpoint else None
         quantization = agreed_quantization(flags, known)
 
-    known_recipe = checkpoint.recipe if checkpoint else None
+    known_data_dir = None
+    if checkpoint and checkpoint.recipe:
+        known_data_dir = checkpoint.recipe.get("data_dir")
+
     # everything else is as the flags say, or a default
     chosen = {}
     for name in (field.name for field in fields(Recipe)):
         chosen[name] = getattr(flags, name, None)
     chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
     chosen |= {"quantization": quantization, "comparison": None}
-    chosen["data_dir"] = agreed_data_dir(flags, (known_recipe or {}).get("data_dir"))
+    chosen["data_dir"] = agreed_data_dir(flags, known_data_dir)
     if flags.test_trt:
         chosen["comparison"] = Comparison.of(flags)
     # before a default is computed of them

@@ -9,6 +9,8 @@ CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
 """How activation ranges are found (`utils.quantization.calibrate`); the first is the default.
 `benchmarks/calibrators.py` compares them."""
 
+MAX_SEED = 2**32 - 1
+"""A million times it, as an epoch's seed is, is a seed that torch takes."""
 
 MOST_IMAGES = 10**9
 
@@ -61,7 +63,7 @@ class DataSpec:
             raise ValueError("classes are none, or two have one name")
         if not 1 <= self.img_size <= MAX_SIZE:
             raise ValueError(f"img_size {self.img_size} cannot be")
-        if not 0 <= self.split_seed < 2**32:
+        if not 0 <= self.split_seed <= MAX_SEED:
             raise ValueError(f"split_seed {self.split_seed} cannot be")
 
 

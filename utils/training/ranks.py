@@ -152,9 +152,12 @@ class SyncBatchNorm(nn.BatchNorm2d):
     torch's own needs a GPU; this one runs on gloo too.
     """
 
+    estimating = False
+    """Set by `utils.training.step.estimate_batch_norm`."""
+
     def forward(self, x: Tensor) -> Tensor:
         # while statistics are estimated every rank sees the same images
-        if not self.training or getattr(self, "estimating", False):
+        if not self.training or self.estimating:
             return super().forward(x)
         x32 = x.float()
         world_size, rank = dist.get_world_size(), dist.get_rank()
