@@ -33,6 +33,8 @@ from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
+from utils.quantization import layer_table
+from utils.quantization.watch import example_images
 from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
@@ -249,10 +251,12 @@ def make_model(
     What QAT starts from goes into `base`.
     """
     torch.manual_seed(recipe.seed)
+    size = (base.data.img_size, base.data.img_size)
     if recipe.quantize:
-        model = networks.build_quantized(base.network, base.quantization)
+        state = start.state if start else None
+        model = networks.build_quantized(base.network, base.quantization, size, state)
     else:
-        model = networks.build_float(base.network)
+        model = networks.build_float(base.network, size)
     if start:
         partial = recipe.quantize and recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:
@@ -268,15 +272,8 @@ def make_model(
             networks.calibrate_model(model, base.quantization, train_part)
             state = model.state_dict()
             base.ptq_state = {key: value.detach().cpu().clone() for key, value in state.items()}
-        print_layers(model)
+        print(layer_table(model, example_images(*size)))
     return model
-
-
-def print_layers(model: nn.Module) -> None:
-    # float training needs no pytorch-quantization, which this imports
-    from utils.quantization.swap import layer_table
-
-    print(layer_table(model))
 
 
 def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset.ImageData:
@@ -408,7 +405,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_layers(recipe: Recipe) -> None:
     """Print the layers that can be quantized, and which of them the flags choose."""
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
-    print_layers(networks.build_quantized(spec, recipe.quantization))
+    size = (recipe.img_size or 32, recipe.img_size or 32)
+    model = networks.build_quantized(spec, recipe.quantization, size)
+    print(layer_table(model, example_images(*size)))
 
 
 def compare_best(path: Path, recipe: Recipe) -> None:

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 class Add(nn.Module):
     """`x + other`, two tensors of one shape.
 
-    Quantized, it rounds `other` and is fused into the convolution that computes `x`.
+    Attributes:
+        rounds: the operands that are rounded when it is quantized, 0 for `x` and 1 for `other`. An
+            operand that comes out of a convolution which is to add is not among them.
     """
+
+    rounds: tuple[int, ...] = (1,)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x + other

@@ -8,12 +8,15 @@ there and has the inference form.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.add import Add
+from layers.cat import Cat
 from layers.mul import Mul
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 
@@ -24,6 +27,9 @@ FACTOR_FLOOR = 1e-12
 class QuantizedLayer(nn.Module):
     """What the quantized layers share: how they are made of float ones."""
 
+    weight_axis = 0
+    """Where the weight, if there is one, has its output channels."""
+
     @classmethod
     def from_float(cls, layer: nn.Module) -> nn.Module:
         """A copy of `layer` in this form: its geometry, its very parameters, and quantizers."""
@@ -31,10 +37,15 @@ class QuantizedLayer(nn.Module):
         shared = {id(parameter): parameter for parameter in layer.parameters()}
         quant = copy.deepcopy(layer, shared)
         quant.__class__ = cls
-        quant.input_quantizer = Quantizer()
-        if hasattr(quant, "weight"):
-            quant.weight_quantizer = Quantizer(channels=len(quant.weight))
+        quant.add_quantizers()
         return quant
+
+    def add_quantizers(self) -> None:
+        """Give the layer a quantizer for each operand that it rounds."""
+        self.input_quantizer = Quantizer()
+        if hasattr(self, "weight"):
+            channels = self.weight.shape[self.weight_axis]
+            self.weight_quantizer = Quantizer(channels, self.weight_axis)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -43,6 +54,32 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = self.input_quantizer(x)
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """Transposed convolution, rounded as `QuantConv2d` is.
+
+    Its weight is (in, out / groups, height, width): groups share the ranges of their channels.
+    """
+
+    weight_axis = 1
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.input_quantizer(x)
+        kernel, axes = self.kernel_size, 2
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, kernel, axes, self.dilation
+        )
+        return F.conv_transpose2d(
+            x,
+            self.weight_quantizer(self.weight),
+            self.bias,
+            self.stride,
+            self.padding,
+            padding,
+            self.groups,
+            self.dilation,
+        )
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -54,15 +91,41 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 class QuantAdd(QuantizedLayer, Add):
-    """`x + INT8(other)`.
+    """`x + other`, of which the operands that `rounds` names are INT8.
 
-    Only the second operand is quantized: `x` comes straight from a convolution, into whose INT8
-    kernel TensorRT fuses this addition. Rounding `x` first would cost a pass over memory, and
-    accuracy.
+    The other one comes straight from a convolution, into whose INT8 kernel TensorRT fuses this
+    addition. Rounding it first would cost a pass over memory, and accuracy.
     """
 
+    QUANTIZERS = ("x_quantizer", "other_quantizer")
+
+    def add_quantizers(self) -> None:
+        for operand in self.rounds:
+            self.add_module(self.QUANTIZERS[operand], Quantizer())
+
+    def round_instead(self, operands: tuple[int, ...]) -> None:
+        """Round these operands, with ranges that are still to be set."""
+        for operand in self.rounds:
+            delattr(self, self.QUANTIZERS[operand])
+        self.rounds = operands
+        self.add_quantizers()
+
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return super().forward(x, self.input_quantizer(other))
+        if 0 in self.rounds:
+            x = self.x_quantizer(x)
+        if 1 in self.rounds:
+            other = self.other_quantizer(other)
+        return super().forward(x, other)
+
+
+class QuantCat(QuantizedLayer, Cat):
+    """Concatenation of INT8 feature maps, all of one range: then none must be rescaled."""
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        if isinstance(self.input_quantizer, Quantizer):
+            # calibration looks at all of them at once
+            return self.input_quantizer(super().forward(tensors))
+        return super().forward([self.input_quantizer(tensor) for tensor in tensors])
 
 
 class QuantMul(QuantizedLayer, Mul):
@@ -73,11 +136,9 @@ class QuantMul(QuantizedLayer, Mul):
     feature map to FP16 first.
     """
 
-    @classmethod
-    def from_float(cls, layer: nn.Module) -> nn.Module:
-        quant = super().from_float(layer)
-        quant.factor_quantizer = Quantizer()
-        return quant
+    def add_quantizers(self) -> None:
+        super().add_quantizers()
+        self.factor_quantizer = Quantizer()
 
     def forward(self, factor: Tensor, x: Tensor) -> Tensor:
         return super().forward(self.factor_quantizer(factor), self.input_quantizer(x))
@@ -90,14 +151,58 @@ class QuantAdaptiveAvgPool2d(QuantizedLayer, nn.AdaptiveAvgPool2d):
         return super().forward(self.input_quantizer(x))
 
 
+class QuantAvgPool2d(QuantizedLayer, nn.AvgPool2d):
+    """Average pool of windows of an INT8 input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
+
+
 QUANTIZED_FORM = {
     nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
     Add: QuantAdd,
+    Cat: QuantCat,
     Mul: QuantMul,
     nn.AdaptiveAvgPool2d: QuantAdaptiveAvgPool2d,
+    nn.AvgPool2d: QuantAvgPool2d,
 }
 """Which quantized layer replaces which float layer."""
+
+
+def quantized_form(layer: nn.Module | None) -> type[QuantizedLayer] | None:
+    """What replaces a float layer: of a subclass too, if it computes what its base computes."""
+    if isinstance(layer, QuantizedLayer):
+        return None
+    for base, form in QUANTIZED_FORM.items():
+        if isinstance(layer, base):
+            return form if _computes_as(layer, base) else None
+    return None
+
+
+def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a layer's own `forward` does what that of `base` does.
+
+    Where it is another function, as timm's that only looks for TorchScript, both are tried.
+    """
+    # a weight that is computed of others, such as weight normalisation's, cannot be replaced
+    if hasattr(base, "reset_parameters") and layer._parameters.get("weight") is None:
+        return False
+    cls = type(layer)
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    if all(getattr(cls, name) is getattr(base, name) for name in methods):
+        return True
+    if "weight" not in layer._parameters or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    # an odd size, which no padding fits by chance
+    shape = (2, layer.in_features) if base is nn.Linear else (2, layer.in_channels, 23, 23)
+    x = torch.linspace(-1, 1, math.prod(shape), device=layer.weight.device).reshape(shape)
+    with torch.no_grad():
+        try:
+            return torch.equal(cls.forward(layer, x), base.forward(layer, x))
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
 
 @torch.no_grad()
@@ -116,16 +221,17 @@ def freeze_weight(layer: nn.Module, factor: Tensor | None = None) -> None:
     """
     scale = layer.weight_quantizer.scale  # (C,)
     values = layer.weight_quantizer(layer.weight)
-    codes = (values / per_channel(scale, values)).round()
+    axis = layer.weight_axis
+    codes = (values / per_channel(scale, values, axis)).round()
     if factor is not None:
         scale = scale * factor.abs().clamp_min(FACTOR_FLOOR)
-        codes = torch.where(per_channel(factor, codes) < 0, -codes, codes)
-    layer.weight = nn.Parameter(codes * per_channel(scale, codes), requires_grad=False)
-    layer.weight_quantizer = FrozenQuantizer(scale)
+        codes = torch.where(per_channel(factor, codes, axis) < 0, -codes, codes)
+    layer.weight = nn.Parameter(codes * per_channel(scale, codes, axis), requires_grad=False)
+    layer.weight_quantizer = FrozenQuantizer(scale, axis)
 
 
 class PointwiseLinear(QuantConv2d):
-    """Inference form of `QuantLinear`: (N, in) -> (N, out) as a 1x1 convolution.
+    """Inference form of `QuantLinear`: (N, ..., in) -> (N, ..., out) as a 1x1 convolution.
 
     TensorRT 8.6 has INT8 kernels for convolutions, but dequantizes the operands of a product.
     """
@@ -142,5 +248,12 @@ class PointwiseLinear(QuantConv2d):
         return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, None, None]  # (N, in) -> (N, in, 1, 1)
-        return super().forward(x).flatten(1)  # (N, out, 1, 1) -> (N, out)
+        if x.ndim == 2:
+            x = x[:, :, None, None]  # (N, in) -> (N, in, 1, 1)
+            return super().forward(x).flatten(1)  # (N, out, 1, 1) -> (N, out)
+        between = x.shape[1:-1]
+        if len(between) != 2:
+            x = x.flatten(1, -2).unsqueeze(1)  # (N, ..., in) -> (N, 1, values, in)
+        x = x.permute(0, 3, 1, 2)  # -> (N, in, H, W)
+        x = super().forward(x).permute(0, 2, 3, 1)
+        return x if len(between) == 2 else x.squeeze(1).unflatten(1, between)

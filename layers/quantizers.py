@@ -28,27 +28,29 @@ RANGE_FLOOR = 1e-12
 """The range of an all-zero channel, instead of a division by zero."""
 
 
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Values (C,) shaped to go along axis 0 of `like`: (C, 1, ...). Takes NumPy arrays too."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+def per_channel(values: Tensor, like: Tensor, axis: int = 0) -> Tensor:
+    """Values (C,) shaped to go along `axis` of `like`: (C, 1, ...) for 0. NumPy arrays too."""
+    return values.reshape(*[1] * axis, -1, *[1] * (like.ndim - axis - 1))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, code_min: int, axis: int = 0
+) -> Tensor:
     """Round `x` to the grid `scale * code`, code in `code_min`..127.
 
     The gradient passes straight through where the code is inside these limits and is 0 beyond.
 
     Args:
         x: any shape.
-        scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for axis 0.
+        scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for `axis`.
     """
     # on a GPU, torch's own kernel for channels waits for the device
     waits = x.is_cuda and scale.ndim > 0
     if waits or torch.compiler.is_compiling():
-        return StraightThrough.apply(x, per_channel(scale, x), code_min)
+        return StraightThrough.apply(x, per_channel(scale, x, axis), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
-    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, code_min, CODE_MAX)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, code_min, CODE_MAX)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -84,11 +86,12 @@ class Quantizer(TensorQuantizer):
 
     Args:
         channels: number of output channels for a weight, None for an activation.
+        channel_axis: where a weight has them.
     """
 
-    def __init__(self, channels: int | None = None):
+    def __init__(self, channels: int | None = None, channel_axis: int = 0):
         weight = channels is not None
-        axis = 0 if weight else None
+        axis = channel_axis if weight else None
         super().__init__(QuantDescriptor(num_bits=8, axis=axis, narrow_range=weight))
         shape = (channels,) if weight else ()
         self.register_buffer("_amax", torch.full(shape, torch.nan))
@@ -109,7 +112,7 @@ class Quantizer(TensorQuantizer):
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         code_min = -CODE_MAX if self.narrow_range else -CODE_MAX - 1
-        return fake_quantize(inputs, self.scale, self._zero_point, code_min)
+        return fake_quantize(inputs, self.scale, self._zero_point, code_min, self.axis or 0)
 
 
 class FrozenQuantizer(nn.Module):
@@ -119,13 +122,14 @@ class FrozenQuantizer(nn.Module):
     needs none: `layers.quantized.freeze_weight` leaves no code -128 in it.
     """
 
-    def __init__(self, scale: Tensor):
+    def __init__(self, scale: Tensor, channel_axis: int = 0):
         super().__init__()
+        self.channel_axis = channel_axis
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.zero_point, -CODE_MAX - 1)
+        return fake_quantize(x, self.scale, self.zero_point, -CODE_MAX - 1, self.channel_axis)
 
     def extra_repr(self) -> str:
         granularity = "per-tensor" if self.scale.ndim == 0 else f"per-channel({len(self.scale)})"

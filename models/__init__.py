@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.cifar import efficientnet_b0, mobilenet_v2, resnet
 from models.vanilla_cnn import VanillaCNN
 
 STEMLESS = ("vanilla_cnn",)
@@ -15,24 +15,13 @@ STEMLESS = ("vanilla_cnn",)
 CLASSIFIERS = ("fc.", "classifier.")
 """How the names of a last layer's parameters begin."""
 
-
-def _mobile(name: str) -> Callable[[int, str], nn.Module]:
-    def builder(num_classes: int, stem: str) -> nn.Module:
-        # takes seconds, for which nobody who trains a ResNet need wait
-        from models import mobile
-
-        return getattr(mobile, name)(num_classes, stem)
-
-    return builder
-
-
 MODELS: dict[str, Callable[[int, str], nn.Module]] = {
     "vanilla_cnn": lambda num_classes, stem: VanillaCNN(num_classes),
-    "resnet18": lambda num_classes, stem: ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stem),
-    "resnet34": lambda num_classes, stem: ResNet(BasicBlock, (3, 4, 6, 3), num_classes, stem),
-    "resnet50": lambda num_classes, stem: ResNet(Bottleneck, (3, 4, 6, 3), num_classes, stem),
-    "mobilenet_v2": _mobile("MobileNetV2"),
-    "efficientnet_b0": _mobile("EfficientNetB0"),
+    "resnet18": lambda num_classes, stem: resnet("resnet18", num_classes, stem),
+    "resnet34": lambda num_classes, stem: resnet("resnet34", num_classes, stem),
+    "resnet50": lambda num_classes, stem: resnet("resnet50", num_classes, stem),
+    "mobilenet_v2": mobilenet_v2,
+    "efficientnet_b0": efficientnet_b0,
 }
 """Name -> builder of (number of classes, stem "imagenet" or "cifar")."""
 

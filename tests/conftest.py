@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 import dataset
-import models
 from dataset.batches import Batches
 from layers import Normalize
-from models.resnet import BasicBlock
 from utils import checkpoint, errors, networks
 from utils.backends import network as measure
 from utils.checkpoint import Checkpoint
+from utils.quantization.modularize import modularize
+from utils.quantization.watch import example_images
 from utils.specs import DataSpec, NetworkSpec, Quantization
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,10 @@ sys.path.insert(0, ".")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+EXAMPLE = example_images(16, 16)
+"""Images of a size that all networks of the tests take."""
 
 
 class Small(nn.Module):
@@ -104,10 +109,16 @@ def small_net(classes=4):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
+def build(name, stem="cifar", num_classes=10):
+    """A network of the registry as the scripts build it for images of 32x32."""
+    return networks.build_float(NetworkSpec(name, stem, num_classes), (32, 32))
+
+
 def made(network, seed=0):
     """A network of the class `network`, with BatchNorms that matter."""
     torch.manual_seed(seed)
     model = network()
+    modularize(model, EXAMPLE)
     randomise_batch_norm(model)
     return model
 
@@ -213,7 +224,7 @@ def trained_network(digits):
     images = normalised(images[:500], info.mean, info.std)
     labels = torch.from_numpy(labels[:500])
     torch.manual_seed(0)
-    model = models.build("resnet18", 10, "imagenet")
+    model = build("resnet18", "imagenet")
     classifier = model.fc
     model.fc = nn.Identity()
 
@@ -257,7 +268,7 @@ def qat_checkpoint(float_checkpoint, digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("qat") / "ckpt_best"
     start = checkpoint.load(float_checkpoint)
     quantization = Quantization(calib_images=128)
-    model = networks.build_quantized(start.network, quantization)
+    model = networks.build_quantized(start.network, quantization, (32, 32))
     checkpoint.load_weights(model, start.state, allow_missing_ranges=True)
     train_part, _ = digits.split(start.data.split_seed)
     normalize = Normalize(start.data.mean, start.data.std)

@@ -18,7 +18,7 @@ from utils.manifest import PRECISIONS
 from utils.schema import parse
 from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
 
-FORMAT = 2
+FORMAT = 3
 RANGE_SUFFIX = "_quantizer._amax"
 VARIANCE_SUFFIX = ".running_var"
 COUNTER_SUFFIX = ".num_batches_tracked"
@@ -114,9 +114,11 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path} {_what_else(path, error)}") from None
 
     found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(found, int) and found in (1, FORMAT):
+    if isinstance(found, int) and 1 <= found <= FORMAT:
         if found == 1:
             content = _from_format_1(content)
+        if found <= 2:
+            content = _from_format_2(content)
         checkpoint = parse(Checkpoint, content, str(path))
         if checkpoint.quantization and checkpoint.ptq_state is None:
             raise UserError(f"{path} lacks 'ptq_state', what QAT started from")
@@ -170,6 +172,26 @@ def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
         "best_val_loss": content.get("best_loss", math.inf),
         "history": history,
     }
+
+
+def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
+    """With the ranges of additions by the operand that they are of, no longer of the second.
+
+    Where a block had a convolution in its shortcut, that was what its last convolution computed.
+    """
+    renamed = dict(content)
+    for field_name in ("state", "ptq_state"):
+        state = content.get(field_name)
+        if not isinstance(state, dict):
+            continue
+        renamed[field_name] = {}
+        for key, value in state.items():
+            block = str(key).removesuffix(".add.input_quantizer._amax")
+            if block != key:
+                shortcut = f"{block}.downsample.0.weight" in state
+                key = f"{block}.add.{'x' if shortcut else 'other'}_quantizer._amax"
+            renamed[field_name][key] = value
+    return renamed
 
 
 def load_whole(path: Path) -> Checkpoint:

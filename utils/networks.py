@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import models
-from utils.checkpoint import Checkpoint, load_weights, without_ranges
+from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
 from utils.errors import UserError
 from utils.specs import NetworkSpec, Quantization
 
@@ -25,23 +25,43 @@ def require_known(name: str, stem: str) -> None:
         raise UserError(f"--stem {stem}: {name} has no other stem than its own; drop the flag")
 
 
-def build_float(spec: NetworkSpec) -> nn.Module:
-    """The float network, freshly initialised.
+def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
+    """The float network, freshly initialised, with modules for its functional operations.
+
+    Args:
+        size: height and width of the images that it is for.
 
     Raises:
         UserError: no such model.
     """
+    from utils.quantization.modularize import modularize
+    from utils.quantization.watch import example_images
+
     require_known(spec.name, spec.stem)
-    return models.build(spec.name, spec.num_classes, spec.stem)
+    model = models.build(spec.name, spec.num_classes, spec.stem)
+    for name, reason in modularize(model, example_images(*size)).items():
+        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
+    return model
 
 
-def build_quantized(spec: NetworkSpec, quantization: Quantization) -> nn.Module:
-    """The same with the selected layers in their training forms, ranges not calibrated."""
-    # float training needs no pytorch-quantization, which this imports
-    from utils.quantization.swap import quantize_modules
+def build_quantized(
+    spec: NetworkSpec,
+    quantization: Quantization,
+    size: tuple[int, int],
+    state: State | None = None,
+) -> nn.Module:
+    """The same with the selected layers in their training forms, ranges not calibrated.
 
-    model = build_float(spec)
-    quantize_modules(model, quantization.quant_layers, quantization.skip_layers)
+    Args:
+        state: weights and ranges that are to be loaded: additions round what these say.
+    """
+    from utils.quantization.swap import follow_ranges, quantize_modules
+    from utils.quantization.watch import example_images
+
+    model = build_float(spec, size)
+    example = example_images(*size)
+    quantize_modules(model, example, quantization.quant_layers, quantization.skip_layers)
+    follow_ranges(model, state or {})
     return model
 
 
@@ -109,11 +129,13 @@ def restore(
     start = checkpoint.ptq_state if quantized else checkpoint.state
     spec = checkpoint.network
 
-    networks = {"FP32": build_float(spec)}
+    size = (checkpoint.data.img_size, checkpoint.data.img_size)
+
+    networks = {"FP32": build_float(spec, size)}
     load_weights(networks["FP32"], without_ranges(start))
 
     if "INT8-PTC" in wanted:
-        model = build_quantized(spec, quantization)
+        model = build_quantized(spec, quantization, size, start)
         load_weights(model, start, allow_missing_ranges=not quantized)
         model.to(batches.device)
         if not quantized:
@@ -121,7 +143,7 @@ def restore(
         networks["INT8-PTC"] = model
 
     if "INT8-QAT" in wanted and quantized:
-        model = build_quantized(spec, quantization)
+        model = build_quantized(spec, quantization, size, checkpoint.state)
         load_weights(model, checkpoint.state)
         networks["INT8-QAT"] = model
 

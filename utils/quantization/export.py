@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
+from utils.quantization.watch import example_images, watch
 
 OPSET = 17
 """13 brought per-channel QuantizeLinear; TensorRT 8.6 reads up to 17."""
@@ -50,7 +50,8 @@ def export_onnx(
         mean, std: of each of the C channels, in units of the full range (0..1).
 
     Raises:
-        UserError: a range was never calibrated, or `mean` is in other units.
+        UserError: a range was never calibrated, `mean` is in other units, or the network branches
+            on values.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
@@ -58,7 +59,14 @@ def export_onnx(
     if not all(-1 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
     path = Path(path)
-    graph = _traced(FromImages(to_inference(model), mean, std).eval(), image_size)
+    example = example_images(*image_size, channels=len(mean))
+    if reads := watch(model, example).value_reads:
+        raise UserError(
+            f"the network looks at computed values at {reads[0]}, where an exported graph would "
+            "always go the one way: compute both and choose by torch.where"
+        )
+    network = FromImages(to_inference(model, example), mean, std).eval()
+    graph = _traced(network, image_size)
     merge_shared_quantizers(graph)
     fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
     for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16_stem))):
@@ -119,16 +127,15 @@ def to_fp16(model: ModelProto) -> ModelProto:
 
     What goes in and comes out keeps its type.
     """
-    model = copy.deepcopy(model)
+    model = onnx.version_converter.convert_version(model, FP16_OPSET)
     model.ir_version = FP16_IR
-    model.opset_import[0].version = FP16_OPSET
     codes = _weight_codes(model)
     _round_constants(model)
     # a weight's scale was rounded: the weight moves to the new grid, where its codes are the same
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, (scale_name, values) in codes.items():
+    for name, (scale_name, axis, values) in codes.items():
         scale = numpy_helper.to_array(tensors[scale_name]).astype(np.float32)
-        weight = (values * per_channel(scale, values)).astype(np.float16)
+        weight = (values * per_channel(scale, values, axis)).astype(np.float16)
         tensors[name].CopyFrom(numpy_helper.from_array(weight, name))
     _retype_ends(model)
     # the types of all tensors in between are no longer these
@@ -136,33 +143,45 @@ def to_fp16(model: ModelProto) -> ModelProto:
     return model
 
 
-def _weight_codes(model: ModelProto) -> dict[str, tuple[str, np.ndarray]]:
-    """Name of each quantized weight -> name of its scale, and its INT8 codes as floats."""
+def _axis(node: onnx.NodeProto) -> int:
+    """Along which axis a node quantizes by channels."""
+    return next((a.i for a in node.attribute if a.name == "axis"), 0)
+
+
+def _weight_codes(model: ModelProto) -> dict[str, tuple[str, int, np.ndarray]]:
+    """Name of each quantized weight -> name and axis of its scale, and its codes as floats."""
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     codes = {}
     for node in model.graph.node:
         if node.op_type == QUANTIZE and node.input[0] in tensors:
             weight_name, scale_name = node.input[:2]
             weight = tensors[weight_name]
-            scale = per_channel(tensors[scale_name], weight)
-            codes[weight_name] = (scale_name, np.rint(weight / scale))
+            axis = _axis(node)
+            scale = per_channel(tensors[scale_name], weight, axis)
+            codes[weight_name] = (scale_name, axis, np.rint(weight / scale))
     return codes
 
 
 def _round_constants(model: ModelProto) -> None:
     """Every FP32 constant to FP16, in place."""
-    constants = list(model.graph.initializer)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     scales = set()
+    sizes = set()
     for node in model.graph.node:
         if node.op_type == "Constant":
-            constants += [a.t for a in node.attribute if a.name == "value"]
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    constants[node.output[0]] = attribute.t
         if node.op_type in (QUANTIZE, DEQUANTIZE):
             scales.add(node.input[1])
-    for tensor in constants:
-        if tensor.data_type == TensorProto.FLOAT:
+        # how much larger an image becomes is FP32 by definition
+        if node.op_type == "Resize":
+            sizes.update(node.input[1:3])
+    for name, tensor in constants.items():
+        if tensor.data_type == TensorProto.FLOAT and name not in sizes:
             values = numpy_helper.to_array(tensor).astype(np.float16)
             # a channel that does nothing has a scale of almost 0, and no engine accepts 0
-            if tensor.name in scales:
+            if name in scales:
                 values = np.maximum(values, np.float16(SMALLEST_FP16))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 

@@ -16,56 +16,81 @@ import copy
 from collections import Counter
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from layers.pool import MatrixAvgPool2d
 from layers.quantized import (
-    QUANTIZED_FORM,
     PointwiseLinear,
-    QuantConv2d,
+    QuantizedLayer,
     QuantLinear,
     freeze_weight,
 )
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
+from utils.quantization.watch import Operation, Watch, watch
 
 
-class _Tracer(fx.Tracer):
-    """Sees each layer, float or quantized, as one node."""
+def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
+    """Names of every layer with a weight and BatchNorm that can be folded into it.
 
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, tuple(QUANTIZED_FORM)) or super().is_leaf_module(module, name)
-
-
-def conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of every convolution and BatchNorm that can be folded into it.
-
-    The BatchNorm is the only reader of the convolution's output, each is called once, and nobody
-    else reads their parameters.
+    The BatchNorm is the only reader of the layer's output, each is called once, and no function
+    reads their parameters directly.
     """
-    modules = dict(model.named_modules())
-    nodes = list(_Tracer().trace(model).nodes)
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    # "conv.weight" is read directly: `conv` serves another purpose too
-    read_directly = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    calls = Counter(op.name for op in watched.operations if op.module is not None)
     pairs = []
-    for node in nodes:
-        source = next(iter(node.all_input_nodes), None)
-        if source is None or source.op != "call_module" or node.op != "call_module":
+    for op in watched.operations:
+        source = op.reads[0] if op.reads else None
+        if source is None or not _is_foldable(op.module) or not _takes_factors(source):
             continue
-        conv, bn = modules[source.target], modules[node.target]
-        if type(conv) not in (nn.Conv2d, QuantConv2d) or not isinstance(bn, nn.BatchNorm2d):
-            continue
-        names = (source.target, node.target)
-        only_reader = len(source.users) == 1
-        called_once = all(calls[name] == 1 for name in names)
-        has_statistics = bn.running_var is not None
-        if only_reader and called_once and has_statistics and read_directly.isdisjoint(names):
-            pairs.append(names)
+        only_reader = len(source.readers) == 1
+        called_once = calls[source.name] == calls[op.name] == 1
+        parameters = [*source.module.parameters(), *op.module.parameters()]
+        read_directly = not watched.parameters_read.isdisjoint(map(id, parameters))
+        if only_reader and called_once and not read_directly:
+            pairs.append((source.name, op.name))
     return pairs
 
 
+def _takes_factors(operation: Operation) -> bool:
+    """Whether this layer's weight can take up a factor for each output channel."""
+    module = operation.module
+    if isinstance(module, nn.ConvTranspose2d):
+        return module.groups == 1
+    if isinstance(module, nn.Linear):
+        return len(operation.shape) == 2
+    return isinstance(module, nn.Conv2d)
+
+
+def _is_foldable(module: nn.Module | None) -> bool:
+    """Whether a layer is BatchNorm with statistics and then, at most, its own children in turn.
+
+    Subclasses, such as timm's with an activation, are tried: on two values of each channel.
+    """
+    if not isinstance(module, _BatchNorm) or module.running_var is None:
+        return False
+    if type(module).forward is _BatchNorm.forward or type(module) is nn.SyncBatchNorm:
+        return True
+    shape = (2, module.num_features, *[1] * (2 if isinstance(module, nn.BatchNorm2d) else 0))
+    x = torch.linspace(-3, 3, 2 * module.num_features).reshape(shape).to(module.running_var)
+    statistics = (module.running_mean, module.running_var, module.weight, module.bias)
+    plain = F.batch_norm(x, *statistics, training=False, eps=module.eps)
+    return torch.equal(module(x), _after(module)(plain))
+
+
+def _after(bn: nn.Module) -> nn.Module:
+    """What a BatchNorm does when its arithmetic is done."""
+    children = list(bn.children())
+    return nn.Sequential(*children) if children else nn.Identity()
+
+
 @torch.no_grad()
-def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    """Make `conv` compute what `bn(conv(x))` computes in evaluation mode, in place."""
+def fold_batch_norm(conv: nn.Module, bn: _BatchNorm) -> None:
+    """Make `conv` compute what `bn(conv(x))` computes in evaluation mode, in place.
+
+    Args:
+        conv: a convolution, a transposed one or a Linear.
+    """
     # f = gamma / sqrt(v + eps), (C,)
     factor = torch.rsqrt(bn.running_var + bn.eps)
     if bn.affine:
@@ -74,24 +99,30 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
     centred = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
     beta = bn.bias if bn.affine else 0
     conv.bias = nn.Parameter(centred * factor + beta, requires_grad=False)
-    # f * W, (C, in, kernel height, kernel width)
-    if isinstance(conv, QuantConv2d):
+    # f * W, which has C on axis 0, or on 1 if it is transposed
+    if isinstance(conv, QuantizedLayer):
         freeze_weight(conv, factor)
     else:
-        weight = conv.weight * per_channel(factor, conv.weight)
+        axis = 1 if isinstance(conv, nn.ConvTranspose2d) else 0
+        weight = conv.weight * per_channel(factor, conv.weight, axis)
         conv.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def to_inference(model: nn.Module) -> nn.Module:
+def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of `model` on the CPU in its inference form.
 
     `model`, float or quantized, stays as it is. Its quantizers must be calibrated.
+
+    Args:
+        example: images (B, C, H, W) of the size that the copy is for.
     """
     model = copy.deepcopy(model).cpu().float().eval()
+    watched = watch(model, example)
     # BatchNorm into convolutions, whose quantized weights are frozen by that
-    for conv_name, bn_name in conv_bn_pairs(model):
-        fold_batch_norm(model.get_submodule(conv_name), model.get_submodule(bn_name))
-        model.set_submodule(bn_name, nn.Identity())
+    for conv_name, bn_name in conv_bn_pairs(watched):
+        bn = model.get_submodule(bn_name)
+        fold_batch_norm(model.get_submodule(conv_name), bn)
+        model.set_submodule(bn_name, _after(bn))
     # the weights of all other quantized layers
     for module in list(model.modules()):
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
@@ -104,4 +135,17 @@ def to_inference(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, PointwiseLinear.from_linear(module))
+    # average pools that ONNX has no operator for
+    for operation in watched.operations:
+        pool = operation.module
+        if isinstance(pool, nn.AdaptiveAvgPool2d) and not _is_regular(operation):
+            replaced = nn.Sequential(*pool.children())  # its quantizer, if it has one
+            replaced.append(MatrixAvgPool2d(operation.shapes[0][2:], operation.shape[2:]))
+            model.set_submodule(operation.name, replaced)
     return model
+
+
+def _is_regular(pool: Operation) -> bool:
+    """Whether all windows of an adaptive pool have one size and do not overlap."""
+    sizes = zip(pool.shapes[0][2:], pool.shape[2:], strict=True)
+    return all(size % out == 0 for size, out in sizes)

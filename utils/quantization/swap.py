@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
-from layers.quantized import QUANTIZED_FORM
-from layers.quantizers import Quantizer
+from layers import Cat
+from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
-from utils.records import text_table
+from utils.quantization.modularize import modularize
+from utils.quantization.watch import Operation, watch
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every layer that is quantized or could be, in the model's order."""
-    kinds = (*QUANTIZED_FORM, *QUANTIZED_FORM.values())
-    return {name: module for name, module in model.named_modules() if type(module) in kinds}
+    return {name: module for name, module in model.named_modules() if is_quantizable(module)}
 
 
-def is_quantized(module: nn.Module) -> bool:
-    return type(module) in QUANTIZED_FORM.values()
+def is_quantizable(module: nn.Module | None) -> bool:
+    """Whether a layer is quantized or has a quantized form."""
+    return is_quantized(module) or quantized_form(module) is not None
+
+
+def is_quantized(module: nn.Module | None) -> bool:
+    return isinstance(module, QuantizedLayer)
+
+
+def gains(operation: Operation) -> bool:
+    """Whether INT8 can be of use: a concatenation only hands on what others compute."""
+    if not isinstance(operation.module, Cat):
+        return True
+    readers = list(operation.readers)
+    while readers:
+        reader = readers.pop()
+        passes = isinstance(reader.module, (nn.MaxPool2d, nn.modules.dropout._DropoutNd))
+        if passes or reader.function == "max_pool2d":
+            readers += reader.readers
+        elif not is_quantizable(reader.module):
+            return False
+    return True
 
 
 def select(
@@ -65,14 +85,19 @@ def _near(pattern: str, names: Sequence[str]) -> str:
 
 
 def quantize_modules(
-    model: nn.Module, quant_layers: Sequence[str] = ("*",), skip_layers: Sequence[str] = ()
+    model: nn.Module,
+    example: Tensor,
+    quant_layers: Sequence[str] = ("*",),
+    skip_layers: Sequence[str] = (),
 ) -> list[str]:
-    """Replace the selected modules of `model` in place by their training forms.
+    """Replace the selected layers of `model` in place by their training forms.
 
-    The parameters stay the same objects under the same names. The new forms only add ranges, which
+    Functional additions and the like become layers first (`utils.quantization.modularize`). The
+    parameters stay the same objects under the same names. The new forms only add ranges, which
     `calibrate` or a quantized checkpoint must fill before the model is used.
 
     Args:
+        example: a few normalised images (B, C, H, W): one run shows what the model computes.
         quant_layers, skip_layers: glob patterns of names, such as "layer1.*"; `layer_table` lists
             the names.
 
@@ -82,40 +107,29 @@ def quantize_modules(
     Raises:
         UserError: a pattern matches nothing, or no layer is left.
     """
-    layers = quantizable_modules(model)
+    modularize(model, example)
+    useful = {op.name for op in watch(model, example).operations if gains(op)}
+    layers = {name: layer for name, layer in quantizable_modules(model).items() if name in useful}
     selected = select(list(layers), quant_layers, skip_layers)
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
     for name in selected:
         layer = layers[name]
         if not is_quantized(layer):
-            model.set_submodule(name, QUANTIZED_FORM[type(layer)].from_float(layer))
+            model.set_submodule(name, quantized_form(layer).from_float(layer))
     return selected
 
 
-def layer_table(model: nn.Module) -> str:
-    """A table of every quantizable layer: quantized or not, bits, granularity and ranges."""
-    rows = [("layer", "type", "bits", "input range", "weight or factor range")]
-    quantized = 0
-    for name, module in quantizable_modules(model).items():
-        kind = type(module).__name__
-        if not is_quantized(module):
-            rows.append((name, kind, "float", "-", "-"))
-            continue
-        quantized += 1
-        # every quantized layer has one or two
-        quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
-        ranges = [_range(quantizer) for quantizer in quantizers]
-        first, second = (*ranges, "-")[:2]
-        rows.append((name, kind, str(module.input_quantizer.num_bits), first, second))
-    table = text_table(rows, names=len(rows[0]))
-    return f"{table}\n{quantized} of {len(rows) - 1} quantizable layers are quantized"
+def follow_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let each addition of `model` round the operands that `state` has ranges for, in place.
 
-
-def _range(quantizer: Quantizer) -> str:
-    amax = quantizer.amax
-    if not quantizer.calibrated:
-        return "not calibrated"
-    if amax.ndim == 0:
-        return f"{amax:.4g} per tensor"
-    return f"{amax.min():.3g}..{amax.max():.3g} per channel ({len(amax)})"
+    A checkpoint keeps its choice where today's rule has another.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantAdd):
+            operands = []
+            for operand, quantizer in enumerate(QuantAdd.QUANTIZERS):
+                if f"{name}.{quantizer}._amax" in state:
+                    operands.append(operand)
+            if operands and tuple(operands) != module.rounds:
+                module.round_instead(tuple(operands))

@@ -1,0 +1,91 @@
+"""What of a network is quantized, and what is not and why, as a table."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from layers import Add
+from layers.quantized import QuantizedLayer
+from layers.quantizers import Quantizer
+from utils.quantization.modularize import is_candidate
+from utils.quantization.swap import gains, is_quantizable
+from utils.quantization.watch import Operation, watch
+from utils.records import text_table
+
+
+def layer_table(model: nn.Module, example: Tensor) -> str:
+    """Every operation with a weight or of feature maps: its form, its ranges, or why it is float.
+
+    The last lines say how much of the multiply-adds is INT8, and what stays in float.
+
+    Args:
+        example: a few normalised images (B, C, H, W): one run shows what the model computes.
+    """
+    operations = []
+    for operation in watch(model, example).operations:
+        if operation.macs or is_quantizable(operation.module) or is_candidate(operation):
+            operations.append(operation)
+    total = sum(operation.macs for operation in operations) or 1
+
+    rows = [("layer", "type", "multiply-adds", "form", "ranges: input; weight, factor or other")]
+    for operation in operations:
+        share = f"{100 * operation.macs / total:.1f} %" if operation.macs else "-"
+        module = operation.module
+        name = operation.name or "(the network itself)"
+        kind = operation.function or type(module).__name__
+        if isinstance(module, QuantizedLayer):
+            quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
+            rows.append((name, kind, share, "INT8", "; ".join(map(_range, quantizers))))
+        else:
+            rows.append((name, kind, share, "float", _why_float(operation)))
+    uncalled = _never_called(model, operations)
+    rows += [(name, "-", "-", "float", "never called in evaluation") for name in uncalled]
+    return f"{text_table(rows, names=len(rows[0]))}\n{_summary(operations, total)}"
+
+
+def _why_float(operation: Operation) -> str:
+    if operation.module is None:
+        return f"functional, at {operation.where}"
+    if not is_quantizable(operation.module):
+        return "no quantized form"
+    if not gains(operation):
+        return "what reads it has no quantized form"
+    return "not selected"
+
+
+def _never_called(model: nn.Module, operations: list[Operation]) -> list[str]:
+    called = {operation.name for operation in operations}
+    names = []
+    for name, module in model.named_modules():
+        if is_quantizable(module) and name not in called:
+            names.append(name)
+    return names
+
+
+def _summary(operations: list[Operation], total: int) -> str:
+    """As in `INT8: 98.7 % of the multiply-adds, 16 of 16 additions; float: conv1, fc`."""
+    quantized = [op for op in operations if isinstance(op.module, QuantizedLayer)]
+    macs = sum(op.macs for op in quantized)
+    additions = [op for op in operations if isinstance(op.module, Add) or "add" in op.function]
+    added = [op for op in additions if op in quantized]
+    text = f"INT8: {100 * macs / total:.1f} % of the multiply-adds"
+    if additions:
+        text += f", {len(added)} of {len(additions)} additions"
+    rest = []
+    for op in operations:
+        name = f"{op.name}.{op.function}".strip(".") if op.function else op.name
+        if op not in quantized and name not in rest:
+            rest.append(name)
+    if not rest:
+        return f"{text}; float: nothing of these"
+    more = f" and {len(rest) - 8} more" if len(rest) > 8 else ""
+    return f"{text}; float: {', '.join(rest[:8])}{more}"
+
+
+def _range(quantizer: Quantizer) -> str:
+    amax = quantizer.amax
+    if not quantizer.calibrated:
+        return "not calibrated"
+    if amax.ndim == 0:
+        return f"{amax:.4g} per tensor"
+    return f"{amax.min():.3g}..{amax.max():.3g} per channel ({len(amax)})"

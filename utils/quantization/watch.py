@@ -1,0 +1,228 @@
+"""What a network computes, found by watching one run: its operations, and who reads whose results.
+
+Nothing is traced symbolically, so every network that runs can be watched, whatever its Python does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from layers.quantized import QuantizedLayer, quantized_form
+
+READS_A_VALUE = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy")
+TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+@dataclass(eq=False)
+class Operation:
+    """One call of a layer or, outside of layers, of a torch function.
+
+    Args:
+        name: the layer's, or that of the module in whose `forward` the function is called.
+        module: the layer; None for a function.
+        function: the function's name; "" for a layer.
+        shapes: of the tensors that it reads.
+        shape: of its first result.
+        macs: multiply-adds of one image.
+        where: file and line of the function's call.
+        reads: what made the tensors that it reads; None for an input of the network.
+        readers: the operations that read its results.
+    """
+
+    name: str
+    module: nn.Module | None
+    function: str
+    shapes: list[tuple[int, ...]]
+    shape: tuple[int, ...]
+    macs: int
+    where: str
+    reads: list[Operation | None]
+    readers: list[Operation] = field(default_factory=list)
+
+
+class Watch(TorchFunctionMode):
+    """Notes the operations of a network while it runs inside of this context.
+
+    Args:
+        images: how many it is run with.
+
+    Attributes:
+        operations: in the order of their calls.
+        inputs: name of each module with children -> arguments of its first call.
+        made_by: name of each module -> the operation whose result its first call returned.
+        result: what the network returned.
+        value_reads: file and line of each place where Python reads a computed value.
+        parameters_read: ids of the parameters that functions read, outside of their layers.
+    """
+
+    def __init__(self, model: nn.Module, images: int):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.made_by: dict[str, Operation | None] = {}
+        self.result: Any = None
+        self.value_reads: list[str] = []
+        self.parameters_read: set[int] = set()
+        self._model = model
+        self._images = images
+        self._owners: list[str] = []
+        self._in_layer = False
+        self._flops = FlopCounterMode(display=False)
+        self._flops_before = 0
+        self._made: dict[int, Operation] = {}
+        # an id names a tensor only as long as that is there
+        self._kept: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        self._hook(self._model, "", set())
+        self._flops.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._flops.__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, module: nn.Module, name: str, seen: set[nn.Module]) -> None:
+        """Look on at each call of a layer, and at which module's `forward` is running."""
+        if module in seen:
+            return
+        seen.add(module)
+        layer = is_layer(module)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer:
+                self._in_layer = True
+                self._flops_before = self._flops.get_total_flops()
+                return
+            self._owners.append(name)
+            # a list may be appended to later: DenseNet's is
+            self.inputs.setdefault(name, tree_map(lambda value: value, (args, kwargs)))
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if layer:
+                self._note(name, module, "", (args, kwargs), out, "")
+                self._in_layer = False
+            else:
+                self._owners.pop()
+            made = [self._made.get(id(tensor)) for tensor in _tensors(out)]
+            self.made_by.setdefault(name, made[0] if made else None)
+
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
+        if not layer:
+            for child_name, child in module.named_children():
+                self._hook(child, f"{name}.{child_name}".lstrip("."), seen)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._in_layer or not self._owners:
+            return function(*args, **kwargs)
+        self._flops_before = self._flops.get_total_flops()
+        out = function(*args, **kwargs)
+        word = getattr(function, "__name__", "")
+        computed = any(id(tensor) in self._made for tensor in _tensors((args, kwargs)))
+        if word in READS_A_VALUE and computed:
+            self.value_reads.append(_where())
+        elif any(True for _ in _tensors(out)):
+            self._note(self._owners[-1], None, word, (args, kwargs), out, _where())
+        return out
+
+    def _note(
+        self, name: str, module: nn.Module | None, function: str, given: Any, out: Any, where: str
+    ) -> None:
+        read, made = list(_tensors(given)), list(_tensors(out))
+        if not made:
+            return
+        parameters = [tensor for tensor in read if isinstance(tensor, nn.Parameter)]
+        self.parameters_read.update(map(id, parameters))
+        read = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
+        flops = self._flops.get_total_flops() - self._flops_before
+        operation = Operation(
+            name,
+            module,
+            function,
+            [tuple(tensor.shape) for tensor in read],
+            tuple(made[0].shape),
+            flops // 2 // self._images,
+            where,
+            [self._made.get(id(tensor)) for tensor in read],
+        )
+        for source in operation.reads:
+            if source is not None:
+                source.readers.append(operation)
+        # what works in place returns the tensor that it read: from now on it is this one's
+        for tensor in made:
+            self._made[id(tensor)] = operation
+        self._kept += made
+        self.operations.append(operation)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one operation: torch's own, a quantized one, or a BatchNorm."""
+    if isinstance(module, (QuantizedLayer, nn.modules.batchnorm._BatchNorm)):
+        return True
+    if quantized_form(module) is not None:
+        return True
+    return type(module).__module__.startswith("torch.nn") and not any(module.children())
+
+
+def watch(model: nn.Module, example: Tensor) -> Watch:
+    """What `model` computes in evaluation mode of images (B, C, H, W)."""
+    with evaluating(model), Watch(model, len(example)) as watched:
+        watched.result = model(example.to(next(model.parameters()).device))
+    return watched
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Meanwhile all of `model` is in evaluation mode, and nothing is kept for gradients."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def example_images(height: int, width: int, channels: int = 3) -> Tensor:
+    """Two images (2, C, H, W) without randomness, as varied as normalised ones."""
+    values = torch.arange(2 * channels * height * width, dtype=torch.float32)
+    return (values * 0.7).sin().reshape(2, channels, height, width)
+
+
+def _tensors(values: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _where() -> str:
+    """File and line of the innermost call that is not torch's or this file's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if place := file_and_line(frame.f_code.co_filename, frame.f_lineno):
+            return place
+        frame = frame.f_back
+    return ""
+
+
+def file_and_line(file: str, line: int) -> str:
+    """`net.py:12`; "" if the file is torch's or of this folder."""
+    ours = file.startswith((TORCH_FOLDER, str(Path(__file__).parent)))
+    return "" if ours else f"{Path(file).name}:{line}"
