@@ -6,7 +6,7 @@
 
 The first form needs torch: it rebuilds the networks from the checkpoint, evaluates them in PyTorch
 and exports them. The second, which the first ends with, evaluates exported files and imports no
-torch: it runs in a deployment container.
+torch: it runs in a deployment container. Where the data set is missing, it measures times alone.
 """
 
 from __future__ import annotations
@@ -144,11 +144,28 @@ def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageDa
     return data
 
 
-def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData:
-    """The images that an earlier export was made with."""
+def require_network(args: Flags, manifest: Manifest) -> None:
+    """Raises UserError if a flag names another network than the export's."""
     network = NetworkSpec(manifest.model, manifest.stem, len(manifest.data.classes))
     flags.agreed_network(args, network)
-    return load_data(args, manifest.data, None, other_images=False)
+
+
+def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData | None:
+    """The images that an earlier export was made with; None: there are none, which is said.
+
+    Raises:
+        UserError: there are none, and accuracies alone are asked for.
+    """
+    require_network(args, manifest)
+    name, _ = flags.agreed_images(args, manifest.data)
+    missing = dataset.MISSING[name](flags.agreed_data_dir(args, None))
+    # a folder that is named must have them
+    if args.data_dir or not missing:
+        return load_data(args, manifest.data, None, other_images=False)
+    if not args.batch_sizes and not args.audit:
+        raise UserError(f"{missing}: name their folder by --data_dir, or a --batch_size to time")
+    print(f"{missing}: times are of random images, accuracies are left out (see --data_dir)")
+    return None
 
 
 def flag_values(args: Flags) -> dict[str, str]:

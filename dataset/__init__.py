@@ -30,6 +30,13 @@ LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
 }
 """Name -> loader of (data_dir, img_size)."""
 
+MISSING: dict[str, Callable[[Path], str]] = {
+    "cifar10": cifar10.missing,
+    "folder": folder.missing,
+    "digits": lambda data_dir: digits.missing(),
+}
+"""Name -> what says that nothing of it is in data_dir; "" if something is, sound or not."""
+
 MIRROR_AND_CUTOUT = {"cifar10": True, "folder": True, "digits": False}
 """Whether an image that is mirrored, or has a part hidden, still shows its class."""
 

@@ -117,6 +117,13 @@ def load(
     return train_images, train_labels, test_images, test_labels, classes
 
 
+def missing(data_dir: Path) -> str:
+    """Says that there is nothing of the data set; "" if there is something."""
+    if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
+        return ""
+    return f"{data_dir.absolute()} has no folders train and test"
+
+
 def other_kind(head: bytes) -> str | None:
     """What a sound file of another kind is, by its first bytes; None if they tell of none."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from utils.checkpoint import Checkpoint
 
+RANDOM_BATCHES = 8
+"""Of the largest size: enough that a back end works on several at a time."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -334,7 +337,8 @@ def choose_backend(
 def evaluate_network(
     network: Network,
     precision: str,
-    data: dataset.ImageData,
+    images: np.ndarray,
+    labels: np.ndarray | None,
     predictions: dict[str, np.ndarray],
     batch_sizes: Sequence[int],
 ) -> list[Row]:
@@ -342,27 +346,26 @@ def evaluate_network(
 
     The latter only where the former is the device's alone. The agreement is with what PyTorch
     predicts in the same precision or, where it was not run in that, in FP32.
+
+    Args:
+        images, labels: the test images (N, H, W, 3) uint8 and their classes (N,); without labels
+            the images are any, and accuracy and agreement are None.
     """
     batch_size = network.evaluation_batch
-    title = f"{network.name} {precision}"
-    predicted = predict(network, data.test_images, batch_size, title)
-
-    in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
-    reference = predictions.get(in_pytorch)
-    row = Row(
-        network.name,
-        precision,
-        **accuracies(predicted, data.test_labels, predictions["FP32"], reference),
-        file_mb=network.path.stat().st_size / 1e6,
-    )
+    row = Row(network.name, precision, file_mb=network.path.stat().st_size / 1e6)
+    if labels is not None:
+        predicted = predict(network, images, batch_size, f"{network.name} {precision}")
+        in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
+        reference = predictions.get(in_pytorch)
+        row = replace(row, **accuracies(predicted, labels, predictions["FP32"], reference))
     if network.layers:
         row.layers = len(network.layers)
         row.int8_layers = sum(layer.precision == "INT8" for layer in network.layers)
 
-    rows = timed_rows(row, network, data.test_images, batch_sizes)
+    rows = timed_rows(row, network, images, batch_sizes)
     if network.device_time:
         end_to_end = replace(row, backend=f"{network.name} end-to-end", batch_size=batch_size)
-        end_to_end.throughput_img_s = end_to_end_img_s(network, data.test_images, batch_size)
+        end_to_end.throughput_img_s = end_to_end_img_s(network, images, batch_size)
         rows.append(end_to_end)
     return rows
 
@@ -371,34 +374,32 @@ def evaluate_export(
     folder: Path,
     manifest: Manifest,
     predictions: dict[str, np.ndarray],
-    data: dataset.ImageData,
+    data: dataset.ImageData | None,
     comparison: Comparison,
 ) -> tuple[list[Row], list[str]]:
     """Evaluate exported files on a back end, while their folder is locked.
 
     Args:
         manifest, predictions: of the export, as `read_export` returns them.
+        data: None: random images are timed, and there are no accuracies.
 
     Returns:
         The rows, and what the audit found: each node meant for INT8 that does not run in it.
 
     Raises:
         UserError: the export is of other test images, or lacks a precision that is asked for by
-            name.
+            name; implicit calibration has no train images.
     """
-    for title, predicted in predictions.items():
-        fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
-        if not fits or not set(predicted) <= set(range(len(data.classes))):
-            raise UserError(f"{folder}: predictions of {title} are not one class for each image")
-    for precision in comparison.precisions:
-        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
-            flag = PRECISIONS[precision].flag
-            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
-
-    # TensorRT's own calibration sees what ours saw
-    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
-    first = train_part[: manifest.quantization.calib_images]
-    backend = choose_backend(folder, comparison, data.train_images[first])
+    if data is None:
+        images, labels = random_images(manifest.data, comparison), None
+    else:
+        images, labels = data.test_images, data.test_labels
+        _require_predictions(folder, predictions, data)
+    _require_precisions(folder, manifest, comparison.precisions)
+    calibration = _calibration_images(manifest, data)
+    if comparison.ptc_mode == "implicit" and len(calibration) == 0:
+        raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
+    backend = choose_backend(folder, comparison, calibration)
 
     rows: list[Row] = []
     complaints: list[str] = []
@@ -409,11 +410,48 @@ def evaluate_export(
             print(f"{precision}: not in this export, no row")
             continue
         network = backend(precision)
-        rows += evaluate_network(network, precision, data, predictions, comparison.batch_sizes)
+        sizes = comparison.batch_sizes
+        rows += evaluate_network(network, precision, images, labels, predictions, sizes)
         if comparison.audit:
             print_engine_layers(network, precision)
             complaints += [f"{precision}: {node}" for node in network.float_nodes(nodes)]
     return rows, complaints
+
+
+def random_images(info: DataSpec, comparison: Comparison) -> np.ndarray:
+    """Some batches of noise (N, H, W, 3) uint8 of an export's size, the same in every run."""
+    count = RANDOM_BATCHES * max(comparison.batch_sizes, default=EVALUATION_BATCH)
+    shape = (count, *image_size(info), 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def image_size(info: DataSpec) -> tuple[int, int]:
+    """Height and width in pixels of what an exported graph takes."""
+    return info.img_size, info.img_size
+
+
+def _calibration_images(manifest: Manifest, data: dataset.ImageData | None) -> np.ndarray:
+    """The images (N, H, W, 3) uint8 of TensorRT's own calibration: those that ours saw."""
+    if data is None:
+        return np.empty((0, *image_size(manifest.data), 3), dtype=np.uint8)
+    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
+    return data.train_images[train_part[: manifest.quantization.calib_images]]
+
+
+def _require_predictions(
+    folder: Path, predictions: dict[str, np.ndarray], data: dataset.ImageData
+) -> None:
+    for title, predicted in predictions.items():
+        fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
+        if not fits or not set(predicted) <= set(range(len(data.classes))):
+            raise UserError(f"{folder}: predictions of {title} are not one class for each image")
+
+
+def _require_precisions(folder: Path, manifest: Manifest, precisions: Sequence[str]) -> None:
+    for precision in precisions:
+        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
+            flag = PRECISIONS[precision].flag
+            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
 
 
 def print_engine_layers(network: Network, precision: str) -> None:
