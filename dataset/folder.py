@@ -9,6 +9,7 @@ import re
 import stat
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def load(
     _require_each_class(test_folders, test_labels)
     if first_rank:
         counts = f"{len(train_images)} train and {len(test_images)} test images"
-        print(f"{counts} of {len(classes)} classes{_describe(left_out)}")
+        print(f"{counts} of {len(classes)} classes{describe(left_out)}")
     return train_images, train_labels, test_images, test_labels, classes
 
 
@@ -122,6 +123,82 @@ def missing(data_dir: Path) -> str:
     if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
         return ""
     return f"{data_dir.absolute()} has no folders train and test"
+
+
+def read_batches(
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    batch_size: int,
+    left_out: LeftOut,
+    refused: list[str],
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Files, and what `load` would read of them: images (B, *size, 3) uint8.
+
+    They come `batch_size` at a time; the last are fewer.
+
+    Args:
+        paths: of images, and of folders that hold images at any depth.
+        size: height and width in pixels that images are resized to.
+        left_out: files in folders that are no images are added to it.
+        refused: what else cannot be used is added to it, a line each.
+    """
+    files = []
+    for path in paths:
+        files += _files_at(path, left_out, refused)
+    named = set(paths)
+    read = partial(_read_one, size=size)
+    ready: list[tuple[Path, np.ndarray]] = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), batch_size):
+            block = files[start : start + batch_size]
+            for path, outcome in zip(block, pool.map(read, block), strict=True):
+                if isinstance(outcome, np.ndarray):
+                    ready.append((path, outcome))
+                elif outcome is not NO_IMAGE:
+                    refused.append(outcome)
+                elif path in named:
+                    refused.append(f"{path} is no image")
+                else:
+                    left_out[NO_IMAGE].append(path.name)
+            # what is short of a batch waits for the next block
+            while len(ready) >= batch_size:
+                yield _stacked(ready[:batch_size])
+                ready = ready[batch_size:]
+    if ready:
+        yield _stacked(ready)
+
+
+def _files_at(path: Path, left_out: LeftOut, refused: list[str]) -> list[Path]:
+    """A file itself, or those below a folder."""
+    faults = len(refused)
+    try:
+        if path.is_dir():
+            files = _files_below(path, left_out, refused)
+            if not files and len(refused) == faults:
+                refused.append(f"{path} holds no files")
+            return files
+        if path.is_file():
+            return [path]
+        # to read a FIFO may wait for ever
+        kind = "not a regular file" if path.exists() else "not there"
+        refused.append(f"{path} is {kind}")
+    except OSError as error:
+        refused.append(f"{path} cannot be read ({error.strerror})")
+    return []
+
+
+def _read_one(path: Path, size: tuple[int, int]) -> np.ndarray | str | tuple[str, str]:
+    """The image (*size, 3) uint8 of a file, else what `_read_image` says is wrong with it."""
+    pixels = np.empty((*size, 3), dtype=np.uint8)
+    try:
+        fault = _read_image(path, pixels)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return pixels if fault is None else fault
+
+
+def _stacked(ready: list[tuple[Path, np.ndarray]]) -> tuple[list[Path], np.ndarray]:
+    return [path for path, _ in ready], np.stack([image for _, image in ready])
 
 
 def other_kind(head: bytes) -> str | None:
@@ -182,11 +259,17 @@ def _files_and_labels(folders: dict[str, Path], left_out: LeftOut) -> tuple[list
     return sum(files_of, []), labels
 
 
-def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
-    """Regular files at any depth, sorted by the parts of their paths."""
+def _files_below(top: Path, left_out: LeftOut, refused: list[str] | None = None) -> list[Path]:
+    """Regular files at any depth, sorted by the parts of their paths.
+
+    Args:
+        refused: where what cannot be looked into is said; None: it raises OSError.
+    """
     # a link to a folder above leads to the images of other classes, and in a circle
-    split = top.parent.resolve()
-    above = [*top.resolve().parents, split, *split.parents]
+    above = [*top.resolve().parents]
+    if top.is_symlink():
+        split = top.parent.resolve()
+        above += [split, *split.parents]
     seen = {_identity(path.stat()) for path in above}
     files = []
     # the last one is the next one
@@ -195,19 +278,21 @@ def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
         path = pending.pop()
         try:
             status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                files.append(path)
+            elif not stat.S_ISDIR(status.st_mode):
+                left_out[NO_FILE].append(path.name)
+            elif _identity(status) not in seen:
+                seen.add(_identity(status))
+                pending += reversed(_visible(path))
         except OSError as error:
-            if error.errno not in NOWHERE:
+            if error.errno in NOWHERE:
+                # a link to nothing is refused when it is read
+                files.append(path)
+            elif refused is None:
                 raise
-            # a link to nothing is refused when it is read
-            files.append(path)
-            continue
-        if stat.S_ISREG(status.st_mode):
-            files.append(path)
-        elif not stat.S_ISDIR(status.st_mode):
-            left_out[NO_FILE].append(path.name)
-        elif _identity(status) not in seen:
-            seen.add(_identity(status))
-            pending += reversed(_visible(path))
+            else:
+                refused.append(f"{path} cannot be read ({error.strerror})")
     return files
 
 
@@ -349,16 +434,21 @@ def _to_rgb(image: Image.Image, img_size: int) -> Image.Image:
     return image
 
 
-def _describe(left_out: LeftOut) -> str:
+def describe(left_out: LeftOut) -> str:
     """Which files are left out and why; empty if none are."""
     if not left_out:
         return ""
     total = sum(len(names) for names in left_out.values())
     parts = []
     for kind, names in left_out.items():
-        plain = [name if name.isprintable() else repr(name) for name in names]
+        plain = [printable(name) for name in names]
         parts.append(f"{len(names)} {kind[len(names) > 1]} ({_first(plain, ', ')})")
     return f"; {total} file{'s' * (total > 1)} left out: {', '.join(parts)}"
+
+
+def printable(text: str) -> str:
+    """A name as a terminal may show it: it may hold what moves the cursor."""
+    return text if text.isprintable() else repr(text)
 
 
 def _first(texts: list[str], separator: str) -> str:

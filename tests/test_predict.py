@@ -1,6 +1,8 @@
 """Exports in use: classes of any images, and times where there is no data set."""
 
+import errno
 import json
+import os
 import shutil
 import urllib.request
 from pathlib import Path
@@ -9,11 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import digits_cut_to
+from PIL import Image
 
 import dataset
 import infer
+from dataset import folder
 from utils import compare, records
+from utils.backends.network import Network
+from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.compare import Comparison
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_latencies")
 
@@ -31,6 +38,281 @@ def export(qat_checkpoint, digits, tmp_path_factory):
 @pytest.fixture
 def export_copy(export, tmp_path):
     return Path(shutil.copytree(export, tmp_path / "onnx"))
+
+
+@pytest.fixture
+def photos(digits, tmp_path):
+    """A folder with ten digits as `0.png` to `9.png`."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    for index in range(10):
+        Image.fromarray(digits.test_images[index]).save(path / f"{index}.png")
+    return path
+
+
+def predict(export, *words):
+    infer.main(["--onnx", str(export), "--backend", "onnxruntime", "--predict", *map(str, words)])
+
+
+def printed(text):
+    """File -> class and probability, as lines say them; and the last line."""
+    *lines, last = text.splitlines()
+    found = {}
+    for line in lines:
+        label, probability, path = line.split(maxsplit=2)
+        found[path] = label, float(probability.removesuffix("%")) / 100
+    return found, last
+
+
+def expected(export, images, precision="int8_qat"):
+    """Classes and probabilities of images (N, H, W, 3) by the textbook formula."""
+    logits = OnnxRuntimeNetwork(export / f"{precision}.onnx")(images).astype(np.float64)
+    exponentials = np.exp(logits)
+    probabilities = exponentials / exponentials.sum(1, keepdims=True)
+    return logits.argmax(1), probabilities.max(1)
+
+
+# predictions
+
+
+def test_each_image_gets_its_class_and_probability(export, photos, digits, capsys):
+    predict(export, photos)
+    found, last = printed(capsys.readouterr().out)
+    assert last == "images predicted by onnxruntime INT8-QAT: 10"
+    assert list(found) == [f"{photos}/{index}.png" for index in range(10)]
+    labels, probabilities = expected(export, digits.test_images[:10])
+    assert [label for label, _ in found.values()] == [str(label) for label in labels]
+    said = [probability for _, probability in found.values()]
+    assert said == pytest.approx(probabilities, abs=1e-4)
+
+
+def test_images_are_predicted_where_only_a_back_end_and_pillow_are_installed(
+    export, photos, run_script
+):
+    words = ["--onnx", export, "--backend", "onnxruntime", "--predict", photos / "3.png"]
+    process = run_script("infer.py", *words, blocked=("torch", "sklearn", "onnx"))
+    assert process.returncode == 0, process.stderr
+    found, last = printed(process.stdout)
+    assert list(found) == [f"{photos}/3.png"]
+    assert last == "images predicted by onnxruntime INT8-QAT: 1"
+
+
+@pytest.mark.parametrize(
+    ("gone", "flags", "used"),
+    [
+        ((), [], "INT8-QAT"),
+        ((), ["--INT8PTC"], "INT8-PTC"),
+        ((), ["--FP32", "--FP32"], "FP32"),
+        (("int8_qat.onnx", "int8_qat_fp16.onnx"), [], "INT8-PTC"),
+        (
+            ("int8_qat.onnx", "int8_qat_fp16.onnx", "int8_ptc.onnx", "int8_ptc_fp16.onnx"),
+            [],
+            "FP32",
+        ),
+    ],
+)
+def test_the_best_int8_that_is_there_predicts_unless_one_is_named(
+    export_copy, photos, capsys, gone, flags, used
+):
+    for name in gone:
+        (export_copy / name).unlink()
+    predict(export_copy, photos / "0.png", *flags)
+    assert printed(capsys.readouterr().out)[1] == f"images predicted by onnxruntime {used}: 1"
+
+
+def test_images_are_read_as_training_reads_them(export, digits, tmp_path, capsys):
+    """Grey, transparent, of another size, turned by the camera, deep in a folder."""
+    deep = tmp_path / "photos" / "deep"
+    deep.mkdir(parents=True)
+    image = Image.fromarray(digits.test_images[4])
+    image.convert("L").resize((50, 70)).save(deep / "grey.png")
+    transparent = image.convert("RGBA")
+    transparent.putalpha(image.convert("L"))
+    transparent.save(deep / "alpha.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(deep / "turned.jpg", exif=turned)
+    (deep / ".hidden.png").write_bytes(b"")
+
+    classes = tmp_path / "set"
+    for split in ("train", "test"):
+        shutil.copytree(deep, classes / split / "a")
+        shutil.copytree(deep, classes / split / "b")
+    read = dataset.load("folder", classes, 32).train_images[:3]
+    capsys.readouterr()
+
+    predict(export, tmp_path / "photos")
+    found, _ = printed(capsys.readouterr().out)
+    assert list(found) == [f"{deep}/{name}" for name in ("alpha.png", "grey.png", "turned.jpg")]
+    labels, probabilities = expected(export, read)
+    assert [label for label, _ in found.values()] == [str(label) for label in labels]
+    said = [probability for _, probability in found.values()]
+    assert said == pytest.approx(probabilities, abs=1e-4)
+
+
+def test_what_cannot_be_used_is_said_in_the_end_and_the_others_are_predicted(
+    export, photos, tmp_path, error_line, capsys, monkeypatch
+):
+    (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:100])
+    Image.new("I;16", (8, 8)).save(photos / "2.png")
+    Image.new("1", (20_000, 20_000)).save(photos / "3.png")
+    (photos / "4.png").unlink()
+    (photos / "4.png").symlink_to("nothing")
+    (photos / "captions.txt").write_text("no image")
+    os.mkfifo(photos / "pipe.png")
+    closed = photos / "closed"
+    closed.mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no image")
+    plain = folder._visible
+
+    def visible(path):
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(folder, "_visible", visible)
+    named = ["empty", "text.txt", "none.png", "photos", "photos/pipe.png"]
+    flags = ["--onnx", export, "--backend", "onnxruntime", "--predict"]
+    line = error_line(infer.main, [*flags, *(tmp_path / name for name in named)])
+    assert line.startswith("error: --predict: 9 of its files cannot be used")
+
+    output, errors = capsys.readouterr()
+    found, last = printed(output)
+    assert list(found) == [f"{photos}/{index}.png" for index in (0, 5, 6, 7, 8, 9)]
+    assert last == (
+        "images predicted by onnxruntime INT8-QAT: 6; 2 files left out: "
+        "1 not a regular file (pipe.png), 1 no image (captions.txt)"
+    )
+    said = errors.splitlines()
+    assert len(said) == 9
+    for path, fault in (
+        (tmp_path / "empty", "holds no files"),
+        (tmp_path / "none.png", "is not there"),
+        (photos / "pipe.png", "is not a regular file"),
+        (closed, "cannot be read (Permission denied)"),
+        (tmp_path / "text.txt", "is no image"),
+        (photos / "1.png", "is not a readable image"),
+        (photos / "2.png", "has more than 8 bits"),
+        (photos / "3.png", "is not a readable image"),
+        (photos / "4.png", "is not a readable image"),
+    ):
+        assert sum(line.startswith(f"{path} {fault}") for line in said) == 1, path
+
+
+def test_a_file_that_may_not_be_read_is_said_and_the_others_are_predicted(
+    export, photos, error_line, capsys, monkeypatch
+):
+    plain = Path.open
+
+    def guarded(path, *args, **options):
+        if path.name == "5.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    words = ["--onnx", export, "--backend", "onnxruntime", "--predict", photos]
+    assert "1 of its files" in error_line(infer.main, words)
+    output, errors = capsys.readouterr()
+    assert len(printed(output)[0]) == 9
+    assert errors == f"{photos}/5.png cannot be read (Permission denied)\n"
+
+
+@pytest.mark.parametrize("content", [None, "no image"])
+def test_a_folder_without_images_is_a_failure(export, tmp_path, error_line, content):
+    (tmp_path / "photos").mkdir()
+    if content:
+        (tmp_path / "photos" / "captions.txt").write_text(content)
+    words = ["--onnx", export, "--backend", "onnxruntime", "--predict", tmp_path / "photos"]
+    assert error_line(infer.main, words).startswith("error: --predict: ")
+
+
+def test_names_that_would_move_the_cursor_are_quoted(export, photos, capsys):
+    (photos / "0.png").rename(photos / "0\x1b[2J\n.png")
+    predict(export, photos)
+    assert "0\\x1b[2J\\n.png'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("place", "named"), [(".", "."), ("below", ".."), (".", "linked")])
+def test_the_folder_in_which_one_is_may_be_named(photos, monkeypatch, place, named):
+    (photos / "below").mkdir()
+    (photos / "linked").symlink_to(photos)
+    (photos.parent / "linked").symlink_to(photos)
+    monkeypatch.chdir(photos / place if named != "linked" else photos.parent)
+    refused = []
+    [(files, images)] = folder.read_batches(
+        [Path(named)], (8, 8), 100, folder.defaultdict(list), refused
+    )
+    assert [path.name for path in files] == [f"{index}.png" for index in range(10)]
+    assert images.shape == (10, 8, 8, 3)
+    assert refused == []
+
+
+def test_batches_are_full_whatever_cannot_be_read(photos):
+    for index in (0, 1, 5):
+        (photos / f"{index}.png").write_bytes(b"")
+    refused = []
+    batches = folder.read_batches([photos], (8, 8), 3, folder.defaultdict(list), refused)
+    names = [[path.name[0] for path in files] for files, _ in batches]
+    assert names == [["2", "3", "4"], ["6", "7", "8"], ["9"]]
+    assert len(refused) == 3
+
+
+class Ahead(Network):
+    """Takes two batches before it gives the logits of the first, as TensorRT's network does."""
+
+    path = Path("graph.onnx")
+
+    def stream(self, batches):
+        waiting = []
+        for batch in batches:
+            if len(waiting) == 2:
+                yield waiting.pop(0)
+            # class i of an image of i, as sure as can be
+            waiting.append(1000.0 * np.eye(3, dtype=np.float32)[batch[:, 0, 0, 0]])
+        yield from waiting
+
+
+def test_predictions_keep_to_their_files_where_batches_are_taken_ahead():
+    batches = []
+    for number in range(5):
+        labels = np.array([number % 3, 1])
+        batches.append(
+            (
+                [Path(str(number)), Path("one")],
+                np.zeros((2, 8, 8, 3), np.uint8) + labels[:, None, None, None].astype(np.uint8),
+            )
+        )
+    found = list(compare.classified(Ahead(), batches, 3))
+    assert found[::2] == [(Path(str(number)), number % 3, 1.0) for number in range(5)]
+    assert found[1::2] == [(Path("one"), 1, 1.0)] * 5
+    with pytest.raises(UserError, match="has 3 classes, not 4"):
+        list(compare.classified(Ahead(), batches, 4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--load_ckpt x", "--predict uses an export: name its folder with --onnx"),
+        ("--onnx {} --FP32 --INT8QAT", "--predict uses one network: name one precision"),
+        ("--onnx {} --record x", "--record: --predict measures nothing"),
+        ("--onnx {} --data_dir x --img_size 32", "--data_dir, --img_size: --predict measures"),
+        ("--onnx {} --audit", "--audit: --predict measures nothing"),
+        ("--onnx {} --ptc_mode implicit", "--ptc_mode implicit: --predict measures nothing"),
+        ("--onnx {} --m resnet50", "--m resnet50 contradicts"),
+    ],
+)
+def test_flags_that_do_not_go_with_predictions_are_refused(export, photos, error_line, flags, said):
+    words = flags.format(export).split()
+    assert said in error_line(infer.main, [*words, "--predict", photos])
+
+
+def test_a_precision_that_was_not_exported_is_one_line(export_copy, photos, error_line):
+    manifest = json.loads((export_copy / "export.json").read_text())
+    del manifest["int8_nodes"]["INT8-PTC"]
+    (export_copy / "export.json").write_text(json.dumps(manifest))
+    words = ["--onnx", export_copy, "--INT8PTC", "--predict", photos]
+    assert f"INT8-PTC is not in {export_copy}" in error_line(infer.main, words)
 
 
 # without a data set

@@ -6,7 +6,8 @@ Only `export_checkpoint` needs torch: exported networks are evaluated where it i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -452,6 +453,62 @@ def _require_precisions(folder: Path, manifest: Manifest, precisions: Sequence[s
         if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
             flag = PRECISIONS[precision].flag
             raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
+
+
+def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tuple[Network, str]:
+    """One network of an export, and its precision, while the export's folder is locked.
+
+    It is the precision that `comparison` names, else the best of those that are there: INT8 of QAT,
+    then INT8 by calibration, then FP32.
+
+    Raises:
+        UserError: it is not there, or the back end cannot run it.
+    """
+    _require_precisions(folder, manifest, comparison.precisions)
+    [precision] = comparison.precisions or [_best_precision(folder, manifest)]
+    backend = choose_backend(folder, comparison, _calibration_images(manifest, None))
+    return backend(precision), precision
+
+
+def _best_precision(folder: Path, manifest: Manifest) -> str:
+    for precision in ("INT8-QAT", "INT8-PTC"):
+        files = [graph_file(precision), graph_file(precision, "fp16")]
+        # a deployment may have but one of the graphs
+        if precision in manifest.int8_nodes and any((folder / file).exists() for file in files):
+            return precision
+    return "FP32"
+
+
+def classified(
+    network: Network, batches: Iterable[tuple[list[Path], np.ndarray]], num_classes: int
+) -> Iterator[tuple[Path, int, float]]:
+    """File, predicted class and its probability, the softmax of the logits, of each image.
+
+    Args:
+        batches: files, and images (B, H, W, 3) uint8.
+
+    Raises:
+        UserError: the network has other than `num_classes` classes.
+    """
+    # a back end may take a batch before it is done with the one before
+    waiting: deque[list[Path]] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for files, batch in batches:
+            waiting.append(files)
+            yield batch
+
+    for logits in network.stream(images()):
+        if logits.shape[1] != num_classes:
+            raise UserError(
+                f"{network.path} has {logits.shape[1]} classes, not {num_classes}: export it again"
+            )
+        # less the largest, so that no exponential overflows
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities = exponentials.max(1) / exponentials.sum(1)
+        yield from zip(
+            waiting.popleft(), logits.argmax(1).tolist(), probabilities.tolist(), strict=True
+        )
 
 
 def print_engine_layers(network: Network, precision: str) -> None:
