@@ -147,16 +147,22 @@ def measures(args: Flags) -> str:
 
 
 def load_data(
-    args: Flags, known: DataSpec, data_dir: str | None, other_images: bool
+    args: Flags,
+    known: DataSpec,
+    data_dir: str | None = None,
+    other_images: bool = False,
+    test_digest: str | None = None,
 ) -> dataset.ImageData:
     """The images that a checkpoint or an export was made with.
 
     Args:
         data_dir: where they were then.
+        other_images, test_digest: as `compare.load_data` takes them.
     """
     name, img_size = flags.agreed_images(args, known)
     folder = flags.agreed_data_dir(args, data_dir)
-    return compare.load_data(name, folder, img_size, known, other_images, mend="export again")
+    mend = "export again"
+    return compare.load_data(name, folder, img_size, known, other_images, mend, test_digest)
 
 
 def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
@@ -189,7 +195,9 @@ def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData | None:
     missing = dataset.MISSING[name](flags.agreed_data_dir(args, None))
     # a folder that is named must have them
     if args.data_dir or not missing:
-        return load_data(args, manifest.data, None, other_images=False)
+        # train images are for TensorRT's own calibration alone
+        digest = None if args.ptc_mode == "implicit" else manifest.test_digest
+        return load_data(args, manifest.data, test_digest=digest)
     if not args.batch_sizes and not args.audit:
         raise UserError(f"{missing}: name their folder by --data_dir, or a --batch_size to time")
     print(f"{missing}: times are of random images, accuracies are left out (see --data_dir)")

@@ -69,7 +69,7 @@ SHOWN = 3
 
 
 def load(
-    data_dir: Path, img_size: int
+    data_dir: Path, img_size: int, test_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names.
 
@@ -77,21 +77,25 @@ def load(
     folders in `train`. Links are followed, hidden names never count. Prints how many images there
     are, and which files are none.
 
+    Args:
+        test_only: there are no train images, and the folders in `test` are the classes.
+
     Raises:
         UserError: a folder is missing or holds no images, the two splits have different classes,
             images cannot be read or have more than 8 bits a channel, or do not fit into memory.
         OSError: the system cannot read a file or a folder now.
     """
     left_out: LeftOut = defaultdict(list)
-    train_folders = _class_folders(data_dir / "train", left_out)
+    train_folders = {} if test_only else _class_folders(data_dir / "train", left_out)
     test_folders = _class_folders(data_dir / "test", left_out)
-    classes = tuple(train_folders)
+    classes = tuple(test_folders if test_only else train_folders)
     if classes != tuple(test_folders):
         differing = ", ".join(sorted(train_folders.keys() ^ test_folders.keys()))
         raise UserError(f"{data_dir}: train and test have different class folders: {differing}")
     if len(classes) < 2:
         raise UserError(
-            f"{data_dir}/train holds {len(classes)} class folders; at least 2 are needed"
+            f"{data_dir}/{'test' if test_only else 'train'} holds {len(classes)} class folders; "
+            "at least 2 are needed"
         )
 
     # all files are known before the first is read, which may take long
@@ -254,7 +258,8 @@ def _visible(folder: Path) -> list[Path]:
 def _files_and_labels(folders: dict[str, Path], left_out: LeftOut) -> tuple[list[Path], np.ndarray]:
     """All files of a split's class folders, and the number of each one's class."""
     files_of = [_files_below(folder, left_out) for folder in folders.values()]
-    labels = np.repeat(np.arange(len(files_of)), [len(files) for files in files_of])
+    counts = np.array([len(files) for files in files_of], dtype=np.int64)
+    labels = np.repeat(np.arange(len(files_of)), counts)
     _require_each_class(folders, labels)
     return sum(files_of, []), labels
 

@@ -19,7 +19,6 @@ from dataset import folder
 from utils import compare, records
 from utils.backends.network import Network
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
-from utils.compare import Comparison
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_latencies")
@@ -38,6 +37,15 @@ def export(qat_checkpoint, digits, tmp_path_factory):
 @pytest.fixture
 def export_copy(export, tmp_path):
     return Path(shutil.copytree(export, tmp_path / "onnx"))
+
+
+def edit_manifest(export, **values):
+    """Change fields of the manifest or of its `data`."""
+    path = export / "export.json"
+    manifest = json.loads(path.read_text())
+    for name, value in values.items():
+        (manifest["data"] if name in manifest["data"] else manifest)[name] = value
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -308,9 +316,7 @@ def test_flags_that_do_not_go_with_predictions_are_refused(export, photos, error
 
 
 def test_a_precision_that_was_not_exported_is_one_line(export_copy, photos, error_line):
-    manifest = json.loads((export_copy / "export.json").read_text())
-    del manifest["int8_nodes"]["INT8-PTC"]
-    (export_copy / "export.json").write_text(json.dumps(manifest))
+    edit_manifest(export_copy, int8_nodes={"FP32": [], "INT8-QAT": []})
     words = ["--onnx", export_copy, "--INT8PTC", "--predict", photos]
     assert f"INT8-PTC is not in {export_copy}" in error_line(infer.main, words)
 
@@ -321,9 +327,7 @@ def test_a_precision_that_was_not_exported_is_one_line(export_copy, photos, erro
 @pytest.fixture
 def of_cifar10(export_copy, tmp_path, monkeypatch):
     """The export, said to be of CIFAR-10, in a folder without it; nothing may be downloaded."""
-    manifest = json.loads((export_copy / "export.json").read_text())
-    manifest["data"] |= {"dataset": "cifar10", "classes": list(dataset.cifar10.CLASSES)}
-    (export_copy / "export.json").write_text(json.dumps(manifest))
+    edit_manifest(export_copy, dataset="cifar10", classes=list(dataset.cifar10.CLASSES))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", None)
     return export_copy
@@ -388,11 +392,9 @@ def test_accuracy_alone_needs_the_data_set(of_cifar10, tmp_path, error_line):
 
 
 def test_a_data_dir_that_is_named_must_have_the_data_set(export_copy, tmp_path, error_line):
-    manifest = json.loads((export_copy / "export.json").read_text())
-    manifest["data"]["dataset"] = "folder"
-    (export_copy / "export.json").write_text(json.dumps(manifest))
+    edit_manifest(export_copy, dataset="folder")
     words = ["--onnx", export_copy, "--backend", "onnxruntime", "--data_dir", tmp_path / "none"]
-    assert f"{tmp_path}/none/train is missing" in error_line(infer.main, words)
+    assert f"{tmp_path}/none/test is missing" in error_line(infer.main, words)
 
 
 def test_tensorrts_own_calibration_needs_the_train_images(of_cifar10, error_line):
@@ -401,13 +403,61 @@ def test_tensorrts_own_calibration_needs_the_train_images(of_cifar10, error_line
     assert line == "error: --ptc_mode implicit needs the train images: name them with --data_dir"
 
 
+@pytest.fixture
+def of_test_folder(export_copy, digits, tmp_path):
+    """Flags for the export, said to be of class folders of test images alone.
+
+    Image i is said to be of class i modulo 10.
+    """
+    for index in range(40):
+        path = tmp_path / "images" / "test" / digits.classes[index % 10] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.test_images[index]).save(path)
+    data = dataset.load("folder", tmp_path / "images", test_only=True)
+    assert data.train_images.shape == (0, 32, 32, 3)
+    edit_manifest(export_copy, test_digest=data.test_digest(), dataset="folder")
+    words = f"--onnx {export_copy} --data_dir {tmp_path}/images --INT8PTC --batch_size"
+    return words.split()
+
+
+def test_accuracy_needs_the_test_images_alone(
+    of_test_folder, export, digits, tmp_path, monkeypatch, capsys
+):
+    record = ["--backend", "onnxruntime", "--record", tmp_path / "record.json"]
+    infer.main([*of_test_folder, *map(str, record)])
+    assert "0 train and 40 test images of 10 classes\n" in capsys.readouterr().out
+    labels, _ = expected(export, digits.test_images[:40], "int8_ptc")
+    row = json.loads((tmp_path / "record.json").read_text())["rows"][-1]
+    assert row["precision"] == "INT8-PTC"
+    assert row["accuracy_pct"] == 100 * np.mean(labels == np.arange(40) % 10)
+
+
+def test_test_images_must_be_those_of_the_export(of_test_folder, tmp_path, error_line):
+    path = next((tmp_path / "images" / "test" / "3").iterdir())
+    Image.new("RGB", (32, 32)).save(path)
+    line = error_line(infer.main, [*of_test_folder, "--backend", "onnxruntime"])
+    assert "other images, or in another order" in line
+
+
+@pytest.mark.parametrize("needed_by", ["implicit", "an earlier version"])
+def test_train_images_are_needed_where_they_are_used_or_checked(
+    of_test_folder, export_copy, tmp_path, error_line, needed_by
+):
+    words = of_test_folder
+    if needed_by == "implicit":
+        words += ["--ptc_mode", "implicit"]
+    else:
+        edit_manifest(export_copy, test_digest=None)
+    assert f"{tmp_path}/images/train is missing" in error_line(infer.main, words)
+
+
 def test_random_images_are_those_of_every_run_in_the_graphs_size():
     info = SimpleNamespace(img_size=8)
-    images = compare.random_images(info, Comparison(batch_sizes=(1, 4)))
-    assert images.shape == (4 * compare.RANDOM_BATCHES, 8, 8, 3)
+    images = compare.random_images(info, 40)
+    assert images.shape == (40, 8, 8, 3)
     assert images.dtype == np.uint8
     assert images.std() > 70
-    assert np.array_equal(images, compare.random_images(info, Comparison(batch_sizes=(4,))))
+    assert np.array_equal(images, compare.random_images(info, 40))
 
 
 def test_a_network_without_accuracies_has_dashes_in_the_table():

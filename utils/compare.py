@@ -125,6 +125,7 @@ def load_data(
     known: DataSpec | None,
     other_images: bool = False,
     mend: str = "",
+    test_digest: str | None = None,
 ) -> dataset.ImageData:
     """A data set, and whether it is the one that a checkpoint or an export was made with.
 
@@ -133,18 +134,23 @@ def load_data(
         known: what that says of its images; None: there is none.
         other_images: the images may be others, of the same classes.
         mend: what else than naming the same images a user of others can do.
+        test_digest: of the test images, where the train images are of no use.
 
     Raises:
         UserError: the files hold something else, or cannot be read.
     """
-    data = dataset.load(name, data_dir, img_size)
+    data = dataset.load(name, data_dir, img_size, test_only=test_digest is not None)
     if known is None:
         return data
     if list(data.classes) != known.classes:
         raise UserError(
             f"--data_dir {data_dir}: classes differ from those the network was trained on"
         )
-    if not other_images and known.digest not in (None, data.digest()):
+    if test_digest is not None:
+        same = test_digest == data.test_digest()
+    else:
+        same = other_images or known.digest in (None, data.digest())
+    if not same:
         raise UserError(
             f"--data_dir {data_dir}: other images, or in another order, than the checkpoint or "
             f"export was made with; name those{mend and f', or {mend}'}"
@@ -210,6 +216,7 @@ def export_checkpoint(
             files={path.name: sha256(path) for path in draft.iterdir()},
             environment=records.environment(["pytorch"]),
             rows=rows,
+            test_digest=data.test_digest(),
         )
         records.write(draft / MANIFEST, manifest)
     print(f"exported to {folder}")
@@ -392,15 +399,13 @@ def evaluate_export(
             name; implicit calibration has no train images.
     """
     if data is None:
-        images, labels = random_images(manifest.data, comparison), None
+        count = RANDOM_BATCHES * max(comparison.batch_sizes, default=EVALUATION_BATCH)
+        images, labels = random_images(manifest.data, count), None
     else:
         images, labels = data.test_images, data.test_labels
         _require_predictions(folder, predictions, data)
     _require_precisions(folder, manifest, comparison.precisions)
-    calibration = _calibration_images(manifest, data)
-    if comparison.ptc_mode == "implicit" and len(calibration) == 0:
-        raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
-    backend = choose_backend(folder, comparison, calibration)
+    backend = choose_backend(folder, comparison, _calibration_images(manifest, data, comparison))
 
     rows: list[Row] = []
     complaints: list[str] = []
@@ -419,9 +424,23 @@ def evaluate_export(
     return rows, complaints
 
 
-def random_images(info: DataSpec, comparison: Comparison) -> np.ndarray:
-    """Some batches of noise (N, H, W, 3) uint8 of an export's size, the same in every run."""
-    count = RANDOM_BATCHES * max(comparison.batch_sizes, default=EVALUATION_BATCH)
+def _calibration_images(
+    manifest: Manifest, data: dataset.ImageData | None, comparison: Comparison
+) -> np.ndarray:
+    """The images (N, H, W, 3) uint8 of TensorRT's own calibration: those that ours saw.
+
+    Without that there are none.
+    """
+    if comparison.ptc_mode != "implicit":
+        return random_images(manifest.data, 0)
+    if data is None:
+        raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
+    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
+    return data.train_images[train_part[: manifest.quantization.calib_images]]
+
+
+def random_images(info: DataSpec, count: int) -> np.ndarray:
+    """Noise (count, H, W, 3) uint8 of an export's size, the same in every run."""
     shape = (count, *image_size(info), 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -429,14 +448,6 @@ def random_images(info: DataSpec, comparison: Comparison) -> np.ndarray:
 def image_size(info: DataSpec) -> tuple[int, int]:
     """Height and width in pixels of what an exported graph takes."""
     return info.img_size, info.img_size
-
-
-def _calibration_images(manifest: Manifest, data: dataset.ImageData | None) -> np.ndarray:
-    """The images (N, H, W, 3) uint8 of TensorRT's own calibration: those that ours saw."""
-    if data is None:
-        return np.empty((0, *image_size(manifest.data), 3), dtype=np.uint8)
-    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
-    return data.train_images[train_part[: manifest.quantization.calib_images]]
 
 
 def _require_predictions(
@@ -466,7 +477,7 @@ def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tu
     """
     _require_precisions(folder, manifest, comparison.precisions)
     [precision] = comparison.precisions or [_best_precision(folder, manifest)]
-    backend = choose_backend(folder, comparison, _calibration_images(manifest, None))
+    backend = choose_backend(folder, comparison, random_images(manifest.data, 0))
     return backend(precision), precision
 
 
