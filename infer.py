@@ -3,10 +3,12 @@
 
     python infer.py --m resnet18 --load_ckpt /tmp/pytorch_exp_1/ckpt_best --quantize --INT8QAT
     python infer.py --onnx /tmp/pytorch_exp_1/ckpt_best_onnx
+    python infer.py --onnx /tmp/pytorch_exp_1/ckpt_best_onnx --predict IMAGE_OR_FOLDER ...
 
 The first form needs torch: it rebuilds the networks from the checkpoint, evaluates them in PyTorch
 and exports them. The second, which the first ends with, evaluates exported files and imports no
-torch: it runs in a deployment container.
+torch: it runs in a deployment container. Where the data set is missing, it measures times alone.
+The third uses one of the networks: it prints the class of each image.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from utils.errors import UserError, run  # first: it is ready for Ctrl-C during 
 
 # isort: split
 import argparse
+import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import dataset
+from dataset.folder import LeftOut, describe, printable, read_batches
 from utils import compare, flags, records
 from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
 from utils.files import locked, real_path, user_path
@@ -36,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("export").add_argument
     add("--onnx", type=user_path, metavar="DIR", help="evaluate an earlier export; needs no torch")
     add("--onnx_dir", type=user_path, metavar="DIR", help="where to export (default: CKPT_onnx)")
+    images = "print class and probability of each image, by one network of --onnx"
+    add("--predict", type=user_path, nargs="+", metavar="IMAGE_OR_FOLDER", help=images)
     add("--export_only", action="store_true", help="run only PyTorch here, engines elsewhere")
 
     add = parser.add_argument_group("comparison").add_argument
@@ -62,6 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 REFUSALS: tuple[Refusal, ...] = (
     *COMPARISON_REFUSALS,
+    (
+        lambda args: args.predict and not args.onnx,
+        "--predict uses an export: name its folder with --onnx",
+    ),
+    (
+        lambda args: args.predict and measures(args),
+        "{0}: --predict measures nothing and reads no data set; drop it",
+    ),
+    (
+        lambda args: args.predict and len(set(args.precisions or ())) > 1,
+        "--predict uses one network: name one precision",
+    ),
     (
         lambda args: (args.onnx is None) == (args.load_ckpt is None),
         "name a checkpoint with --load_ckpt, or files exported earlier with --onnx",
@@ -118,17 +137,32 @@ def named_int8(args: Flags) -> bool:
     return any(PRECISIONS[name].int8 for name in args.precisions)
 
 
+def measures(args: Flags) -> str:
+    """The flags given that are for measuring alone."""
+    if args.audit:
+        return "--audit"
+    if args.ptc_mode == "implicit":
+        return "--ptc_mode implicit"
+    return flags.given(args, ("record", "plot", "dataset", "data_dir", "img_size"))
+
+
 def load_data(
-    args: Flags, known: DataSpec, data_dir: str | None, other_images: bool
+    args: Flags,
+    known: DataSpec,
+    data_dir: str | None = None,
+    other_images: bool = False,
+    test_digest: str | None = None,
 ) -> dataset.ImageData:
     """The images that a checkpoint or an export was made with.
 
     Args:
         data_dir: where they were then.
+        other_images, test_digest: as `compare.load_data` takes them.
     """
     name, img_size = flags.agreed_images(args, known)
     folder = flags.agreed_data_dir(args, data_dir)
-    return compare.load_data(name, folder, img_size, known, other_images, mend="export again")
+    mend = "export again"
+    return compare.load_data(name, folder, img_size, known, other_images, mend, test_digest)
 
 
 def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
@@ -144,11 +178,66 @@ def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageDa
     return data
 
 
-def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData:
-    """The images that an earlier export was made with."""
+def require_network(args: Flags, manifest: Manifest) -> None:
+    """Raises UserError if a flag names another network than the export's."""
     network = NetworkSpec(manifest.model, manifest.stem, len(manifest.data.classes))
     flags.agreed_network(args, network)
-    return load_data(args, manifest.data, None, other_images=False)
+
+
+def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData | None:
+    """The images that an earlier export was made with; None: there are none, which is said.
+
+    Raises:
+        UserError: there are none, and accuracies alone are asked for.
+    """
+    require_network(args, manifest)
+    name, _ = flags.agreed_images(args, manifest.data)
+    missing = dataset.MISSING[name](flags.agreed_data_dir(args, None))
+    # a folder that is named must have them
+    if args.data_dir or not missing:
+        # train images are for TensorRT's own calibration alone
+        digest = None if args.ptc_mode == "implicit" else manifest.test_digest
+        return load_data(args, manifest.data, test_digest=digest)
+    if not args.batch_sizes and not args.audit:
+        raise UserError(f"{missing}: name their folder by --data_dir, or a --batch_size to time")
+    print(f"{missing}: times are of random images, accuracies are left out (see --data_dir)")
+    return None
+
+
+def predict(args: Flags, comparison: Comparison) -> None:
+    """Print class and probability of each image that --predict names.
+
+    Raises:
+        UserError: there are none, or some cannot be used; the others are predicted.
+    """
+    # others may export there once the network is loaded
+    with locked(args.onnx):
+        manifest, _ = read_export(args.onnx)
+        require_network(args, manifest)
+        network, precision = compare.load_network(args.onnx, manifest, comparison)
+
+    # one line for each image, as soon as it is predicted
+    left_out: LeftOut = defaultdict(list)
+    refused: list[str] = []
+    size = compare.image_size(manifest.data)
+    batches = read_batches(args.predict, size, network.evaluation_batch, left_out, refused)
+    classes = [printable(name) for name in manifest.data.classes]
+    width = max(map(len, classes))
+    count = 0
+    for path, label, probability in compare.classified(network, batches, len(classes)):
+        print(f"{classes[label]:{width}}  {probability:7.2%}  {printable(str(path))}")
+        count += 1
+    print(
+        f"images predicted by {network.name} {precision}: {count}{describe(left_out)}", flush=True
+    )
+
+    # what cannot be used
+    for line in refused:
+        print(printable(line), file=sys.stderr)
+    if refused:
+        raise UserError(f"--predict: {len(refused)} of its files cannot be used; mend or drop them")
+    if count == 0:
+        raise UserError("--predict: there are no images; name a file or a folder of images")
 
 
 def flag_values(args: Flags) -> dict[str, str]:
@@ -167,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.export_only and args.batch_sizes == DEFAULT.batch_sizes:
         args.batch_sizes = ()  # times belong to where the export will run
     comparison = Comparison.of(args)
+    if args.predict:
+        predict(args, comparison)
+        return
 
     # the files, then what a back end makes of them; nobody else may export there meanwhile
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)

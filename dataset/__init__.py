@@ -23,12 +23,19 @@ MAX_SIZE = 4096
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """Train images, train labels, test images, test labels, class names."""
 
-LOADERS: dict[str, Callable[[Path, int], Arrays]] = {
-    "cifar10": lambda data_dir, img_size: cifar10.load(data_dir),
+LOADERS: dict[str, Callable[[Path, int, bool], Arrays]] = {
+    "cifar10": lambda data_dir, img_size, test_only: cifar10.load(data_dir),
     "folder": folder.load,
-    "digits": lambda data_dir, img_size: digits.load(),
+    "digits": lambda data_dir, img_size, test_only: digits.load(),
 }
-"""Name -> loader of (data_dir, img_size)."""
+"""Name -> loader of (data_dir, img_size, test_only)."""
+
+MISSING: dict[str, Callable[[Path], str]] = {
+    "cifar10": cifar10.missing,
+    "folder": folder.missing,
+    "digits": lambda data_dir: digits.missing(),
+}
+"""Name -> what says that nothing of it is in data_dir; "" if something is, sound or not."""
 
 MIRROR_AND_CUTOUT = {"cifar10": True, "folder": True, "digits": False}
 """Whether an image that is mirrored, or has a part hidden, still shows its class."""
@@ -52,10 +59,11 @@ class ImageData:
 
     def digest(self) -> str:
         """Tells these images and labels, in their order, from any others."""
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+        return _digest(self.train_images, self.train_labels, self.test_images, self.test_labels)
+
+    def test_digest(self) -> str:
+        """The same of the test images alone."""
+        return _digest(self.test_images, self.test_labels)
 
     def split(
         self, seed: int
@@ -74,7 +82,16 @@ class ImageData:
         )
 
 
-def load(name: str, data_dir: Path, img_size: int | None = None) -> ImageData:
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def load(
+    name: str, data_dir: Path, img_size: int | None = None, test_only: bool = False
+) -> ImageData:
     """Load a data set and check it.
 
     Args:
@@ -82,6 +99,7 @@ def load(name: str, data_dir: Path, img_size: int | None = None) -> ImageData:
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
         img_size: height and width in pixels that images of "folder" are resized to (default: 32);
             the others are 32 pixels wide.
+        test_only: the train images are of no use, and there may be none.
 
     Raises:
         UserError: files absent, damaged or of another kind; wrong shapes; labels out of range; a
@@ -94,9 +112,10 @@ def load(name: str, data_dir: Path, img_size: int | None = None) -> ImageData:
     if not MIN_SIZE <= img_size <= MAX_SIZE:
         # it may have more digits than Python writes
         raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
-    loaded = LOADERS[name](Path(data_dir), img_size)
+    loaded = LOADERS[name](Path(data_dir), img_size, test_only)
     train_images, train_labels, test_images, test_labels, classes = loaded
-    _check(f"{name} (train)", train_images, train_labels, len(classes))
+    if not test_only:
+        _check(f"{name} (train)", train_images, train_labels, len(classes))
     _check(f"{name} (test)", test_images, test_labels, len(classes))
     train_shape, test_shape = train_images.shape[1:], test_images.shape[1:]
     if train_shape != test_shape:

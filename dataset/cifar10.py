@@ -19,6 +19,7 @@ from utils.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE = URL.split("/")[-1]
 MD5 = "c58f30108f718f92721af3b95e74349a"
 
 TRAIN_BATCHES = tuple(f"data_batch_{index}" for index in range(1, 6))
@@ -52,6 +53,20 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     train_images = np.concatenate([images for images, _ in train])
     train_labels = np.concatenate([labels for _, labels in train])
     return train_images, train_labels, *_read_batch(batches / TEST_BATCH), CLASSES
+
+
+def missing(data_dir: Path) -> str:
+    """Says that `load` would find nothing and download it; "" if there is something."""
+    files = ("cifar10.npz", ARCHIVE)
+    folders = ("cifar-10-batches-py", "train")
+    # data_dir itself may be the folder of batches
+    batches = (TEST_BATCH, TRAIN_BATCHES[0])
+    found = (
+        any((data_dir / name).is_file() for name in files)
+        or any((data_dir / name).is_dir() for name in folders)
+        or any((data_dir / name).exists() for name in batches)
+    )
+    return "" if found else f"CIFAR-10 is not in {data_dir.absolute()}"
 
 
 def _read_folders(
@@ -165,7 +180,7 @@ def _unpack(archive: bytes, batches: Path) -> None:
 
 def _present(data_dir: Path) -> bytes | None:
     """The archive in `data_dir`, None if there is none."""
-    path = data_dir / URL.split("/")[-1]
+    path = data_dir / ARCHIVE
     if not path.is_file():
         return None
     return _sound(path.read_bytes(), str(path), "delete it and fetch it again")

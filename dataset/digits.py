@@ -9,6 +9,15 @@ SCALE = 4
 """8x8 pixels -> 32x32."""
 
 
+def missing() -> str:
+    """Says that they are not here; "" if they are."""
+    try:
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError:
+        return "scikit-learn, which holds the digits, is not installed"
+    return ""
+
+
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names; (N, 32, 32, 3) uint8.
 

@@ -9,6 +9,7 @@ import re
 import stat
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,7 @@ SHOWN = 3
 
 
 def load(
-    data_dir: Path, img_size: int
+    data_dir: Path, img_size: int, test_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names.
 
@@ -76,21 +77,25 @@ def load(
     folders in `train`. Links are followed, hidden names never count. Prints how many images there
     are, and which files are none.
 
+    Args:
+        test_only: there are no train images, and the folders in `test` are the classes.
+
     Raises:
         UserError: a folder is missing or holds no images, the two splits have different classes,
             images cannot be read or have more than 8 bits a channel, or do not fit into memory.
         OSError: the system cannot read a file or a folder now.
     """
     left_out: LeftOut = defaultdict(list)
-    train_folders = _class_folders(data_dir / "train", left_out)
+    train_folders = {} if test_only else _class_folders(data_dir / "train", left_out)
     test_folders = _class_folders(data_dir / "test", left_out)
-    classes = tuple(train_folders)
+    classes = tuple(test_folders if test_only else train_folders)
     if classes != tuple(test_folders):
         differing = ", ".join(sorted(train_folders.keys() ^ test_folders.keys()))
         raise UserError(f"{data_dir}: train and test have different class folders: {differing}")
     if len(classes) < 2:
         raise UserError(
-            f"{data_dir}/train holds {len(classes)} class folders; at least 2 are needed"
+            f"{data_dir}/{'test' if test_only else 'train'} holds {len(classes)} class folders; "
+            "at least 2 are needed"
         )
 
     # all files are known before the first is read, which may take long
@@ -113,8 +118,91 @@ def load(
     _require_each_class(test_folders, test_labels)
     if first_rank:
         counts = f"{len(train_images)} train and {len(test_images)} test images"
-        print(f"{counts} of {len(classes)} classes{_describe(left_out)}")
+        print(f"{counts} of {len(classes)} classes{describe(left_out)}")
     return train_images, train_labels, test_images, test_labels, classes
+
+
+def missing(data_dir: Path) -> str:
+    """Says that there is nothing of the data set; "" if there is something."""
+    if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
+        return ""
+    return f"{data_dir.absolute()} has no folders train and test"
+
+
+def read_batches(
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    batch_size: int,
+    left_out: LeftOut,
+    refused: list[str],
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Files, and what `load` would read of them: images (B, *size, 3) uint8.
+
+    They come `batch_size` at a time; the last are fewer.
+
+    Args:
+        paths: of images, and of folders that hold images at any depth.
+        size: height and width in pixels that images are resized to.
+        left_out: files in folders that are no images are added to it.
+        refused: what else cannot be used is added to it, a line each.
+    """
+    files = []
+    for path in paths:
+        files += _files_at(path, left_out, refused)
+    named = set(paths)
+    read = partial(_read_one, size=size)
+    ready: list[tuple[Path, np.ndarray]] = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), batch_size):
+            block = files[start : start + batch_size]
+            for path, outcome in zip(block, pool.map(read, block), strict=True):
+                if isinstance(outcome, np.ndarray):
+                    ready.append((path, outcome))
+                elif outcome is not NO_IMAGE:
+                    refused.append(outcome)
+                elif path in named:
+                    refused.append(f"{path} is no image")
+                else:
+                    left_out[NO_IMAGE].append(path.name)
+            # what is short of a batch waits for the next block
+            while len(ready) >= batch_size:
+                yield _stacked(ready[:batch_size])
+                ready = ready[batch_size:]
+    if ready:
+        yield _stacked(ready)
+
+
+def _files_at(path: Path, left_out: LeftOut, refused: list[str]) -> list[Path]:
+    """A file itself, or those below a folder."""
+    faults = len(refused)
+    try:
+        if path.is_dir():
+            files = _files_below(path, left_out, refused)
+            if not files and len(refused) == faults:
+                refused.append(f"{path} holds no files")
+            return files
+        if path.is_file():
+            return [path]
+        # to read a FIFO may wait for ever
+        kind = "not a regular file" if path.exists() else "not there"
+        refused.append(f"{path} is {kind}")
+    except OSError as error:
+        refused.append(f"{path} cannot be read ({error.strerror})")
+    return []
+
+
+def _read_one(path: Path, size: tuple[int, int]) -> np.ndarray | str | tuple[str, str]:
+    """The image (*size, 3) uint8 of a file, else what `_read_image` says is wrong with it."""
+    pixels = np.empty((*size, 3), dtype=np.uint8)
+    try:
+        fault = _read_image(path, pixels)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return pixels if fault is None else fault
+
+
+def _stacked(ready: list[tuple[Path, np.ndarray]]) -> tuple[list[Path], np.ndarray]:
+    return [path for path, _ in ready], np.stack([image for _, image in ready])
 
 
 def other_kind(head: bytes) -> str | None:
@@ -170,16 +258,23 @@ def _visible(folder: Path) -> list[Path]:
 def _files_and_labels(folders: dict[str, Path], left_out: LeftOut) -> tuple[list[Path], np.ndarray]:
     """All files of a split's class folders, and the number of each one's class."""
     files_of = [_files_below(folder, left_out) for folder in folders.values()]
-    labels = np.repeat(np.arange(len(files_of)), [len(files) for files in files_of])
+    counts = np.array([len(files) for files in files_of], dtype=np.int64)
+    labels = np.repeat(np.arange(len(files_of)), counts)
     _require_each_class(folders, labels)
     return sum(files_of, []), labels
 
 
-def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
-    """Regular files at any depth, sorted by the parts of their paths."""
+def _files_below(top: Path, left_out: LeftOut, refused: list[str] | None = None) -> list[Path]:
+    """Regular files at any depth, sorted by the parts of their paths.
+
+    Args:
+        refused: where what cannot be looked into is said; None: it raises OSError.
+    """
     # a link to a folder above leads to the images of other classes, and in a circle
-    split = top.parent.resolve()
-    above = [*top.resolve().parents, split, *split.parents]
+    above = [*top.resolve().parents]
+    if top.is_symlink():
+        split = top.parent.resolve()
+        above += [split, *split.parents]
     seen = {_identity(path.stat()) for path in above}
     files = []
     # the last one is the next one
@@ -188,19 +283,21 @@ def _files_below(top: Path, left_out: LeftOut) -> list[Path]:
         path = pending.pop()
         try:
             status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                files.append(path)
+            elif not stat.S_ISDIR(status.st_mode):
+                left_out[NO_FILE].append(path.name)
+            elif _identity(status) not in seen:
+                seen.add(_identity(status))
+                pending += reversed(_visible(path))
         except OSError as error:
-            if error.errno not in NOWHERE:
+            if error.errno in NOWHERE:
+                # a link to nothing is refused when it is read
+                files.append(path)
+            elif refused is None:
                 raise
-            # a link to nothing is refused when it is read
-            files.append(path)
-            continue
-        if stat.S_ISREG(status.st_mode):
-            files.append(path)
-        elif not stat.S_ISDIR(status.st_mode):
-            left_out[NO_FILE].append(path.name)
-        elif _identity(status) not in seen:
-            seen.add(_identity(status))
-            pending += reversed(_visible(path))
+            else:
+                refused.append(f"{path} cannot be read ({error.strerror})")
     return files
 
 
@@ -342,16 +439,21 @@ def _to_rgb(image: Image.Image, img_size: int) -> Image.Image:
     return image
 
 
-def _describe(left_out: LeftOut) -> str:
+def describe(left_out: LeftOut) -> str:
     """Which files are left out and why; empty if none are."""
     if not left_out:
         return ""
     total = sum(len(names) for names in left_out.values())
     parts = []
     for kind, names in left_out.items():
-        plain = [name if name.isprintable() else repr(name) for name in names]
+        plain = [printable(name) for name in names]
         parts.append(f"{len(names)} {kind[len(names) > 1]} ({_first(plain, ', ')})")
     return f"; {total} file{'s' * (total > 1)} left out: {', '.join(parts)}"
+
+
+def printable(text: str) -> str:
+    """A name as a terminal may show it: it may hold what moves the cursor."""
+    return text if text.isprintable() else repr(text)
 
 
 def _first(texts: list[str], separator: str) -> str:

@@ -6,7 +6,8 @@ Only `export_checkpoint` needs torch: exported networks are evaluated where it i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from utils.checkpoint import Checkpoint
+
+RANDOM_BATCHES = 8
+"""Of the largest size: enough that a back end works on several at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def load_data(
     known: DataSpec | None,
     other_images: bool = False,
     mend: str = "",
+    test_digest: str | None = None,
 ) -> dataset.ImageData:
     """A data set, and whether it is the one that a checkpoint or an export was made with.
 
@@ -129,18 +134,23 @@ def load_data(
         known: what that says of its images; None: there is none.
         other_images: the images may be others, of the same classes.
         mend: what else than naming the same images a user of others can do.
+        test_digest: of the test images, where the train images are of no use.
 
     Raises:
         UserError: the files hold something else, or cannot be read.
     """
-    data = dataset.load(name, data_dir, img_size)
+    data = dataset.load(name, data_dir, img_size, test_only=test_digest is not None)
     if known is None:
         return data
     if list(data.classes) != known.classes:
         raise UserError(
             f"--data_dir {data_dir}: classes differ from those the network was trained on"
         )
-    if not other_images and known.digest not in (None, data.digest()):
+    if test_digest is not None:
+        same = test_digest == data.test_digest()
+    else:
+        same = other_images or known.digest in (None, data.digest())
+    if not same:
         raise UserError(
             f"--data_dir {data_dir}: other images, or in another order, than the checkpoint or "
             f"export was made with; name those{mend and f', or {mend}'}"
@@ -206,6 +216,7 @@ def export_checkpoint(
             files={path.name: sha256(path) for path in draft.iterdir()},
             environment=records.environment(["pytorch"]),
             rows=rows,
+            test_digest=data.test_digest(),
         )
         records.write(draft / MANIFEST, manifest)
     print(f"exported to {folder}")
@@ -334,7 +345,8 @@ def choose_backend(
 def evaluate_network(
     network: Network,
     precision: str,
-    data: dataset.ImageData,
+    images: np.ndarray,
+    labels: np.ndarray | None,
     predictions: dict[str, np.ndarray],
     batch_sizes: Sequence[int],
 ) -> list[Row]:
@@ -342,27 +354,26 @@ def evaluate_network(
 
     The latter only where the former is the device's alone. The agreement is with what PyTorch
     predicts in the same precision or, where it was not run in that, in FP32.
+
+    Args:
+        images, labels: the test images (N, H, W, 3) uint8 and their classes (N,); without labels
+            the images are any, and accuracy and agreement are None.
     """
     batch_size = network.evaluation_batch
-    title = f"{network.name} {precision}"
-    predicted = predict(network, data.test_images, batch_size, title)
-
-    in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
-    reference = predictions.get(in_pytorch)
-    row = Row(
-        network.name,
-        precision,
-        **accuracies(predicted, data.test_labels, predictions["FP32"], reference),
-        file_mb=network.path.stat().st_size / 1e6,
-    )
+    row = Row(network.name, precision, file_mb=network.path.stat().st_size / 1e6)
+    if labels is not None:
+        predicted = predict(network, images, batch_size, f"{network.name} {precision}")
+        in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
+        reference = predictions.get(in_pytorch)
+        row = replace(row, **accuracies(predicted, labels, predictions["FP32"], reference))
     if network.layers:
         row.layers = len(network.layers)
         row.int8_layers = sum(layer.precision == "INT8" for layer in network.layers)
 
-    rows = timed_rows(row, network, data.test_images, batch_sizes)
+    rows = timed_rows(row, network, images, batch_sizes)
     if network.device_time:
         end_to_end = replace(row, backend=f"{network.name} end-to-end", batch_size=batch_size)
-        end_to_end.throughput_img_s = end_to_end_img_s(network, data.test_images, batch_size)
+        end_to_end.throughput_img_s = end_to_end_img_s(network, images, batch_size)
         rows.append(end_to_end)
     return rows
 
@@ -371,34 +382,30 @@ def evaluate_export(
     folder: Path,
     manifest: Manifest,
     predictions: dict[str, np.ndarray],
-    data: dataset.ImageData,
+    data: dataset.ImageData | None,
     comparison: Comparison,
 ) -> tuple[list[Row], list[str]]:
     """Evaluate exported files on a back end, while their folder is locked.
 
     Args:
         manifest, predictions: of the export, as `read_export` returns them.
+        data: None: random images are timed, and there are no accuracies.
 
     Returns:
         The rows, and what the audit found: each node meant for INT8 that does not run in it.
 
     Raises:
         UserError: the export is of other test images, or lacks a precision that is asked for by
-            name.
+            name; implicit calibration has no train images.
     """
-    for title, predicted in predictions.items():
-        fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
-        if not fits or not set(predicted) <= set(range(len(data.classes))):
-            raise UserError(f"{folder}: predictions of {title} are not one class for each image")
-    for precision in comparison.precisions:
-        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
-            flag = PRECISIONS[precision].flag
-            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
-
-    # TensorRT's own calibration sees what ours saw
-    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
-    first = train_part[: manifest.quantization.calib_images]
-    backend = choose_backend(folder, comparison, data.train_images[first])
+    if data is None:
+        count = RANDOM_BATCHES * max(comparison.batch_sizes, default=EVALUATION_BATCH)
+        images, labels = random_images(manifest.data, count), None
+    else:
+        images, labels = data.test_images, data.test_labels
+        _require_predictions(folder, predictions, data)
+    _require_precisions(folder, manifest, comparison.precisions)
+    backend = choose_backend(folder, comparison, _calibration_images(manifest, data, comparison))
 
     rows: list[Row] = []
     complaints: list[str] = []
@@ -409,11 +416,110 @@ def evaluate_export(
             print(f"{precision}: not in this export, no row")
             continue
         network = backend(precision)
-        rows += evaluate_network(network, precision, data, predictions, comparison.batch_sizes)
+        sizes = comparison.batch_sizes
+        rows += evaluate_network(network, precision, images, labels, predictions, sizes)
         if comparison.audit:
             print_engine_layers(network, precision)
             complaints += [f"{precision}: {node}" for node in network.float_nodes(nodes)]
     return rows, complaints
+
+
+def _calibration_images(
+    manifest: Manifest, data: dataset.ImageData | None, comparison: Comparison
+) -> np.ndarray:
+    """The images (N, H, W, 3) uint8 of TensorRT's own calibration: those that ours saw.
+
+    Without that there are none.
+    """
+    if comparison.ptc_mode != "implicit":
+        return random_images(manifest.data, 0)
+    if data is None:
+        raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
+    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
+    return data.train_images[train_part[: manifest.quantization.calib_images]]
+
+
+def random_images(info: DataSpec, count: int) -> np.ndarray:
+    """Noise (count, H, W, 3) uint8 of an export's size, the same in every run."""
+    shape = (count, *image_size(info), 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def image_size(info: DataSpec) -> tuple[int, int]:
+    """Height and width in pixels of what an exported graph takes."""
+    return info.img_size, info.img_size
+
+
+def _require_predictions(
+    folder: Path, predictions: dict[str, np.ndarray], data: dataset.ImageData
+) -> None:
+    for title, predicted in predictions.items():
+        fits = predicted.shape == data.test_labels.shape and predicted.dtype.kind == "i"
+        if not fits or not set(predicted) <= set(range(len(data.classes))):
+            raise UserError(f"{folder}: predictions of {title} are not one class for each image")
+
+
+def _require_precisions(folder: Path, manifest: Manifest, precisions: Sequence[str]) -> None:
+    for precision in precisions:
+        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
+            flag = PRECISIONS[precision].flag
+            raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
+
+
+def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tuple[Network, str]:
+    """One network of an export, and its precision, while the export's folder is locked.
+
+    It is the precision that `comparison` names, else the best of those that are there: INT8 of QAT,
+    then INT8 by calibration, then FP32.
+
+    Raises:
+        UserError: it is not there, or the back end cannot run it.
+    """
+    _require_precisions(folder, manifest, comparison.precisions)
+    [precision] = comparison.precisions or [_best_precision(folder, manifest)]
+    backend = choose_backend(folder, comparison, random_images(manifest.data, 0))
+    return backend(precision), precision
+
+
+def _best_precision(folder: Path, manifest: Manifest) -> str:
+    for precision in ("INT8-QAT", "INT8-PTC"):
+        files = [graph_file(precision), graph_file(precision, "fp16")]
+        # a deployment may have but one of the graphs
+        if precision in manifest.int8_nodes and any((folder / file).exists() for file in files):
+            return precision
+    return "FP32"
+
+
+def classified(
+    network: Network, batches: Iterable[tuple[list[Path], np.ndarray]], num_classes: int
+) -> Iterator[tuple[Path, int, float]]:
+    """File, predicted class and its probability, the softmax of the logits, of each image.
+
+    Args:
+        batches: files, and images (B, H, W, 3) uint8.
+
+    Raises:
+        UserError: the network has other than `num_classes` classes.
+    """
+    # a back end may take a batch before it is done with the one before
+    waiting: deque[list[Path]] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for files, batch in batches:
+            waiting.append(files)
+            yield batch
+
+    for logits in network.stream(images()):
+        if logits.shape[1] != num_classes:
+            raise UserError(
+                f"{network.path} has {logits.shape[1]} classes, not {num_classes}: export it again"
+            )
+        # less the largest, so that no exponential overflows
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities = exponentials.max(1) / exponentials.sum(1)
+        yield from zip(
+            waiting.popleft(), logits.argmax(1).tolist(), probabilities.tolist(), strict=True
+        )
 
 
 def print_engine_layers(network: Network, precision: str) -> None:

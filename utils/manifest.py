@@ -79,6 +79,8 @@ class Manifest:
         files: SHA-256 of every other file of the export, by name.
         environment: where PyTorch's rows were measured.
         rows: PyTorch's.
+        test_digest: tells the test images from any others (`dataset.ImageData.test_digest`); None
+            in exports of earlier versions.
     """
 
     model: str
@@ -90,6 +92,7 @@ class Manifest:
     files: dict[str, str]
     environment: dict[str, str | None]
     rows: list[Row]
+    test_digest: str | None = None
 
     def __post_init__(self) -> None:
         NetworkSpec(self.model, self.stem, len(self.data.classes))  # raises if it cannot be
