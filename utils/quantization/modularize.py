@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from layers import Add, Cat, Mul
 from utils.quantization.watch import Operation, Watch, evaluating, file_and_line, watch
@@ -48,34 +48,16 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
     Returns:
         Name of each module whose functional operations stay, and why.
     """
-    before = watch(model, example)
-    owners = sorted({op.name for op in before.operations if is_candidate(op)})
-    classes = {name: type(model.get_submodule(name)) for name in owners}
-    children = {name: list(model.get_submodule(name)._modules) for name in owners}
+    watched = watch(model, example)
+    owners = {op.name for op in watched.operations if is_candidate(op)}
     kept = {}
     with evaluating(model):
-        for name in owners:
-            reason = _rewrite_or_reason(model.get_submodule(name), name, before)
+        for name in sorted(owners):
+            reason = _rewrite_or_reason(model.get_submodule(name), name, watched)
             if reason:
                 kept[name] = reason
-    after = watch(model, example)
-    if not _equal(before.result, after.result):
-        # such as a tensor with two names, one of which is added to in place
-        for name, cls in classes.items():
-            module = model.get_submodule(name)
-            module.__class__ = cls
-            for child in module._modules.keys() - children[name]:
-                delattr(module, child)
-            kept[name] = "as modules they would change what the network computes"
-        after = watch(model, example)
-    place_additions(after.operations)
+    place_additions(watch(model, example).operations)
     return kept
-
-
-def _equal(result: Any, other: Any) -> bool:
-    """Whether two results of a network are the same bit for bit."""
-    pairs = zip(tree_leaves(result), tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
 def is_candidate(operation: Operation) -> bool:
@@ -156,9 +138,10 @@ def _rewrite(module: nn.Module, name: str, watched: Watch) -> None:
     args, kwargs = watched.inputs[name]
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
+    expected = _run(module, bound.arguments)
     graph = _graph_of(module, bound.arguments)
     holder = fx.GraphModule(module, graph)
-    _Shapes(holder).run(*bound.arguments.values())
+    _Shapes(holder).run(*_cloned(bound.arguments).values())
     children = {}
     for node in list(graph.nodes):
         made = _module_for(node)
@@ -176,18 +159,38 @@ def _rewrite(module: nn.Module, name: str, watched: Watch) -> None:
         new.meta["shape"] = _shape(node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    if children:
-        holder.recompile()
-        _give(module, children, type(holder).forward)
-
-
-def _give(module: nn.Module, children: dict[str, nn.Module], forward: Callable[..., Any]) -> None:
-    """Add children and a new `forward`: a subclass of the module's own class, of the same name."""
-    for name, child in children.items():
-        module.add_module(name, child.train(module.training))
+    if not children:
+        return
+    # the children, and the new `forward` in a subclass of the module's own class, of its name
+    holder.recompile()
     cls = type(module)
-    content = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    module.__class__ = type(cls.__name__, (cls,), content)
+    content = {"forward": type(holder).forward, "__module__": cls.__module__}
+    module.__class__ = type(cls.__name__, (cls,), content | {"__doc__": cls.__doc__})
+    for child_name, child in children.items():
+        module.add_module(child_name, child.eval())
+    if not _equal(_run(module, bound.arguments), expected):
+        module.__class__ = cls
+        for child_name in children:
+            delattr(module, child_name)
+        raise ValueError("it changes a tensor in place that has another name, too")
+
+
+def _cloned(values: Any) -> Any:
+    """A copy, as what runs may work in place."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
+
+
+def _run(module: nn.Module, given: dict[str, Any]) -> Any:
+    """What a module returns, and what it leaves of the tensors that it is given."""
+    given = _cloned(given)
+    tensors = tree_leaves(given)
+    return module(**given), tensors
+
+
+def _equal(result: Any, other: Any) -> bool:
+    """Whether all tensors of two results are the same bit for bit."""
+    pairs = zip(tree_leaves(result), tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
 def _graph_of(module: nn.Module, given: dict[str, Any]) -> fx.Graph:
@@ -234,10 +237,6 @@ def _module_for(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
     if node.op not in ("call_function", "call_method") or not node.args or not _shape(node):
         return None
     first, rest = node.args[0], node.args[1:]
-    # another name of a tensor that is changed in place would no longer see the change
-    in_place = node.target in (operator.iadd, operator.imul, "add_", "mul_")
-    if in_place and isinstance(first, fx.Node) and any(node < user for user in first.users):
-        return None
     shapes = [_shape(arg) for arg in node.args]
     two_maps = len(node.args) == 2 and not node.kwargs and all(len(s) == 4 for s in shapes)
     if node.target in ADDITIONS and two_maps and shapes[0] == shapes[1]:

@@ -61,7 +61,6 @@ class Watch(TorchFunctionMode):
         operations: in the order of their calls.
         inputs: name of each module with children -> arguments of its first call.
         made_by: name of each module -> the operation whose result its first call returned.
-        result: what the network returned.
         value_reads: file and line of each place where Python reads a computed value.
         parameters_read: ids of the parameters that functions read, outside of their layers.
     """
@@ -71,7 +70,6 @@ class Watch(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.made_by: dict[str, Operation | None] = {}
-        self.result: Any = None
         self.value_reads: list[str] = []
         self.parameters_read: set[int] = set()
         self._model = model
@@ -185,7 +183,7 @@ def is_layer(module: nn.Module) -> bool:
 def watch(model: nn.Module, example: Tensor) -> Watch:
     """What `model` computes in evaluation mode of images (B, C, H, W)."""
     with evaluating(model), Watch(model, len(example)) as watched:
-        watched.result = model(example.to(next(model.parameters()).device))
+        model(example.to(next(model.parameters()).device))
     return watched
 
 
