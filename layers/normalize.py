@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,4 +48,14 @@ class FromImages(nn.Module):
         if torch.onnx.is_in_onnx_export():
             # a graph has no strides, and a `view` in the model needs those of NCHW
             x = x.clone(memory_format=torch.contiguous_format)
-        return self.model(x)
+        return logits_of(self.model(x))
+
+
+def logits_of(result: Any) -> Tensor:
+    """A network's logits: its result, the first of several, or what it calls so.
+
+    Other results are those of auxiliary heads, or features.
+    """
+    if isinstance(result, Mapping):
+        return result["logits"] if "logits" in result else next(iter(result.values()))
+    return result if isinstance(result, Tensor) else result[0]

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from layers.normalize import logits_of
 from utils.device import full_precision
 from utils.metrics import percent_equal
 from utils.training import ranks
@@ -110,9 +112,13 @@ class Step:
     def _gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the loss's gradient, over all ranks, in the parameters; the loss and the logits."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
-            logits = self.forward(images)
+            logits = logits_of(self.forward(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         loss.backward()
+        # parameters of auxiliary heads, whose results nobody reads here
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if ranks.active():
             ranks.average([p.grad for p in self.parameters])
         return loss.detach(), logits.detach()
@@ -155,7 +161,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     logits, labels = [], []
     with full_precision():
         for batch, batch_labels in batches:
-            logits.append(model(batch))
+            logits.append(logits_of(model(batch)))
             labels.append(batch_labels)
     logits, labels = torch.cat(logits), torch.cat(labels)
     loss = F.cross_entropy(logits, labels).item()
@@ -169,7 +175,7 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
     A running average begins with what it was initialised to, and lags behind weights that change
     fast: after few steps it describes a network that never was.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.train()
     seen = 0
@@ -194,5 +200,5 @@ def freeze_batch_norm(model: nn.Module) -> None:
     Its scale and shift still train.
     """
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.eval()

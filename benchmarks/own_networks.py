@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""How fast networks of torchvision and timm are in INT8, beside FP16 and NVIDIA Model Optimizer.
+
+    python benchmarks/own_networks.py export out/own --networks torchvision/resnet18 timm/dla34
+    python benchmarks/own_networks.py peer out/own
+    python benchmarks/own_networks.py measure out/own --batch_size 1 32 128 --record own.json
+
+Each step may run where its package is installed: `export` needs torch, `peer` Model Optimizer and
+`measure` TensorRT. The weights are random, with BatchNorm statistics that fit them: an engine's
+speed does not depend on weights. All engines are built from one float graph, in one run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from utils import records
+from utils.backends.network import Layer
+from utils.errors import run
+from utils.files import user_path
+from utils.manifest import graph_file
+
+NETWORKS = (
+    "torchvision/resnet18",
+    "torchvision/resnet50",
+    "torchvision/mobilenet_v2",
+    "torchvision/regnet_y_400mf",
+    "timm/mobilenetv3_small_100",
+    "timm/resnext50_32x4d",
+)
+CALIB_IMAGES = 32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FP32, INT8 = graph_file("FP32"), graph_file("INT8-PTC")
+OURS, PEER = "this project", "modelopt"
+
+
+def images_of(img_size: int) -> np.ndarray:
+    """Random images (N, H, W, 3) uint8 to calibrate with."""
+    shape = (CALIB_IMAGES, img_size, img_size, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def folders(root: Path, variant: str) -> Iterator[tuple[str, Path]]:
+    """Name of each network that was exported to `root`, and the folder of its graphs."""
+    for path in sorted(root.glob(f"*/*/{variant.replace(' ', '_')}")):
+        yield str(path.parent.relative_to(root)), path
+
+
+def export(args: argparse.Namespace) -> None:
+    """Float and calibrated graphs of each network."""
+    import torch
+    from torch import nn
+
+    import models
+    from layers import Normalize
+    from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
+    from utils.quantization.watch import example_images
+
+    size = (args.img_size, args.img_size)
+    images = Normalize(MEAN, STD)(torch.from_numpy(images_of(args.img_size)))
+    for name in args.networks:
+        torch.manual_seed(0)
+        model = models.build(name, 1000, "imagenet")
+        # statistics of one batch: without them activations would vanish in deep networks
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model.train()(images)
+        model.eval()
+
+        folder = args.folder / name / OURS.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        export_onnx(model, folder / FP32, size, MEAN, STD)
+        example = example_images(*size)
+        quantize_modules(model, example)
+        calibrate(model, [images])
+        export_onnx(model, folder / INT8, size, MEAN, STD)
+        print(f"{name}: {layer_table(model, example).splitlines()[-1]}", flush=True)
+
+
+def peer(args: argparse.Namespace) -> None:
+    """The float graphs quantized by Model Optimizer's ONNX PTQ, by its own defaults."""
+    from modelopt.onnx.quantization import quantize
+
+    for name, folder in folders(args.folder, OURS):
+        out = folder.with_name(PEER)
+        out.mkdir(exist_ok=True)
+        size = args.img_size
+        quantize(
+            str(folder / FP32),
+            quantize_mode="int8",
+            calibration_data={"images": images_of(size)},
+            calibration_method="entropy",
+            high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
+            output_path=str(out / INT8),
+        )
+        print(f"{name}: quantized by Model Optimizer", flush=True)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Engines of every graph, and the median time of each batch size."""
+    from utils.backends.tensorrt_build import EngineOptions
+    from utils.backends.tensorrt_run import TensorRTNetwork
+
+    sizes = tuple(sorted(args.batch_size))
+    rows = []
+    for variant, precision in ((OURS, "FP16"), (OURS, "INT8-PTC"), (PEER, "INT8-PTC")):
+        for name, folder in folders(args.folder, variant):
+            options = EngineOptions(precision, sizes, level=args.opt_level)
+            timings = args.folder / "timings"
+            engine = TensorRTNetwork(folder, options, np.empty(0, np.uint8), timings)
+            times = {}
+            for size in sizes:
+                images = np.resize(
+                    images_of(args.img_size), (size, args.img_size, args.img_size, 3)
+                )
+                p50, p99 = np.percentile(engine.latencies_ms(images), (50, 99))
+                times[size] = {"p50": float(p50), "p99": float(p99)}
+            layers = layer_rows(engine.layers, engine.layer_times_ms())
+            rows.append(
+                {
+                    "network": name,
+                    "variant": variant,
+                    "precision": precision,
+                    "latency_ms": times,
+                    "layers": layers,
+                }
+            )
+            print(
+                name, variant, precision, {size: t["p50"] for size, t in times.items()}, flush=True
+            )
+    record = {
+        "benchmark": "own_networks",
+        "flags": {"img_size": str(args.img_size), "opt_level": str(args.opt_level)},
+        "commit": records.commit(),
+        "environment": records.environment(["tensorrt"]),
+        "rows": rows,
+    }
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def layer_rows(layers: Sequence[Layer], times_ms: Sequence[float | None]) -> list[list[object]]:
+    """Each layer of the largest batch size: type of its input, kind, name, its time alone in ms."""
+    rows = []
+    for layer, ms in zip(layers, times_ms, strict=True):
+        rows.append([layer.precision, layer.kind, layer.name, ms])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("export", "peer", "measure"))
+    parser.add_argument("folder", type=user_path, help="of the graphs")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 32, 128])
+    parser.add_argument("--opt_level", type=int, default=2)
+    parser.add_argument("--record", type=user_path, default=Path("own_networks.json"))
+    args = parser.parse_args(argv)
+    {"export": export, "peer": peer, "measure": measure}[args.step](args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,703 @@
+"""Networks that this project did not write: functional operations, subclasses, odd structures."""
+
+import copy
+import importlib
+from functools import partial
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import nn
+
+from layers import Add, Cat, FromImages, Mul, Normalize
+from layers.pool import MatrixAvgPool2d
+from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
+from utils.backends import tensorrt_build
+from utils.backends.tensorrt_build import EngineOptions
+from utils.errors import UserError
+from utils.metrics import sqnr_db
+from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
+from utils.quantization.fold import conv_bn_pairs, to_inference
+from utils.quantization.modularize import is_candidate, modularize
+from utils.quantization.watch import example_images, watch
+
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
+SIZE = 16
+EXAMPLE = example_images(SIZE, SIZE)
+
+
+class Base(nn.Module):
+    """Two convolutions and a classifier, for networks that differ in one place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def head(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+class Residual(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(F.relu(self.conv2(x) + x))
+
+
+class InPlace(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        out = self.conv2(x)
+        out += x
+        return self.head(out)
+
+
+class Method(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(torch.relu(self.conv2(x).add(x)))
+
+
+class TwoNames(Base):
+    """`same` sees what is added to `x`."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        same = x
+        x += self.conv2(x)
+        return self.head(same)
+
+
+class Dropped(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        x = F.dropout(x, 0.5, self.training)
+        return self.head(self.conv2(x) + x)
+
+
+class Unlike(Base):
+    """Training adds, evaluation concatenates."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        if self.training:
+            return self.head(self.conv2(x) + x)
+        return self.head(self.conv2(x) + self.conv2(x) + x)
+
+
+class Branch(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        if x.mean() > 0:
+            x = self.conv2(x) + x
+        return self.head(x)
+
+
+class ByShape(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        if x.shape[2] > 4:
+            x = self.conv2(x) + x
+        return self.head(x)
+
+
+class Gate(Base):
+    """Squeeze and excitation, written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(8, 4, 1)
+        self.up = nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        factor = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
+        x = x * torch.sigmoid(factor)
+        x = x * torch.sigmoid(x)  # SiLU, which is no gate
+        return self.head(self.conv2(x))
+
+
+class Concatenation(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv3 = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = torch.cat([self.conv2(x), x], dim=1)
+        return self.head(self.conv3(F.max_pool2d(x, 2)))
+
+
+class Upward(Base):
+    """A U-Net of one level, whose transposed convolution has a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.bn = nn.BatchNorm2d(4)
+        self.conv3 = nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, x):
+        wide = self.conv1(x)
+        x = self.bn(self.up(F.max_pool2d(self.conv2(wide), 2)))
+        return self.head(self.conv3(torch.cat((x, wide), 1)))
+
+
+class Tokens(Base):
+    """A Linear on (N, H, W, C), as in ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.mix(self.conv1(x).permute(0, 2, 3, 1))
+        x = self.last(x.flatten(1, 2)).unflatten(1, (SIZE, SIZE))
+        return self.head(self.conv2(x.permute(0, 3, 1, 2)))
+
+
+class OddPool(Base):
+    """3x3 windows of a 16x16 map differ in size."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(3)
+        self.fc = nn.Linear(72, 5)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.conv2(self.conv1(x))).flatten(1))
+
+
+class Resized(Base):
+    def forward(self, x):
+        x = F.interpolate(self.conv1(x), scale_factor=2, mode="nearest")
+        return self.head(self.conv2(x))
+
+
+class TwoOutputs(Base):
+    def forward(self, x):
+        x = self.conv2(self.conv1(x))
+        return self.head(x), x
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """As timm's: BatchNorm and an activation in one."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        x = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return self.act(x)
+
+
+class Activated(Base):
+    def __init__(self):
+        super().__init__()
+        self.bn = ActivatedNorm(8)
+
+    def forward(self, x):
+        return self.head(self.conv2(self.bn(self.conv1(x))))
+
+
+MINIATURES = (
+    Residual,
+    InPlace,
+    Method,
+    Dropped,
+    Gate,
+    Concatenation,
+    Upward,
+    Tokens,
+    OddPool,
+    Resized,
+    TwoOutputs,
+    Activated,
+)
+
+
+def first(result):
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def images_of(size, count=256):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def like_trained(model, size):
+    """Statistics of random images, and a last layer that tells 256 of them apart.
+
+    Where logits lie close together, any rounding decides which is the largest.
+    """
+    images = Normalize(MEAN, STD)(torch.from_numpy(images_of(size)))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(images[:64])
+    model.eval()
+
+    # ridge regression of random classes on what the last layer reads
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    seen = []
+    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for part in images.split(64):
+        model(part)
+    hook.remove()
+    features = torch.cat(seen).flatten(1)
+    if last.weight[0].numel() != features.shape[1]:
+        return
+    classes = torch.arange(len(features)) % len(last.weight)
+    target = 10.0 * F.one_hot(classes, len(last.weight)) - 1
+    ones = torch.ones(len(features), 1)
+    solution = torch.linalg.lstsq(torch.cat([features, ones], 1), target).solution
+    last.weight.copy_(solution[:-1].T.reshape(last.weight.shape))
+    last.bias.copy_(solution[-1])
+
+
+def layer_name(node):
+    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1."""
+    parts = []
+    for part in node.name.strip("/").split("/")[1:-1]:
+        if parts and part.startswith(parts[-1] + "."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def assert_layers_agree(model, path, size):
+    """Each quantized layer in PyTorch, going on from what ONNX Runtime made of the one before."""
+    proto = onnx.load(path)
+    made = {}
+    for node in proto.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            made[layer_name(node)] = node.output[0]
+    proto.graph.output.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    images = images_of(size, 4)
+    names = list(dict.fromkeys(value.name for value in proto.graph.output))
+    values = dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+    network = FromImages(to_inference(model, example_images(size, size)), MEAN, STD).eval()
+    checked = []
+
+    def check(layer, args, result, name):
+        computed = torch.from_numpy(values[made[name]].copy()).reshape(result.shape)
+        assert sqnr_db(computed.numpy(), result.numpy()) > 30, name
+        checked.append(name)
+        return computed
+
+    for name, layer in network.model.named_modules():
+        if isinstance(layer, QuantizedLayer) and name in made:
+            layer.register_forward_hook(partial(check, name=name))
+    network(torch.from_numpy(images))
+    return checked
+
+
+def quantized_and_exported(model, size, path):
+    """Quantize, calibrate and export a network; returns its predictions by fake quantization."""
+    example = example_images(size, size)
+    quantize_modules(model, example)
+    images = images_of(size)
+    normalised = Normalize(MEAN, STD)(torch.from_numpy(images))
+    calibrate(model, normalised[:128].split(64), "max")
+    export_onnx(model, path, (size, size), MEAN, STD)
+    with torch.no_grad():
+        return torch.cat([first(model(part)) for part in normalised.split(64)]).numpy()
+
+
+def in_onnx_runtime(path, images):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options)
+    return np.concatenate([session.run(None, {"images": part})[0] for part in np.split(images, 4)])
+
+
+def check_whole_way(model, size, folder, unfoldable=0):
+    """From a float network to graphs that compute the same, with nothing left in float."""
+    like_trained(model, size)
+    example = example_images(size, size)
+    cls = type(model)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        before = first(model(example))
+    assert modularize(model, example) == {}
+
+    # it is the same network
+    with torch.no_grad():
+        assert torch.equal(first(model(example)), before)
+    assert isinstance(model, cls)
+    assert type(model).__name__ == cls.__name__
+    assert list(model.state_dict()) == keys
+
+    # nothing functional is left, and BatchNorm goes
+    watched = watch(model, example)
+    assert not [op.name for op in watched.operations if is_candidate(op)]
+    norms = [o for o in watched.operations if isinstance(o.module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) - len(conv_bn_pairs(watched)) == unfoldable
+
+    expected = quantized_and_exported(model, size, folder / "int8.onnx")
+    operations = watch(model, example).operations
+    assert not [op.name for op in operations if type(op.module) is Add]
+    assert not [
+        op.name for op in operations if op.macs and not isinstance(op.module, QuantizedLayer)
+    ]
+    for stem in ("int8", "int8_fp16"):
+        graph = onnx.load(folder / f"{stem}.onnx").graph
+        assert sum(node.op_type == "BatchNormalization" for node in graph.node) == unfoldable
+    assert assert_layers_agree(model, folder / "int8.onnx", size)
+    result = in_onnx_runtime(folder / "int8.onnx", images_of(size))
+    assert (result.argmax(1) == expected.argmax(1)).mean() >= 0.99
+
+
+@pytest.mark.parametrize("network", MINIATURES)
+def test_a_miniature_goes_the_whole_way(network, tmp_path):
+    torch.manual_seed(0)
+    check_whole_way(network(), SIZE, tmp_path)
+
+
+ZOO = {
+    "torchvision/resnet18": 0,
+    "torchvision/resnet50": 0,
+    "torchvision/mobilenet_v2": 0,
+    "torchvision/mobilenet_v3_small": 0,
+    "torchvision/regnet_y_400mf": 0,
+    "torchvision/densenet121": 62,
+    "torchvision/squeezenet1_1": 0,
+    "torchvision/efficientnet_v2_s": 0,
+    "torchvision/shufflenet_v2_x1_0": 0,
+    "torchvision/mnasnet1_0": 0,
+    "torchvision/convnext_tiny": 0,
+    "torchvision/vgg11_bn": 0,
+    "torchvision/googlenet": 0,
+    "timm/resnet26d": 0,
+    "timm/resnext50_32x4d": 0,
+    "timm/resnext26ts": 0,
+    "timm/mobilenetv3_small_100": 0,
+    "timm/efficientnet_b0": 0,
+    "timm/mobilenetv4_conv_small": 0,
+    "timm/hrnet_w18_small": 0,
+    "timm/dla34": 0,
+    "timm/repvgg_a0": 17,
+    "timm/cspresnet50": 0,
+    "timm/ghostnet_100": 0,
+    "timm/seresnet18": 0,
+}
+"""Name -> how many BatchNorms no layer can take up: those after a sum or before a convolution."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_a_network_of_the_libraries_goes_the_whole_way(name, tmp_path):
+    torch.manual_seed(0)
+    check_whole_way(build(name), 64, tmp_path, ZOO[name])
+    for stem in ("int8", "int8_fp16"):
+        assert tensorrt_rtx_builds(tmp_path / f"{stem}.onnx")
+
+
+def tensorrt_rtx_builds(path):
+    """The strongly typed builder takes the graph, for a GPU that need not be there."""
+    rtx = importlib.import_module("tensorrt_rtx_bindings")
+    log = tensorrt_build.make_logger(rtx)
+    builder, network = tensorrt_build.parse(rtx, log, path.read_bytes(), "INT8-PTC")
+    options = EngineOptions("INT8-PTC", (8,), level=0)
+    config = tensorrt_build.configure(rtx, builder, network, options)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(rtx.ComputeCapability.SM86, 0)
+    return builder.build_serialized_network(network, config) is not None
+
+
+def build(name):
+    import timm
+    import torchvision
+
+    library, _, builder = name.partition("/")
+    if library == "timm":
+        return timm.create_model(builder, num_classes=10)
+    return torchvision.models.get_model(builder, num_classes=10, weights=None)
+
+
+# how modules are made
+
+
+def modularized(network):
+    torch.manual_seed(0)
+    model = network().eval()
+    return model, modularize(model, EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("network", "kinds"),
+    [
+        (Residual, {"add": Add, "avgpool": nn.AdaptiveAvgPool2d}),
+        (Gate, {"mul": Mul, "avgpool": nn.AdaptiveAvgPool2d, "avgpool2": nn.AdaptiveAvgPool2d}),
+        (Concatenation, {"cat": Cat, "avgpool": nn.AdaptiveAvgPool2d}),
+    ],
+)
+def test_functions_become_children_with_plain_names(network, kinds):
+    model, kept = modularized(network)
+    assert kept == {}
+    added = {
+        name: type(m)
+        for name, m in model.named_children()
+        if name not in dict(children_of(network))
+    }
+    assert added == kinds
+
+
+def children_of(network):
+    return network().named_children()
+
+
+def test_names_do_not_depend_on_the_size_of_the_example():
+    """At 1x1 pixels every product looks like one with a factor for each channel."""
+    names = []
+    for size in (1, 16):
+        model = Gate()
+        modularize(model, example_images(size, size))
+        names.append([name for name, _ in model.named_modules()])
+    assert names[0] == names[1]
+
+
+def test_the_second_time_nothing_changes():
+    model, _ = modularized(Residual)
+    before = list(model.named_modules())
+    modularize(model, EXAMPLE)
+    assert list(model.named_modules()) == before
+
+
+def test_dropout_goes_on_in_training_alone():
+    model, _ = modularized(Dropped)
+    model.train()
+    assert not torch.equal(model(EXAMPLE), model(EXAMPLE))
+    model.eval()
+    assert torch.equal(model(EXAMPLE), model(EXAMPLE))
+
+
+def test_attributes_methods_and_hooks_stay():
+    model = Residual().eval()
+    model.note = {"a": 1}
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    modularize(model, EXAMPLE)
+    calls.clear()
+    model(EXAMPLE)
+    assert model.note == {"a": 1}
+    assert calls == [1]
+    assert model.head.__func__ is Base.head
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(EXAMPLE), model(EXAMPLE))
+    assert clone.add is not model.add
+
+
+@pytest.mark.parametrize(
+    ("network", "why"),
+    [
+        (Unlike, "differs between training and evaluation"),
+        (TwoNames, "in place that has another name"),
+        (Branch, "control flow"),
+        (ByShape, "control flow"),
+    ],
+)
+def test_what_cannot_be_rewritten_stays_as_it_was(network, why):
+    model = network().eval()
+    names = list(dict(model.named_modules()))
+    with torch.no_grad():
+        before = model(EXAMPLE)
+        kept = modularize(model, EXAMPLE)
+        assert torch.equal(model(EXAMPLE), before)
+    assert why in kept[""]
+    assert list(dict(model.named_modules())) == names
+    assert type(model) is network
+    table = layer_table(model, EXAMPLE)
+    assert "functional, at test_own_networks.py:" in table
+
+
+def test_a_branch_on_values_is_not_exported(tmp_path):
+    model = Branch()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE], "max")
+    with pytest.raises(UserError, match=r"computed values at test_own_networks\.py:\d+"):
+        export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+# which operand of an addition is rounded
+
+
+class Sum(nn.Module):
+    """`first(x) + second(x)`."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = first
+        self.second = second
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (self.first(x) + self.second(x)).mean((2, 3))
+
+
+def conv(kernel, groups=1):
+    return nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rounds"),
+    [
+        (conv(3), nn.Identity(), (1,)),
+        (nn.Identity(), conv(3), (0,)),
+        (conv(3), conv(1), (0,)),
+        (conv(1), conv(3), (1,)),
+        # of one size, the one with less work adds
+        (conv(1), conv(1, groups=8), (0,)),
+        (nn.Sequential(conv(3), nn.BatchNorm2d(8)), nn.Identity(), (1,)),
+        (nn.Sequential(conv(3), nn.ReLU()), nn.Identity(), (0, 1)),
+        (nn.Sequential(conv(3), nn.ReLU()), conv(3), (0,)),
+        (nn.MaxPool2d(3, 1, 1), nn.Identity(), (0, 1)),
+    ],
+)
+def test_the_operand_of_the_adding_convolution_is_not_rounded(first, second, rounds):
+    model = Sum(first, second).eval()
+    quantize_modules(model, EXAMPLE)
+    assert isinstance(model.add, QuantAdd)
+    assert model.add.rounds == rounds
+    named = {QuantAdd.QUANTIZERS[operand] for operand in rounds}
+    assert {name for name, _ in model.add.named_children()} == named
+
+
+def test_a_convolution_that_others_read_too_does_not_add():
+    class Shared(Sum):
+        def forward(self, x):
+            x = self.stem(x)
+            return (x + self.second(x)).mean((2, 3))
+
+    model = Shared(nn.Identity(), nn.MaxPool2d(3, 1, 1)).eval()
+    modularize(model, EXAMPLE)
+    assert model.add.rounds == (0, 1)
+
+
+# forms of layers
+
+
+class Checked(nn.Conv2d):
+    """Its own forward, the standard arithmetic."""
+
+    def forward(self, x):
+        assert x.ndim == 4
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Scaled(nn.Conv2d):
+    """Weight standardisation: not the standard arithmetic."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(
+    ("layer", "has_form"),
+    [
+        (type("Named", (nn.Conv2d,), {})(3, 8, 3), True),
+        (Checked(3, 8, 3), True),
+        (Scaled(3, 8, 3), False),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), False),
+        (nn.Conv1d(3, 8, 3), False),
+    ],
+)
+def test_a_subclass_is_quantized_if_it_computes_what_its_base_does(layer, has_form):
+    assert (quantized_form(layer) is not None) is has_form
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_has_a_range_for_each_output_channel(groups):
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups)
+    quant = quantized_form(layer).from_float(layer)
+    x = torch.randn(2, 4, 5, 5)
+    channels = 6 // groups
+    amax = layer.weight.detach().abs().amax((0, 2, 3))
+    assert quant.weight_quantizer._amax.shape == (channels,)
+    quant.weight_quantizer.set_range(amax)
+    quant.input_quantizer.set_range(x.abs().max())
+    scale = (amax / 127).reshape(1, -1, 1, 1)
+    weight = (layer.weight / scale).round() * scale
+    step = x.abs().max() / 127
+    expected = F.conv_transpose2d((x / step).round() * step, weight, layer.bias, 2, groups=groups)
+    torch.testing.assert_close(quant(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "out"), [(16, 3), (1, 7), (7, 7), (5, 4), (8, 2)])
+def test_an_odd_average_pool_is_two_matrix_products(size, out):
+    x = torch.randn(2, 3, size, size)
+    pool = MatrixAvgPool2d((size, size), (out, out))
+    torch.testing.assert_close(pool(x), F.adaptive_avg_pool2d(x, out))
+
+
+# what the table says
+
+
+def test_table_says_how_much_is_int8_and_why_the_rest_is_not():
+    model = Gate()
+    quantize_modules(model, EXAMPLE, skip_layers=["conv2", "mul"])
+    *lines, last = layer_table(model, EXAMPLE).splitlines()
+    assert last.startswith("INT8: ")
+    assert last.endswith("% of the multiply-adds; float: mul, conv2")
+    assert "not selected" in next(line for line in lines if line.startswith("conv2 "))
+
+
+def test_table_counts_multiply_adds():
+    model = Residual()
+    quantize_modules(model, EXAMPLE, skip_layers=["conv1"])
+    pixels = SIZE * SIZE
+    conv1, conv2, fc = 3 * 8 * 9 * pixels, 8 * 8 * 9 * pixels, 8 * 5
+    share = 100 * (conv2 + fc) / (conv1 + conv2 + fc)
+    last = layer_table(model, EXAMPLE).splitlines()[-1]
+    assert last == f"INT8: {share:.1f} % of the multiply-adds, 1 of 1 additions; float: conv1"
+
+
+def test_layers_that_are_never_called_are_named():
+    class Auxiliary(Residual):
+        def __init__(self):
+            super().__init__()
+            self.aux = nn.Linear(8, 5)
+
+    model = Auxiliary()
+    assert "aux" not in quantize_modules(model, EXAMPLE)
+    line = next(
+        text for text in layer_table(model, EXAMPLE).splitlines() if text.startswith("aux ")
+    )
+    assert "never called" in line
+
+
+def test_resize_scales_of_the_fp16_graph_stay_fp32(tmp_path):
+    model = Resized()
+    export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    graph = onnx.load(tmp_path / "fp16.onnx").graph
+    onnxruntime.InferenceSession(tmp_path / "fp16.onnx")
+    resize = next(node for node in graph.node if node.op_type == "Resize")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    assert constants[resize.input[2]].dtype == np.float32
