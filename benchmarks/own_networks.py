@@ -40,7 +40,7 @@ NETWORKS = (
 CALIB_IMAGES = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FP32, INT8 = graph_file("FP32"), graph_file("INT8-PTC")
-OURS, PEER = "this project", "modelopt"
+OURS, PEER = "this_project", "modelopt"
 
 
 def images_of(img_size: int) -> np.ndarray:
@@ -49,10 +49,11 @@ def images_of(img_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def folders(root: Path, variant: str) -> Iterator[tuple[str, Path]]:
-    """Name of each network that was exported to `root`, and the folder of its graphs."""
-    for path in sorted(root.glob(f"*/*/{variant.replace(' ', '_')}")):
-        yield str(path.parent.relative_to(root)), path
+def graphs(root: Path) -> Iterator[tuple[str, str, Path]]:
+    """Network, who quantized it, and path of each graph that was exported to `root`."""
+    for path in sorted(root.glob("*/*/*/*.onnx")):
+        if path.name in (FP32, INT8):
+            yield str(path.parent.parent.relative_to(root)), path.parent.name, path
 
 
 def export(args: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def export(args: argparse.Namespace) -> None:
             model.train()(images)
         model.eval()
 
-        folder = args.folder / name / OURS.replace(" ", "_")
+        folder = args.folder / name / OURS
         folder.mkdir(parents=True, exist_ok=True)
         export_onnx(model, folder / FP32, size, MEAN, STD)
         example = example_images(*size)
@@ -92,14 +93,15 @@ def peer(args: argparse.Namespace) -> None:
     """The float graphs quantized by Model Optimizer's ONNX PTQ, by its own defaults."""
     from modelopt.onnx.quantization import quantize
 
-    for name, folder in folders(args.folder, OURS):
-        out = folder.with_name(PEER)
+    for name, _, path in graphs(args.folder):
+        if path.name != FP32:
+            continue
+        out = path.parent.with_name(PEER)
         out.mkdir(exist_ok=True)
-        size = args.img_size
         quantize(
-            str(folder / FP32),
+            str(path),
             quantize_mode="int8",
-            calibration_data={"images": images_of(size)},
+            calibration_data={"images": images_of(args.img_size)},
             calibration_method="entropy",
             high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
             output_path=str(out / INT8),
@@ -114,31 +116,21 @@ def measure(args: argparse.Namespace) -> None:
 
     sizes = tuple(sorted(args.batch_size))
     rows = []
-    for variant, precision in ((OURS, "FP16"), (OURS, "INT8-PTC"), (PEER, "INT8-PTC")):
-        for name, folder in folders(args.folder, variant):
-            options = EngineOptions(precision, sizes, level=args.opt_level)
-            timings = args.folder / "timings"
-            engine = TensorRTNetwork(folder, options, np.empty(0, np.uint8), timings)
-            times = {}
-            for size in sizes:
-                images = np.resize(
-                    images_of(args.img_size), (size, args.img_size, args.img_size, 3)
-                )
-                p50, p99 = np.percentile(engine.latencies_ms(images), (50, 99))
-                times[size] = {"p50": float(p50), "p99": float(p99)}
-            layers = layer_rows(engine.layers, engine.layer_times_ms())
-            rows.append(
-                {
-                    "network": name,
-                    "variant": variant,
-                    "precision": precision,
-                    "latency_ms": times,
-                    "layers": layers,
-                }
-            )
-            print(
-                name, variant, precision, {size: t["p50"] for size, t in times.items()}, flush=True
-            )
+    for name, variant, path in graphs(args.folder):
+        precision = "FP16" if path.name == FP32 else "INT8-PTC"
+        options = EngineOptions(precision, sizes, level=args.opt_level)
+        timings = args.folder / "timings"
+        engine = TensorRTNetwork(path.parent, options, np.empty(0, np.uint8), timings)
+        times = {}
+        for size in sizes:
+            images = np.resize(images_of(args.img_size), (size, args.img_size, args.img_size, 3))
+            p50, p99 = np.percentile(engine.latencies_ms(images), (50, 99))
+            times[size] = {"p50": float(p50), "p99": float(p99)}
+        row = {"network": name, "variant": variant, "precision": precision, "latency_ms": times}
+        row["layers"] = layer_rows(engine.layers, engine.layer_times_ms())
+        rows.append(row)
+        medians = {size: round(time["p50"], 4) for size, time in times.items()}
+        print(name, variant, precision, medians, flush=True)
     record = {
         "benchmark": "own_networks",
         "flags": {"img_size": str(args.img_size), "opt_level": str(args.opt_level)},
