@@ -106,7 +106,22 @@ def peer(args: argparse.Namespace) -> None:
             high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
             output_path=str(out / INT8),
         )
+        lower_opset(out / INT8)
         print(f"{name}: quantized by Model Optimizer", flush=True)
+
+
+def lower_opset(path: Path) -> None:
+    """Let TensorRT 8.6 read a graph: it says opset 19, for INT8 means what 17 means, in place."""
+    import onnx
+
+    model = onnx.load(path)
+    model.opset_import[0].version = 17
+    model.ir_version = 8
+    for node in model.graph.node:
+        newer = [a for a in node.attribute if a.name in ("saturate", "output_dtype")]
+        for attribute in newer:
+            node.attribute.remove(attribute)
+    onnx.save(model, path)
 
 
 def measure(args: argparse.Namespace) -> None:
