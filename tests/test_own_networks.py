@@ -21,6 +21,7 @@ from utils.backends.tensorrt_build import EngineOptions
 from utils.errors import UserError
 from utils.metrics import sqnr_db
 from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
+from utils.quantization.export import int8_nodes, layer_of
 from utils.quantization.fold import conv_bn_pairs, to_inference
 from utils.quantization.modularize import is_candidate, modularize
 from utils.quantization.watch import example_images, watch
@@ -271,16 +272,6 @@ def like_trained(model, size):
     last.bias.copy_(solution[-1])
 
 
-def layer_name(node):
-    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1."""
-    parts = []
-    for part in node.name.strip("/").split("/")[1:-1]:
-        if parts and part.startswith(parts[-1] + "."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)
-
-
 @torch.no_grad()
 def assert_layers_agree(model, path, size):
     """Each quantized layer in PyTorch, going on from what ONNX Runtime made of the one before."""
@@ -288,7 +279,7 @@ def assert_layers_agree(model, path, size):
     made = {}
     for node in proto.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            made[layer_name(node)] = node.output[0]
+            made[layer_of(node.name)] = node.output[0]
     proto.graph.output.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -358,6 +349,8 @@ def check_whole_way(model, size, folder, unfoldable=0):
     assert len(norms) - len(conv_bn_pairs(watched)) == unfoldable
 
     expected = quantized_and_exported(model, size, folder / "int8.onnx")
+    nodes = int8_nodes(folder / "int8.onnx", model)
+    assert all(node.startswith("/model/") for node in nodes), "a quantized layer without a node"
     operations = watch(model, example).operations
     assert not [op.name for op in operations if type(op.module) is Add]
     assert not [

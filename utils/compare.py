@@ -204,7 +204,7 @@ def export_checkpoint(
         for precision, network in networks.items():
             path = draft / graph_file(precision)
             export_onnx(network, path, data.train_images.shape[1:3], info.mean, info.std)
-            nodes[precision] = int8_nodes(path)
+            nodes[precision] = int8_nodes(path, network)
         np.savez(draft / PREDICTIONS, **predictions)
         manifest = Manifest(
             model=checkpoint.network.name,

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from layers.normalize import FromImages
+from layers.quantized import QuantizedLayer
 from layers.quantizers import per_channel
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -94,10 +95,14 @@ def _traced(network: FromImages, image_size: tuple[int, int]) -> ModelProto:
     return onnx.load_from_string(buffer.getvalue())
 
 
-def int8_nodes(path: Path) -> list[str]:
+def int8_nodes(path: Path, model: nn.Module) -> list[str]:
     """Names of a graph's nodes that read a quantized activation, and so are meant to run in INT8.
 
     A pool over a single pixel is left out: it does nothing, and an engine has no layer for it.
+
+    Args:
+        model: what the graph was exported of. Its quantized layers without such a node are listed
+            too: the table says of them that they are INT8, and no engine will run them.
     """
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     made_by = {name: node for node in graph.node for name in node.output}
@@ -113,13 +118,34 @@ def int8_nodes(path: Path) -> list[str]:
         shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
         if shape[2:] == [1, 1]:
             single_pixels.add(value.name)
-    names = []
+    names, idle_layers = [], []
     for node in graph.node:
-        reads_int8 = node.op_type != QUANTIZE and not quantized.isdisjoint(node.input)
-        idle = node.op_type == "GlobalAveragePool" and node.input[0] in single_pixels
-        if reads_int8 and not idle:
+        if node.op_type == QUANTIZE or quantized.isdisjoint(node.input):
+            continue
+        if node.op_type == "GlobalAveragePool" and node.input[0] in single_pixels:
+            idle_layers.append(layer_of(node.name))
+        else:
             names.append(node.name)
+    found = {f"{layer}." for layer in (*map(layer_of, names), *idle_layers)}
+    for name, module in model.named_modules():
+        is_there = any(layer.startswith(f"{name}.") for layer in found)
+        if isinstance(module, QuantizedLayer) and not is_there:
+            names.append(name)
     return names
+
+
+def layer_of(node: str) -> str:
+    """The layer of a node: layer1.0.conv1 of "/model/layer1/layer1.0/conv1/Conv".
+
+    "" for the nodes that normalise the images.
+    """
+    parts: list[str] = []
+    for part in node.strip("/").split("/")[1:-1]:
+        # what a Sequential holds is named with it: "layer1", then "layer1.0"
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
