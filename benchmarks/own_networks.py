@@ -132,6 +132,8 @@ def measure(args: argparse.Namespace) -> None:
     sizes = tuple(sorted(args.batch_size))
     rows = []
     for name, variant, path in graphs(args.folder):
+        if name not in args.networks:
+            continue
         precision = "FP16" if path.name == FP32 else "INT8-PTC"
         options = EngineOptions(precision, sizes, level=args.opt_level)
         timings = args.folder / "timings"
@@ -146,9 +148,15 @@ def measure(args: argparse.Namespace) -> None:
         rows.append(row)
         medians = {size: round(time["p50"], 4) for size, time in times.items()}
         print(name, variant, precision, medians, flush=True)
+        # after each engine: the next one may take minutes
+        write_record(args, rows)
+
+
+def write_record(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    flags = {"img_size": str(args.img_size), "opt_level": str(args.opt_level)}
     record = {
         "benchmark": "own_networks",
-        "flags": {"img_size": str(args.img_size), "opt_level": str(args.opt_level)},
+        "flags": flags,
         "commit": records.commit(),
         "environment": records.environment(["tensorrt"]),
         "rows": rows,
