@@ -5,21 +5,22 @@ import errno
 import json
 import os
 import pickle
+import re
 import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import digits_cut_to, digits_spec
+from conftest import EXAMPLE, build, digits_cut_to, digits_spec
 
 import dataset
 import infer
-import models
 import train
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.files import new_folder
+from utils.networks import build_quantized
 from utils.quantization.swap import quantize_modules
 from utils.specs import DataSpec, NetworkSpec, Quantization
 from utils.training.optimizers import make_optimizer
@@ -37,9 +38,9 @@ class Runs:
 
 def network(quantized=False, classes=10, seed=0):
     torch.manual_seed(seed)
-    model = models.build("resnet18", classes, "imagenet")
+    model = build("resnet18", "imagenet", classes)
     if quantized:
-        quantize_modules(model)
+        quantize_modules(model, EXAMPLE)
     return model
 
 
@@ -251,7 +252,8 @@ def test_what_is_no_file_is_no_checkpoint_and_not_waited_for(tmp_path, error_lin
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": 3, "state": {}}]
+    "content",
+    [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), {"format": ckpt.FORMAT + 1, "state": {}}],
 )
 def test_torch_file_of_something_else_is_not_a_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "ckpt_1")
@@ -291,7 +293,7 @@ def test_plain_state_dict_is_accepted(tmp_path):
 def test_a_field_that_is_missing_or_of_another_type_is_one_line(
     tmp_path, error_line, main, change, said
 ):
-    content = {"format": 2, "state": {"w": torch.ones(1)}, "epoch": 1, **change}
+    content = {"format": ckpt.FORMAT, "state": {"w": torch.ones(1)}, "epoch": 1, **change}
     content = {name: value for name, value in content.items() if value is not None}
     torch.save(content, tmp_path / "ckpt_1")
     line = error_line(main, ["--load_ckpt", tmp_path / "ckpt_1"])
@@ -305,7 +307,7 @@ def small_content():
     """A float checkpoint as `save` writes it."""
     info = DataSpec("digits", 32, ["a", "b"], 0, [0.5] * 3, [0.5] * 3, "1f")
     return {
-        "format": 2,
+        "format": ckpt.FORMAT,
         "state": {"w": torch.ones(1)},
         "network": {"name": "x", "stem": "cifar", "num_classes": 2},
         "data": vars(info).copy(),
@@ -391,7 +393,7 @@ def test_a_value_that_cannot_be_is_one_line(tmp_path, change):
 def first_format(network_name, data, num_epochs):
     """A checkpoint as the first format had it: one epoch of a float network, other names."""
     torch.manual_seed(0)
-    model = models.build(network_name, 10, "cifar")
+    model = build(network_name)
     flags = {
         "model": network_name,
         "stem": "auto",
@@ -491,6 +493,39 @@ def test_what_qat_started_from_has_another_name_in_the_first_format(tmp_path, qa
     assert_equal_states(old.ptq_state, new.ptq_state)
     assert (old.network, old.quantization) == (new.network, new.quantization)
     assert old.recipe["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "with_shortcut", "without"),
+    [
+        ("resnet18", 0, 1),
+        ("resnet50", 0, 1),
+        ("mobilenet_v2", None, 0),
+        ("efficientnet_b0", None, 1),
+    ],
+)
+def test_additions_of_the_second_format_round_what_they_rounded(
+    tmp_path, name, with_shortcut, without
+):
+    """The identity, or what a block computes where a convolution makes the shortcut.
+
+    torchvision's MobileNetV2 adds the block's result to the identity, all others the reverse.
+    """
+    spec, size = NetworkSpec(name, "imagenet", 10), (16, 16)
+    state = {}
+    for key, value in build_quantized(spec, Quantization(), size).state_dict().items():
+        old_key = re.sub(r"\.add\.(x|other)_quantizer", ".add.input_quantizer", key)
+        state[old_key] = torch.ones_like(value) if key.endswith("_amax") else value
+    old = {"format": 2, "network": vars(spec), "quantization": vars(Quantization())}
+    torch.save({**old, "state": state, "ptq_state": state}, tmp_path / "ckpt_1")
+    loaded = ckpt.load(tmp_path / "ckpt_1")
+    assert loaded.ptq_state.keys() == loaded.state.keys()
+    model = build_quantized(spec, Quantization(), size, loaded.state)
+    ckpt.load_weights(model, loaded.state)
+    for block, module in model.named_modules():
+        if hasattr(module, "add"):
+            shortcut = getattr(module, "downsample", None) is not None
+            assert module.add.rounds == (with_shortcut if shortcut else without,), block
 
 
 def test_latest_is_the_highest_epoch_as_a_number(tmp_path):

@@ -155,13 +155,6 @@ def test_infer_runs_where_only_numpy_and_tqdm_are_installed():
         assert imported_packages(module, nested=False) <= {"numpy", "tqdm"}, module
 
 
-def test_float_training_loads_no_pytorch_quantization():
-    loaded = loaded_with("train")
-    assert {"utils.checkpoint", "utils.training.step", "layers", "models"} <= loaded
-    for module in loaded:
-        assert "pytorch_quantization" not in imported_packages(module, nested=False), module
-
-
 def test_torch_stays_out_of_what_deploys():
     for module in FILES:
         packages = imported_packages(module)

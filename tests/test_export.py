@@ -10,12 +10,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import NETWORK_PARAMS, Small, made, normalised, randomise_batch_norm
+from conftest import (
+    EXAMPLE,
+    NETWORK_PARAMS,
+    Small,
+    build,
+    made,
+    normalised,
+    randomise_batch_norm,
+)
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-import models
 from layers import FromImages
+from layers.quantized import QuantAdd, QuantMul
 from utils import checkpoint as ckpt
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.backends.pytorch import TorchNetwork
@@ -88,7 +96,8 @@ class Graph:
         assert list(quantize.input[1:]) == list(dequantize.input[1:])
         attributes = (*quantize.attribute, *dequantize.attribute)
         axes = [attribute.i for attribute in attributes if attribute.name == "axis"]
-        assert axes == ([] if scale.ndim == 0 else [0, 0])
+        assert len(axes) == 2 * scale.ndim
+        assert len(set(axes)) == scale.ndim
         return quantize.input[0], scale, axes[0] if axes else None
 
 
@@ -113,6 +122,15 @@ def batch_norm_of(model, name):
         return None
     following = str(int(last) + 1) if last.isdigit() else last.replace("conv", "bn")
     return model.get_submodule(f"{parent}.{following}" if parent else following)
+
+
+def rounded_operands(layer):
+    """Operand of a quantized layer, which is that of its node -> the activation's quantizer."""
+    if isinstance(layer, QuantAdd):
+        return {operand: getattr(layer, layer.QUANTIZERS[operand]) for operand in layer.rounds}
+    if isinstance(layer, QuantMul):
+        return {0: layer.factor_quantizer, 1: layer.input_quantizer}
+    return {0: layer.input_quantizer}
 
 
 def quantizer_pairs(name):
@@ -150,12 +168,12 @@ def exported(request, tmp_path_factory):
     """A calibrated network, its file, its graph, and images."""
     name, stem = request.param
     torch.manual_seed(0)
-    model = models.build(name, 10, stem).eval()
+    model = build(name, stem).eval()
     randomise_batch_norm(model)
     # what the last stage sees as one pixel
     size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8
     images = random_images(64, size)
-    quantize_modules(model)
+    quantize_modules(model, EXAMPLE)
     calibrate(model, [normalised(images[:4], *STATS)], "max")
     path = tmp_path_factory.mktemp("export") / "model.onnx"
     graph = export(model, path, size)
@@ -165,7 +183,7 @@ def exported(request, tmp_path_factory):
 def small(**layers):
     """Calibrated, with the layers that `quantize_modules` is told to quantize."""
     model = made(Small).eval()
-    quantize_modules(model, **layers)
+    quantize_modules(model, EXAMPLE, **layers)
     calibrate(model, [torch.randn(4, 3, 8, 8)], "max")
     return model
 
@@ -232,10 +250,10 @@ def test_every_input_and_weight_is_quantized_with_its_calibrated_range(exported)
     graph = exported.graph
     for name, layer in quantizable_modules(exported.model).items():
         node = graph.layers[name]
-        quantized_input = node.input[1 if node.op_type in ("Add", "Mul") else 0]
-        _, scale, axis = graph.quantized(quantized_input)
-        assert axis is None
-        assert scale == (layer.input_quantizer.amax / 127).numpy(), name
+        for operand, quantizer in rounded_operands(layer).items():
+            _, scale, axis = graph.quantized(node.input[operand])
+            assert axis is None
+            assert scale == (quantizer.amax / 127).numpy(), name
         if hasattr(layer, "weight"):
             weight, scale, axis = graph.quantized(node.input[1])
             assert axis == 0
@@ -268,8 +286,8 @@ def test_weights_in_the_file_are_the_trained_codes(exported):
             assert np.array_equal(trained[clear], np.rint(steps)[clear]), name
 
 
-def test_of_an_addition_only_the_second_operand_is_quantized(exported):
-    """The shortcut's convolution adds the block's output, or else the last adds the identity."""
+def test_of_an_addition_only_that_operand_is_quantized_which_the_adding_convolution_lacks(exported):
+    """A BasicBlock's 1x1 shortcut adds; without one, and in a Bottleneck, the last one does."""
     graph = exported.graph
     additions = {name: node for name, node in graph.layers.items() if node.op_type == "Add"}
     assert len(additions) == ADDITIONS.get(exported.name, 0)
@@ -279,14 +297,16 @@ def test_of_an_addition_only_the_second_operand_is_quantized(exported):
         inside = [layer for part, layer in graph.layers.items() if part.startswith(block)]
         first, *_, last, _ = [layer for layer in inside if layer is not shortcut]
         assert first.op_type == last.op_type == "Conv"
-        adding, other = node.input
-        assert graph.maker[adding] is (shortcut or last), name
+        adding, other = sorted(node.input, key=graph.is_quantized)
         source, _, _ = graph.quantized(other)
-        if shortcut is not None:
-            assert source == last.output[0]
-        else:
+        if shortcut is None:
+            assert graph.maker[adding] is last
             # one pair of nodes serves the first convolution and the addition
             assert other == first.input[0]
+        elif exported.name == "resnet50":
+            assert (graph.maker[adding], graph.maker[source]) == (last, shortcut), name
+        else:
+            assert (graph.maker[adding], graph.maker[source]) == (shortcut, last), name
 
 
 def test_of_a_multiplication_both_operands_are_quantized(exported):
@@ -348,24 +368,22 @@ def test_every_layer_computes_in_onnx_runtime_what_it_computes_in_pytorch(export
     """
     graph, images = exported.graph, exported.images[:4]
     values = values_in_onnx_runtime(graph, images)
-    network = FromImages(to_inference(exported.model), *STATS)
+    network = FromImages(to_inference(exported.model, EXAMPLE), *STATS)
     checked = []
 
     def check(layer, args, output, name):
         node = graph.layers[name]
-        quantizers = [layer.input_quantizer]
-        if node.op_type == "Mul":
-            quantizers.insert(0, layer.factor_quantizer)
+        rounded = rounded_operands(layer)
         operands = []
-        for operand, arg in zip(node.input, args, strict=False):
-            source = operand
-            if graph.is_quantized(operand):
+        for index, arg in enumerate(args):
+            source = operand = node.input[index]
+            assert graph.is_quantized(operand) is (index in rounded)
+            if index in rounded:
                 source = graph.quantized(operand)[0]
-                assert_same_codes_but_at_ties(graph, values, operand, quantizers.pop(0))
+                assert_same_codes_but_at_ties(graph, values, operand, rounded[index])
             # what comes before this layer, from the outputs of other layers
             assert_near(torch.from_numpy(values[source]).reshape(arg.shape), arg, source)
             operands.append(torch.from_numpy(values[operand]).reshape(arg.shape))
-        assert not quantizers
         # the layer itself, on ONNX Runtime's codes: to quantize them again changes nothing
         result = type(layer).forward(layer, *operands)
         computed = torch.from_numpy(values[node.output[0]].copy()).reshape(result.shape)
@@ -399,7 +417,7 @@ def test_onnx_runtime_predicts_what_pytorch_predicts_at_every_batch_size(exporte
 def test_float_graph_has_no_quantizer_and_computes_the_same(tmp_path, network):
     torch.manual_seed(0)
     name, stem = network
-    model = models.build(name, 7, stem).eval()
+    model = build(name, stem, num_classes=7).eval()
     randomise_batch_norm(model)
     graph = export(model, tmp_path / "model.onnx")
     assert graph.count("QuantizeLinear", "DequantizeLinear", "BatchNormalization", "Identity") == 0
@@ -435,7 +453,7 @@ def test_skipped_layers_are_float(tmp_path, skip_layers):
         node = graph.layers[name]
         operands = [operand for operand in node.input if "bias" not in operand]
         if node.op_type == "Add":
-            operands = [node.input[1]]
+            operands = [node.input[operand] for operand in layer.rounds]
         floats = [not graph.is_quantized(operand) for operand in operands]
         assert set(floats) == {not type(layer).__name__.startswith("Quant")}, name
         skipped += floats[0]
@@ -451,7 +469,7 @@ def test_only_the_chosen_layer_is_quantized(tmp_path):
 def test_equal_ranges_of_one_tensor_share_a_quantizer_and_different_ones_do_not(tmp_path):
     model = small()
     equal = export(model, tmp_path / "equal.onnx")
-    model.layer1.add.input_quantizer.amax.mul_(2)
+    model.layer1.add.other_quantizer.amax.mul_(2)
     different = export(model, tmp_path / "different.onnx")
     assert different.count("QuantizeLinear") == equal.count("QuantizeLinear") + 1
     assert different.count("DequantizeLinear") == equal.count("DequantizeLinear") + 1
@@ -467,13 +485,47 @@ def test_equal_ranges_of_different_tensors_keep_their_quantizers(tmp_path):
     model = small()
     before = export(model, tmp_path / "before.onnx")
     for layer in quantizable_modules(model).values():
-        layer.input_quantizer.set_range(torch.tensor(3.0))
+        for quantizer in rounded_operands(layer).values():
+            quantizer.set_range(torch.tensor(3.0))
     after = export(model, tmp_path / "after.onnx")
     assert after.count("QuantizeLinear") == before.count("QuantizeLinear")
     assert after.count("Identity") == 0
-    for node in after.layers.values():
-        _, scale, _ = after.quantized(node.input[1 if node.op_type == "Add" else 0])
-        assert scale == np.float32(3) / np.float32(127)
+    for name, layer in quantizable_modules(model).items():
+        for operand in rounded_operands(layer):
+            _, scale, _ = after.quantized(after.layers[name].input[operand])
+            assert scale == np.float32(3) / np.float32(127)
+
+
+class Decoder(nn.Module):
+    """A window's average, a transposed convolution and a concatenation, two of them functional."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 6, 2, 2)
+        self.bn, self.head = nn.BatchNorm2d(6), nn.Conv2d(9, 5, 1)
+
+    def forward(self, x):
+        y = nn.functional.avg_pool2d(self.down(x).relu(), 2)
+        y = self.bn(self.up(y)).relu()
+        return self.head(torch.cat([x, y], dim=1)).mean((2, 3))
+
+
+def test_transposed_convolution_concatenation_and_pool_are_exported_in_int8(tmp_path):
+    model = made(Decoder).eval()
+    names = ["down", "up", "head", "pool", "cat", "avgpool"]
+    assert quantize_modules(model, EXAMPLE) == names
+    images = random_images(64, 8)
+    calibrate(model, [normalised(images[:4], *STATS)], "max")
+    graph = export(model, tmp_path / "model.onnx")
+    made_by_kind = {node.op_type: node for node in graph.nodes}
+    scales = [float(graph.quantized(name)[1]) for name in made_by_kind["Concat"].input]
+    assert scales == [float(model.cat.input_quantizer.amax / 127)] * 2
+    for kind in ("AveragePool", "ConvTranspose", "GlobalAveragePool"):
+        assert graph.is_quantized(made_by_kind[kind].input[0]), kind
+    weight, scale, axis = graph.quantized(made_by_kind["ConvTranspose"].input[1])
+    assert (axis, scale.shape, graph.constants[weight].shape) == (1, (6,), (4, 6, 2, 2))
+    expected = in_torch(model)(images)
+    assert sqnr_db(expected, OnnxRuntimeNetwork(tmp_path / "model.onnx")(images)) > 30
 
 
 # trained networks
@@ -483,20 +535,20 @@ def run(network, images):
     return np.concatenate([network(images[start : start + 120]) for start in (0, 120, 240)])
 
 
-def restored(path, build):
+def restored(path, build_from):
     """The network of a checkpoint, and mean and standard deviation of its images."""
     content = ckpt.load(path)
-    model = build(content)
+    model = build_from(content)
     load_weights(model, content.state)
     return model, (content.data.mean, content.data.std)
 
 
 def float_network(content):
-    return build_float(content.network)
+    return build_float(content.network, (32, 32))
 
 
 def quantized_network(content):
-    return build_quantized(content.network, content.quantization)
+    return build_quantized(content.network, content.quantization, (32, 32), content.state)
 
 
 def test_trained_int8_graph_predicts_what_pytorch_predicts(qat_checkpoint, digits, tmp_path):

@@ -4,19 +4,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NETWORK_PARAMS, randomise_batch_norm
+from conftest import EXAMPLE, NETWORK_PARAMS, build, randomise_batch_norm
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-import models
-from layers.add import Add
-from layers.mul import Mul
-from layers.quantized import QuantAdaptiveAvgPool2d, QuantAdd, QuantConv2d, QuantLinear, QuantMul
+from layers import Add, Cat, Mul
+from layers.quantized import (
+    PointwiseLinear,
+    QuantAdaptiveAvgPool2d,
+    QuantAdd,
+    QuantAvgPool2d,
+    QuantCat,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    QuantMul,
+    quantized_form,
+)
 from layers.quantizers import FrozenQuantizer, Quantizer, StraightThrough, fake_quantize
 from utils.quantization.calibrate import calibrate
 from utils.quantization.fold import conv_bn_pairs, to_inference
 from utils.quantization.swap import quantizable_modules, quantize_modules
+from utils.quantization.watch import watch
 
 SCALES = [1.0, 2.0**-7, 0.1, 0.0371, 3e-5, 127.0]
 EXACT_SCALES = [1.0, 2.0**-7, 2.0**5]
@@ -437,12 +448,20 @@ def test_gradients_reach_the_weight_through_the_rounding():
     torch.testing.assert_close(conv.weight.grad, expected.expand(3, 2, 3, 3))
 
 
-def test_quantized_addition_rounds_only_the_second_operand():
-    x, identity = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    quant = calibrated(QuantAdd.from_float(Add()), x, identity)
-    rounded = fake_quantized(identity, 0.8 * identity.abs().max() / 127, -128)
-    assert torch.equal(quant(x, identity), x + rounded)
-    assert list(quant.state_dict()) == ["input_quantizer._amax"]
+@pytest.mark.parametrize("rounds", [(0,), (1,), (0, 1)])
+def test_quantized_addition_rounds_the_operands_that_it_names(rounds):
+    operands = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
+    layer = Add()
+    layer.rounds = rounds
+    quant = QuantAdd.from_float(layer)
+    names = [("x_quantizer", "other_quantizer")[operand] for operand in rounds]
+    assert list(quant.state_dict()) == [f"{name}._amax" for name in names]
+    expected = list(operands)
+    for name, operand in zip(names, rounds, strict=True):
+        largest = operands[operand].abs().max()
+        getattr(quant, name).set_range(0.8 * largest)
+        expected[operand] = fake_quantized(operands[operand], 0.8 * largest / 127, -128)
+    assert torch.equal(quant(*operands), expected[0] + expected[1])
 
 
 def test_quantized_multiplication_rounds_both_operands():
@@ -462,6 +481,89 @@ def test_quantized_pool_is_a_pool_of_a_quantized_input(size):
     assert quant(x).shape == nn.AdaptiveAvgPool2d(size)(x).shape
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"ceil_mode": True}])
+def test_quantized_pool_of_windows_is_a_pool_of_a_quantized_input(options):
+    x = torch.randn(2, 3, 7, 6)
+    pool = nn.AvgPool2d(3, **options)
+    quant = calibrated(QuantAvgPool2d.from_float(pool), x)
+    assert torch.equal(quant(x), pool(fake_quantized(x, 0.8 * x.abs().max() / 127, -128)))
+
+
+def test_quantized_concatenation_rounds_all_with_one_range():
+    tensors = [torch.randn(2, 3, 4, 4), 3 * torch.randn(2, 1, 4, 4)]
+    quant = QuantCat.from_float(Cat())
+    largest = tensors[1].abs().max()
+    quant.input_quantizer.set_range(largest)
+    rounded = [fake_quantized(tensor, largest / 127, -128) for tensor in tensors]
+    assert torch.equal(quant(tensors), torch.cat(rounded, dim=1))
+    quant.input_quantizer = FrozenQuantizer(largest / 127)
+    assert torch.equal(quant(tensors), torch.cat(rounded, dim=1))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "geometry",
+    [{}, {"stride": 2, "padding": (1, 0), "output_padding": 1}, {"groups": 2}, {"dilation": 2}],
+    ids=str,
+)
+def test_quantized_transposed_convolution_is_one_of_quantized_operands(geometry, bias):
+    torch.manual_seed(0)
+    conv = nn.ConvTranspose2d(4, 6, 3, **geometry, bias=bias)
+    quant = QuantConvTranspose2d.from_float(conv)
+    x = torch.randn(2, 4, 5, 6)
+    # (in, out / groups, height, width): a range for each of the second axis
+    amax = conv.weight.abs().amax((0, 2, 3))
+    quant.input_quantizer.set_range(0.8 * x.abs().max())
+    quant.weight_quantizer.set_range(0.9 * amax)
+    inputs = fake_quantized(x, 0.8 * x.abs().max() / 127, -128)
+    weight = fake_quantized(conv.weight.transpose(0, 1), 0.9 * amax / 127, -127).transpose(0, 1)
+    options = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    expected = F.conv_transpose2d(inputs, weight, conv.bias, **{**options, **geometry})
+    torch.testing.assert_close(quant(x), expected)
+    assert quant(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("between", [(), (7,), (3, 5), (2, 3, 4)], ids=str)
+def test_inference_form_of_a_linear_layer_computes_the_same_of_any_shape(between):
+    torch.manual_seed(0)
+    x = torch.randn(2, *between, 6)
+    quant = calibrated(QuantLinear.from_float(nn.Linear(6, 4)), x)
+    expected = quant(x)
+    torch.testing.assert_close(PointwiseLinear.from_linear(quant)(x), expected)
+
+
+class Same(nn.Conv2d):
+    """As timm's: its own `forward`, which computes what its base computes."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class Standardised(nn.Conv2d):
+    """As in networks with weight standardisation: another weight than its own."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "form"),
+    [
+        (nn.Conv2d(3, 4, 3), QuantConv2d),
+        (Same(3, 4, 3, padding=1), QuantConv2d),
+        (Same(3, 4, 3, dilation=2), None),  # which it forgets
+        (Standardised(3, 4, 3), None),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), None),
+        (nn.ConvTranspose2d(3, 4, 3), QuantConvTranspose2d),
+        (nn.Conv1d(3, 4, 3), None),
+        (QuantConv2d.from_float(nn.Conv2d(3, 4, 3)), None),
+    ],
+)
+def test_a_layer_has_a_quantized_form_if_it_computes_what_its_base_does(layer, form):
+    assert quantized_form(layer) is form
+
+
 # folding of BatchNorm
 
 GAMMAS = torch.tensor([1.0, -1.5, 0.0, 1e-9, -1e-9, 1e-3, -1e4, 1e6])
@@ -478,12 +580,19 @@ def batch_norm(affine=True, variance=None):
     return bn
 
 
+def batch_norm_1d():
+    """The same for features (N, 8)."""
+    bn = nn.BatchNorm1d(8)
+    bn.load_state_dict(batch_norm().state_dict())
+    return bn
+
+
 def quantized_pair(bias=False, **options):
     """A calibrated convolution with 8 channels, one all zero, and its BatchNorm; its images."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), batch_norm(**options)).eval()
     model[0].weight.data[5] = 0
-    quantize_modules(model)
+    quantize_modules(model, EXAMPLE)
     images = torch.randn(4, 3, 7, 7)
     calibrate(model, [images], "max")
     return model, images
@@ -539,7 +648,7 @@ FOLDS = {
 @pytest.mark.parametrize("options", FOLDS.values(), ids=FOLDS)
 def test_folding_keeps_every_weight_code_but_for_its_sign(options):
     model, _ = quantized_pair(**options)
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     assert_codes_stay(inference[0], model[0], factors(model[1]))
     weights, scale = inference[0].weight, inference[0].weight_quantizer.scale
     largest = (weights.abs().flatten(1).amax(1) / scale).round().tolist()
@@ -549,7 +658,7 @@ def test_folding_keeps_every_weight_code_but_for_its_sign(options):
 @pytest.mark.parametrize("options", FOLDS.values(), ids=FOLDS)
 def test_folding_keeps_the_outputs(options):
     model, images = quantized_pair(**options)
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     assert [type(module) for module in inference] == [QuantConv2d, nn.Identity]
     with torch.no_grad():
         assert_channels_close(inference(images), model(images))
@@ -562,7 +671,7 @@ def test_folding_a_float_convolution_keeps_the_outputs(options):
     conv = nn.Conv2d(3, 8, 3, bias=options.get("bias", False))
     model = nn.Sequential(conv, batch_norm(**norm_options)).eval()
     images = torch.randn(4, 3, 7, 7)
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     assert [type(module) for module in inference] == [nn.Conv2d, nn.Identity]
     with torch.no_grad():
         assert_channels_close(inference(images), model(images))
@@ -570,7 +679,7 @@ def test_folding_a_float_convolution_keeps_the_outputs(options):
 
 def test_frozen_ranges_are_the_calibrated_ones_times_the_factor():
     model, _ = quantized_pair()
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     assert torch.equal(inference[0].input_quantizer.scale, model[0].input_quantizer.amax / 127)
     scale = inference[0].weight_quantizer.scale.double()
     expected = model[0].weight_quantizer.amax.double() / 127 * factors(model[1]).abs()
@@ -582,7 +691,7 @@ def test_frozen_ranges_are_the_calibrated_ones_times_the_factor():
 
 def test_frozen_weights_lie_on_their_grid():
     model, _ = quantized_pair(bias=True)
-    conv = to_inference(model)[0]
+    conv = to_inference(model, EXAMPLE)[0]
     assert torch.equal(conv.weight_quantizer(conv.weight), conv.weight)
 
 
@@ -591,10 +700,10 @@ def test_without_batch_norm_codes_and_ranges_stay():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
     ).train()
-    quantize_modules(model)
+    quantize_modules(model, EXAMPLE)
     images = torch.randn(2, 3, 6, 6)
     calibrate(model, [images], "max")
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     for name in "04":
         layer, frozen = model.get_submodule(name), inference.get_submodule(name)
         assert_codes_stay(frozen, layer)
@@ -646,13 +755,62 @@ class Reused(nn.Module):
 )
 def test_only_what_is_called_once_is_folded(forward, folded):
     model, x = Reused(forward).eval(), torch.randn(2, 8, 5, 5)
-    assert conv_bn_pairs(model) == [("conv", "bn")] * folded
-    torch.testing.assert_close(to_inference(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    assert conv_bn_pairs(watch(model, x)) == [("conv", "bn")] * folded
+    torch.testing.assert_close(to_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_without_statistics_is_not_folded():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
-    assert conv_bn_pairs(model) == []
+    assert conv_bn_pairs(watch(model, EXAMPLE)) == []
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's: BatchNorm and an activation in one layer."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Scaled(nn.BatchNorm2d):
+    """Does more than its base, in no layer of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "float"])
+@pytest.mark.parametrize(
+    ("layer", "norm", "folded"),
+    [
+        (lambda: nn.ConvTranspose2d(3, 8, 3, 2), batch_norm, True),
+        (lambda: nn.ConvTranspose2d(3, 9, 3, 2, groups=3), lambda: nn.BatchNorm2d(9), False),
+        (lambda: nn.Conv2d(3, 8, 3), lambda: NormAct(8), True),
+        (lambda: nn.Conv2d(3, 8, 3), lambda: Scaled(8), False),
+        (lambda: nn.Linear(8, 8), batch_norm_1d, True),
+    ],
+    ids=["transposed", "groups", "with activation", "scaled", "linear"],
+)
+def test_other_layers_fold_where_they_can(layer, norm, folded, quantized):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(layer(), norm()).eval(), EXAMPLE
+    if isinstance(model[0], nn.Linear):
+        first = [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        model = nn.Sequential(*first, *model).eval()
+    if quantized:
+        quantize_modules(model, EXAMPLE)
+        calibrate(model, [images], "max")
+    inference = to_inference(model, EXAMPLE)
+    left = [module for module in inference.modules() if isinstance(module, _BatchNorm)]
+    assert len(left) == (0 if folded else 1)
+    with torch.no_grad():
+        expected, result = model(images), inference(images)
+    assert_channels_close(
+        result.reshape(*result.shape[:2], -1, 1), expected.reshape(*result.shape[:2], -1, 1)
+    )
 
 
 @pytest.mark.parametrize("quantized", [True, False], ids=["quantized", "float"])
@@ -661,10 +819,10 @@ def test_convolution_with_another_reader_is_not_folded(quantized):
     model = TwoReaders().eval()
     images = torch.randn(2, 3, 7, 7)
     if quantized:
-        quantize_modules(model)
+        quantize_modules(model, EXAMPLE)
         calibrate(model, [images], "max")
-    assert conv_bn_pairs(model) == [("alone", "alone_bn")]
-    inference = to_inference(model)
+    assert conv_bn_pairs(watch(model, EXAMPLE)) == [("alone", "alone_bn")]
+    inference = to_inference(model, EXAMPLE)
     assert isinstance(inference.bn, nn.BatchNorm2d)
     assert isinstance(inference.alone_bn, nn.Identity)
     assert torch.equal(inference.conv.bias, model.conv.bias)
@@ -686,7 +844,7 @@ def test_the_model_passed_in_stays_as_it_is(training, quantized):
     modules = dict(model.named_modules())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = dict(model.named_parameters())
-    inference = to_inference(model)
+    inference = to_inference(model, EXAMPLE)
     assert not inference.training
     assert all(module.training is training for module in model.modules())
     assert dict(model.named_modules()) == modules
@@ -709,18 +867,18 @@ def network(request):
     """A calibrated network in training form, its inference form, and images."""
     torch.manual_seed(0)
     name, stem = request.param
-    model = models.build(name, 10, stem)
+    model = build(name, stem)
     randomise_batch_norm(model)
     model.eval()
     # what the last stage sees as one pixel
     size = 4 if stem == "cifar" and name != "vanilla_cnn" else 8
     images = torch.randn(8, 3, size, size)
-    float_inference = to_inference(model)
+    float_inference = to_inference(model, EXAMPLE)
     with torch.no_grad():
         float_logits = model(images), float_inference(images)
-    quantize_modules(model)
+    quantize_modules(model, EXAMPLE)
     calibrate(model, [images], "max")
-    return model, to_inference(model), images, float_logits
+    return model, to_inference(model, EXAMPLE), images, float_logits
 
 
 def relative_errors(result, expected):
@@ -757,7 +915,7 @@ def test_every_folded_layer_computes_the_same_from_the_same_input(network):
     model(images)
     for hook in hooks:
         hook.remove()
-    pairs = dict(conv_bn_pairs(model))
+    pairs = dict(conv_bn_pairs(watch(model, EXAMPLE)))
     without_bias = [
         name
         for name, module in model.named_modules()
@@ -774,10 +932,13 @@ def test_every_folded_layer_computes_the_same_from_the_same_input(network):
 
 def test_codes_and_ranges_of_every_layer_stay(network):
     model, inference, _, _ = network
-    pairs = dict(conv_bn_pairs(model))
+    pairs = dict(conv_bn_pairs(watch(model, EXAMPLE)))
     for name, layer in quantizable_modules(model).items():
         frozen = inference.get_submodule(name)
-        assert torch.equal(frozen.input_quantizer.scale, layer.input_quantizer.amax / 127)
+        for child_name, quantizer in layer.named_children():
+            if child_name != "weight_quantizer":
+                scale = frozen.get_submodule(child_name).scale
+                assert torch.equal(scale, quantizer.amax / 127), (name, child_name)
         if hasattr(layer, "weight"):
             factor = torch.ones(len(layer.weight))
             if name in pairs:

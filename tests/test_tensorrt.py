@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import EXAMPLE, build
 from fake_tensorrt import (
     GENERATIONS,
     IMAGE,
@@ -28,7 +29,6 @@ from fake_tensorrt import (
 )
 from torch import nn
 
-import models
 from utils.backends import tensorrt_build, tensorrt_layers, tensorrt_run
 from utils.backends.network import BURST, Network
 from utils.backends.tensorrt_build import CacheFile, EngineOptions
@@ -83,6 +83,7 @@ class Export:
     folder: Path
     model: str
     layers: list[str]
+    network: nn.Module
 
     def read(self, stem):
         return (self.folder / f"{stem}.onnx").read_bytes()
@@ -135,17 +136,17 @@ def export(request, tmp_path_factory):
     name, stem = request.param
     folder = tmp_path_factory.mktemp(f"{name}_{stem}")
     torch.manual_seed(0)
-    model = models.build(name, 10, stem)
+    model = build(name, stem)
     thin(model)
     randomise(model, 0.5)
     export_onnx(model, folder / "fp32.onnx", (32, 32), *STATISTICS)
-    quantize_modules(model)
+    quantize_modules(model, EXAMPLE)
     calibrate(model, [torch.randn(8, 3, 32, 32)], "max")
     export_onnx(model, folder / "int8_ptc.onnx", (32, 32), *STATISTICS)
     randomise(model, -1.5)
     switch_channels_off(model)
     export_onnx(model, folder / "int8_qat.onnx", (32, 32), *STATISTICS)
-    return Export(folder, name, list(quantizable_modules(model)))
+    return Export(folder, name, list(quantizable_modules(model)), model)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,9 @@ def test_the_parsed_network_quantizes_exactly_the_nodes_that_are_meant_for_int8(
     ]
     single = {"efficientnet_b0": 6}.get(export.model, 1)  # pools that see one pixel: nothing to run
     assert len(idle) == (single if "imagenet" in export.folder.name else 0)
-    assert sorted(readers) == sorted([*int8_nodes(export.folder / f"{stem}.onnx"), *idle])
+    # of the network's own layers none is missing
+    meant = int8_nodes(export.folder / f"{stem}.onnx", export.network)
+    assert sorted(readers) == sorted([*meant, *idle])
     convolutions, additions, multiplications = LAYERS[export.model]
     operations = Counter(name.rsplit("/", 1)[1] for name in readers)
     assert operations["Conv"] + operations["Gemm"] == convolutions + 1  # the classifier too
@@ -272,7 +275,7 @@ def test_every_convolution_reads_dequantized_images_and_weights(rtx, export, ste
 
 def test_float_graphs_quantize_nothing(rtx, export):
     for stem in ("fp32", "fp16"):
-        assert int8_nodes(export.folder / f"{stem}.onnx") == []
+        assert int8_nodes(export.folder / f"{stem}.onnx", nn.Module()) == []
         _, _, layers = parsed(rtx, export.read(stem))
         assert not any("QUANTIZE" in layer.type.name for layer in layers)
         heavy = {
@@ -285,8 +288,8 @@ def test_float_graphs_quantize_nothing(rtx, export):
 def vanilla(tmp_path_factory):
     """Folder with the graphs of a vanilla CNN whose first convolution and classifier stay float."""
     torch.manual_seed(0)
-    model = models.build("vanilla_cnn", 10, "cifar")
-    quantize_modules(model, skip_layers=["features.0", "fc"])
+    model = build("vanilla_cnn")
+    quantize_modules(model, EXAMPLE, skip_layers=["features.0", "fc"])
     calibrate(model, [torch.randn(8, 3, 32, 32)], "max")
     folder = tmp_path_factory.mktemp("vanilla")
     export_onnx(model, folder / "int8_qat.onnx", (32, 32), *STATISTICS)
@@ -294,7 +297,7 @@ def vanilla(tmp_path_factory):
 
 
 def test_layers_that_were_skipped_are_not_meant_for_int8(rtx, vanilla):
-    nodes = int8_nodes(vanilla / "int8_qat_fp16.onnx")
+    nodes = int8_nodes(vanilla / "int8_qat_fp16.onnx", nn.Module())
     assert [node.split("/")[-2] for node in nodes] == [
         *(f"features.{index}" for index in (3, 7, 10, 14, 17)),
         "avgpool",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, normalised, small_net
+from conftest import EXAMPLE, ROOT, normalised, small_net
 from torch import nn
 
 import dataset
@@ -373,7 +373,7 @@ def test_infinite_values_take_the_ends_of_the_range():
 def test_a_compiled_quantized_network_is_the_eager_one(monkeypatch, dtype):
     torch.manual_seed(0)
     eager = small_net()
-    quantize_modules(eager)
+    quantize_modules(eager, EXAMPLE)
     for module in eager.modules():
         if isinstance(module, quantizers.Quantizer):
             module.set_range(
@@ -968,12 +968,13 @@ def test_a_link_in_a_runs_folder_is_replaced_not_followed(runs, tmp_path):
 def test_history_holds_what_each_epochs_network_does_on_the_val_images(runs, mode, digits):
     _, val = dataset.split_train(digits.train_labels[:60], 0)
     for content in (content for epoch, content in checkpoints(runs[mode]).items() if epoch):
-        if mode == "qat":
-            model = networks.build_quantized(content.network, content.quantization)
-        else:
-            model = networks.build_float(content.network)
-        model.eval().load_state_dict(content.state)
         info = content.data
+        size = (info.img_size, info.img_size)
+        if mode == "qat":
+            model = networks.build_quantized(content.network, content.quantization, size)
+        else:
+            model = networks.build_float(content.network, size)
+        model.eval().load_state_dict(content.state)
         images = normalised(digits.train_images[val, ::2, ::2], info.mean, info.std)
         with torch.no_grad():
             logits = model(images).double().numpy()
