@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 from utils.files import user_path
 from utils.manifest import PRECISIONS
-from utils.specs import CALIBRATORS, MOST_IMAGES, STEMS, DataSpec, NetworkSpec, Quantization
+from utils.specs import (
+    CALIBRATORS,
+    MOST_IMAGES,
+    OWN_STEM,
+    STEMS,
+    DataSpec,
+    NetworkSpec,
+    Quantization,
+    is_foreign,
+)
 
 T = TypeVar("T")
 Flags = argparse.Namespace
@@ -35,9 +44,14 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("network").add_argument
-    add("--m", "--model", dest="model", help="such as resnet18 (a checkpoint knows its own)")
+    names = (
+        "such as resnet18, or torchvision/NAME, timm/NAME, package.module:callable, which is "
+        "called with num_classes= (a checkpoint knows its own)"
+    )
+    add("--m", "--model", dest="model", help=names)
     stems = (
-        "first layers: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with --pretrain, else cifar)"
+        "first layers of a built-in network: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with "
+        "--pretrain, else cifar)"
     )
     add("--stem", choices=("auto", *STEMS), default="auto", help=stems)
     add("--load_ckpt", type=user_path, metavar="FILE", help="checkpoint to start from")
@@ -104,11 +118,25 @@ def agreed_network(
     flags: Flags, known: NetworkSpec | None, default_stem: str | None = None
 ) -> tuple[str, str]:
     """Name and stem of the network, as `agreed` with what a checkpoint knows."""
+    name = agreed("--m", flags.model, known and known.name)
     stem = None if flags.stem == "auto" else flags.stem
-    return (
-        agreed("--m", flags.model, known and known.name),
-        agreed("--stem", stem, known and known.stem, default_stem),
-    )
+    if is_foreign(name):
+        default_stem = OWN_STEM
+    return name, agreed("--stem", stem, known and known.stem, default_stem)
+
+
+def require_named(name: str, named: str | None) -> None:
+    """Raises UserError if building a checkpoint's network would run code that nobody asked for.
+
+    Args:
+        name: of the network, as the checkpoint says.
+        named: by the user.
+    """
+    if ":" in name and name != named:
+        raise UserError(
+            f"the checkpoint's network is made by {name}, and importing that runs its code: if "
+            f"you trust it, add --m {name}"
+        )
 
 
 def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int | None]:

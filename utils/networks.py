@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import models
+from models import foreign
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
 from utils.errors import UserError
-from utils.specs import NetworkSpec, Quantization
+from utils.specs import OWN_STEM, NetworkSpec, Quantization, is_foreign
 
 if TYPE_CHECKING:
     from dataset.batches import Batches
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 def require_known(name: str, stem: str) -> None:
     """Raises UserError unless there is a model of that name with that stem."""
-    if name not in models.MODELS:
-        raise UserError(f"no model {name!r}; there are {', '.join(models.MODELS)}")
-    if name in models.STEMLESS and stem != "cifar":
+    foreign_name = is_foreign(name)
+    if not foreign_name and name not in models.MODELS:
+        known = ", ".join(models.MODELS)
+        raise UserError(f"no model {name!r}; there are {known}, and {foreign.FORMS}")
+    if foreign_name and stem != OWN_STEM or name in models.STEMLESS and stem != "cifar":
         raise UserError(f"--stem {stem}: {name} has no other stem than its own; drop the flag")
 
 
@@ -32,13 +35,16 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
         size: height and width of the images that it is for.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or one from elsewhere cannot be built.
     """
     from utils.quantization.modularize import modularize
     from utils.quantization.watch import example_images
 
     require_known(spec.name, spec.stem)
-    model = models.build(spec.name, spec.num_classes, spec.stem)
+    if is_foreign(spec.name):
+        model = foreign.build(spec.name, spec.num_classes)
+    else:
+        model = models.build(spec.name, spec.num_classes, spec.stem)
     for name, reason in modularize(model, example_images(*size)).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model

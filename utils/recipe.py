@@ -22,6 +22,7 @@ from utils.flags import (
     agreed_quantization,
     given,
     refuse,
+    require_named,
 )
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
@@ -226,6 +227,8 @@ def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     values = {name: stored.get(name) is True for name in ("quantize", "test_trt")}
     for cls in (Comparison, Quantization, Recipe):
         values |= parse_fields(cls, stored, "the checkpoint's recipe")
+    # the checkpoint says it itself, and the command line may have to
+    values.pop("model", None)
     return values
 
 
@@ -254,6 +257,7 @@ def resolve(
     has_weights = flags.pretrain and flags.model not in models.STEMLESS
     model, stem = agreed_network(flags, network, "imagenet" if has_weights else "cifar")
     require_known(model, stem)
+    require_named(model, flags.model)
     dataset, img_size = agreed_images(flags, checkpoint.data if checkpoint else None)
     quantization = None
     if flags.quantize or flags.test_trt or flags.list_layers:

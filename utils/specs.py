@@ -15,20 +15,31 @@ MAX_SEED = 2**32 - 1
 MOST_IMAGES = 10**9
 
 STEMS = ("imagenet", "cifar")
+OWN_STEM = "own"
+"""What a network from elsewhere has: `--stem` is for the built-in ones."""
 MAX_SIZE = 4096
 """Of an image's width in pixels."""
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a network is from elsewhere: torchvision/NAME, timm/NAME, package.module:callable."""
+    return "/" in name or ":" in name
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Enough to build the float network: its name in `models.MODELS`, stem and classes."""
+    """Enough to build the float network: its name, stem and number of classes.
+
+    The name is one of `models.MODELS`, or that of a network from elsewhere (`models.foreign`).
+    """
 
     name: str
     stem: str
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.stem not in STEMS or self.num_classes < 1:
+        stems = (OWN_STEM,) if is_foreign(self.name) else STEMS
+        if self.stem not in stems or self.num_classes < 1:
             raise ValueError(f"there is no network {self} of {self.num_classes} classes")
 
     def __str__(self) -> str:
