@@ -12,9 +12,6 @@ from models.vanilla_cnn import VanillaCNN
 STEMLESS = ("vanilla_cnn",)
 """Models with one kind of first layers, which counts as CIFAR's stem."""
 
-CLASSIFIERS = ("fc.", "classifier.")
-"""How the names of a last layer's parameters begin."""
-
 MODELS: dict[str, Callable[[int, str], nn.Module]] = {
     "vanilla_cnn": lambda num_classes, stem: VanillaCNN(num_classes),
     "resnet18": lambda num_classes, stem: resnet("resnet18", num_classes, stem),

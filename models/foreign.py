@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -83,31 +84,35 @@ def _require_name(library: str, network: str, names: Sequence[str]) -> None:
 
 
 def _of_module(module_name: str, attribute: str) -> Callable[[int], nn.Module]:
+    module = _imported(module_name)
     what = f"--m {module_name}:{attribute}"
-    # as `python -m` has it
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    package = module_name.partition(".")[0]
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # it is anyone's code
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if missing and f"{module_name}.".startswith(f"{error.name}."):
-            taken = ""
-            if package in PROJECT:
-                taken = f"; {package} is a package of this project: give yours another name"
-            raise UserError(
-                f"{what}: no module {error.name} in {os.getcwd()} or on Python's path{taken}"
-            ) from None
-        raise UserError(f"{what}: importing {module_name} fails: {_said(error)}") from None
-    if not hasattr(module, attribute):
+    builder = getattr(module, attribute, None)
+    if builder is None:
         near = difflib.get_close_matches(attribute, dir(module), n=4)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UserError(f"{what}: {module_name} has no {attribute}{hint}")
-    builder = getattr(module, attribute)
     if not callable(builder):
         raise UserError(f"{what}: it is {type(builder).__name__}, which cannot be called")
     return lambda num_classes: builder(num_classes=num_classes)
+
+
+def _imported(name: str) -> ModuleType:
+    """A module from the working directory or Python's path."""
+    here = str(Path.cwd())
+    # as `python -m` has it
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # it is anyone's code
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise UserError(f"--m: importing {name} fails: {_said(error)}") from None
+    top = name.partition(".")[0]
+    hint = f"; {top} is a package of this project, give yours another name"
+    raise UserError(
+        f"--m: no module {missing} in {here} or on Python's path{hint if top in PROJECT else ''}"
+    )
 
 
 def _said(error: BaseException) -> str:

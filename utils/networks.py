@@ -90,7 +90,7 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     from torchvision.models import get_model_weights, list_models
 
     try:
-        weights = get_model_weights(name).DEFAULT
+        weights = get_model_weights(name.removeprefix("torchvision/")).DEFAULT
     except ValueError:
         known = ", ".join(model for model in models.MODELS if model in list_models())
         raise UserError(
@@ -104,16 +104,11 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
             f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); "
             f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         ) from None
-
-    # the classifier of the model, everything else from ImageNet
-    state = model.state_dict()
-    for key, value in pretrained.items():
-        if not key.startswith(models.CLASSIFIERS):
-            state[key] = value
     try:
-        load_weights(model, state)
+        load_weights(model, pretrained, new_classifier=True)
     except UserError as error:
-        raise UserError(f"--pretrain: {error}; use --stem imagenet") from None
+        hint = "" if is_foreign(name) else "; use --stem imagenet"
+        raise UserError(f"--pretrain: {error}{hint}") from None
 
 
 def restore(
