@@ -19,6 +19,7 @@ from utils.specs import (
     DataSpec,
     NetworkSpec,
     Quantization,
+    height_width,
     is_foreign,
 )
 
@@ -27,6 +28,9 @@ Flags = argparse.Namespace
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
 PTC_MODES = ("explicit", "implicit")
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+"""Mean and std of each channel that torchvision's networks are trained with."""
 
 QUANTIZATION = tuple(field.name for field in fields(Quantization))
 """The flags that say how to quantize."""
@@ -60,7 +64,8 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
     where = "where they are (default: where the checkpoint's are, else data)"
     add("--data_dir", type=user_path, help=where)
-    add("--img_size", type=int, help="width to resize images of --dataset folder to (default: 32)")
+    size = "height and width to resize images of --dataset folder to, or one number (default: 32)"
+    add("--img_size", type=int, nargs="+", metavar="PIXELS", help=size)
 
     default = Quantization()
     add = parser.add_argument_group("quantization").add_argument
@@ -105,13 +110,18 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
     """
     if value is not None and known is not None and value != known:
         raise UserError(
-            f"{flag} {value} contradicts the checkpoint, which says {known}; "
+            f"{flag} {_words(value)} contradicts the checkpoint, which says {_words(known)}; "
             "drop the flag or change the file"
         )
     for choice in (value, known, default):
         if choice is not None:
             return choice
     raise UserError(f"{flag} is needed here")
+
+
+def _words(value: Any) -> str:
+    """A flag's value as the user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def agreed_network(
@@ -139,17 +149,46 @@ def require_named(name: str, named: str | None) -> None:
         )
 
 
-def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int | None]:
-    """Name of the data set, and the width of a folder's images, as `agreed` with a checkpoint."""
-    dataset = agreed("--dataset", flags.dataset, known and known.dataset, "cifar10")
+def agreed_images(
+    flags: Flags, known: DataSpec | None, other_images: bool = False
+) -> tuple[str, list[int] | None]:
+    """Name of the data set, height and width of a folder's images, as `agreed` with a checkpoint.
+
+    Args:
+        other_images: what the checkpoint knows is only a default.
+    """
+    decided = None if other_images else known
+    default = known.dataset if known else "cifar10"
+    dataset = agreed("--dataset", flags.dataset, decided and decided.dataset, default)
+    size = None if flags.img_size is None else height_width(flags.img_size)
+    if size and len(size) > 2:
+        raise UserError(f"--img_size {_words(size)}: height and width, or one number")
     if dataset == "folder":
-        return dataset, agreed("--img_size", flags.img_size, known and known.img_size, 32)
-    if flags.img_size not in (None, 32):
+        default = known.img_size if known else [32, 32]
+        return dataset, agreed("--img_size", size, decided and decided.img_size, default)
+    if size not in (None, [32, 32]):
         raise UserError(
-            f"--img_size {flags.img_size}: the images of {dataset} are 32 pixels wide; it is for "
-            "--dataset folder"
+            f"--img_size {_words(flags.img_size)}: the images of {dataset} are 32 pixels wide; it "
+            "is for --dataset folder"
         )
     return dataset, None
+
+
+def agreed_normalization(
+    flags: Flags, known: DataSpec | None
+) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and std of each channel, as `agreed` with a checkpoint; None: those of the images."""
+    mean, std = IMAGENET if flags.normalization else (flags.mean, flags.std)
+    if mean is None:
+        return (known.mean, known.std) if known else (None, None)
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise UserError(
+            "--mean and --std are in units of the full range, 0 to 1: divide those of bytes by 255"
+        )
+    return (
+        agreed("--mean", mean, known and known.mean),
+        agreed("--std", std, known and known.std),
+    )
 
 
 def agreed_data_dir(flags: Flags, known: str | None) -> Path:
