@@ -266,7 +266,7 @@ def make_model(
     What QAT starts from goes into `base`.
     """
     torch.manual_seed(recipe.seed)
-    size = (base.data.img_size, base.data.img_size)
+    size = tuple(base.data.img_size)
     if recipe.quantize:
         state = start.state if start else None
         model = networks.build_quantized(base.network, base.quantization, size, state)
@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_layers(recipe: Recipe) -> None:
     """Print the layers that can be quantized, and which of them the flags choose."""
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
-    size = (recipe.img_size or 32, recipe.img_size or 32)
+    size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)
     print(layer_table(model, example_images(*size)))
 

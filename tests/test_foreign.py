@@ -45,6 +45,18 @@ def other_arguments(classes):
 def ends(num_classes):
     raise SystemExit(3)
 
+def deaf(num_classes):
+    return Net(1000)
+
+def two(num_classes):
+    class Two(Net):
+        def forward(self, x):
+            return super().forward(x), x
+    return Two(num_classes)
+
+def large(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 99), Net(num_classes))
+
 def fails(num_classes):
     raise RuntimeError("two\\nlines")
 """
@@ -227,6 +239,22 @@ def test_what_only_a_checkpoint_names_is_not_imported(
     infer.main(f"--onnx {best}_onnx --FP32 --backend onnxruntime --batch_size".split())
     assert f"{name} (own stem) on digits" in capsys.readouterr().out
     assert own_module not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("attribute", "said"),
+    [
+        ("deaf", "of 2 images it makes (2, 1000), not logits (2, 10): it must obey num_classes="),
+        ("two", "of 2 images it makes tuple, not logits (2, 10)"),
+        ("large", "it fails on images of 16x16: RuntimeError: "),
+    ],
+)
+def test_a_network_that_makes_no_logits_of_the_images_is_one_line(
+    own_module, tiny_digits, tmp_path, error_line, attribute, said
+):
+    argv = f"--m {own_module}:{attribute} {RUN} --od {tmp_path}/out".split()
+    assert f"--m {own_module}:{attribute}: {said}" in error_line(train.main, argv)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # state dicts of others

@@ -447,7 +447,7 @@ def random_images(info: DataSpec, count: int) -> np.ndarray:
 
 def image_size(info: DataSpec) -> tuple[int, int]:
     """Height and width in pixels of what an exported graph takes."""
-    return info.img_size, info.img_size
+    return tuple(info.img_size)
 
 
 def _require_predictions(

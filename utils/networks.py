@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from models import foreign
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
-from utils.errors import UserError
+from utils.errors import UserError, mendable
 from utils.specs import OWN_STEM, NetworkSpec, Quantization, is_foreign
 
 if TYPE_CHECKING:
@@ -41,13 +41,41 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     from utils.quantization.watch import example_images
 
     require_known(spec.name, spec.stem)
+    example = example_images(*size)
     if is_foreign(spec.name):
         model = foreign.build(spec.name, spec.num_classes)
+        _require_logits(model, example, spec)
     else:
         model = models.build(spec.name, spec.num_classes, spec.stem)
-    for name, reason in modularize(model, example_images(*size)).items():
+    for name, reason in modularize(model, example).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model
+
+
+def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None:
+    """Raises UserError unless a network from elsewhere makes logits (N, classes) of images.
+
+    Args:
+        images: (N, 3, H, W), normalised.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # it is anyone's code
+        if mendable(error):
+            raise
+        height, width = images.shape[2:]
+        text = f"--m {spec.name}: it fails on images of {height}x{width}"
+        raise UserError(f"{text}: {type(error).__name__}: {error}") from None
+    model.train(training)
+    expected = (len(images), spec.num_classes)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != expected:
+        raise UserError(
+            f"--m {spec.name}: of {len(images)} images it makes {found}, not logits {expected}: "
+            "it must obey num_classes= and return a single tensor"
+        )
 
 
 def build_quantized(
@@ -130,7 +158,7 @@ def restore(
     start = checkpoint.ptq_state if quantized else checkpoint.state
     spec = checkpoint.network
 
-    size = (checkpoint.data.img_size, checkpoint.data.img_size)
+    size = tuple(checkpoint.data.img_size)
 
     networks = {"FP32": build_float(spec, size)}
     load_weights(networks["FP32"], without_ranges(start))
