@@ -537,7 +537,7 @@ def test_flags_that_cannot_be_are_one_line(tmp_path, error_line, flags, said):
 
 def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path, capsys, error_line):
     torch.manual_seed(0)
-    source = networks.build_float(NetworkSpec("vanilla_cnn", "cifar", 3))
+    source = networks.build_float(NetworkSpec("vanilla_cnn", "cifar", 3), (32, 32))
     ckpt.save(tmp_path / "ckpt", whole(source, ["x", "y", "z"]))
     write_folder(tmp_path / "data")
     argv = f"--load_ckpt {tmp_path}/ckpt --dataset folder --data_dir {tmp_path}/data --img_size 24 "
