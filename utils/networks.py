@@ -41,12 +41,10 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     from utils.quantization.watch import example_images
 
     require_known(spec.name, spec.stem)
+    model = models.build(spec.name, spec.num_classes, spec.stem)
     example = example_images(*size)
     if is_foreign(spec.name):
-        model = foreign.build(spec.name, spec.num_classes)
         _require_logits(model, example, spec)
-    else:
-        model = models.build(spec.name, spec.num_classes, spec.stem)
     for name, reason in modularize(model, example).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model
