@@ -170,7 +170,8 @@ def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageDa
     from utils import checkpoint as ckpt  # needs torch, as all of this step
 
     checkpoint = ckpt.load_whole(args.load_ckpt)
-    flags.agreed_network(args, checkpoint.network)
+    name, _ = flags.agreed_network(args, checkpoint.network)
+    flags.require_named(name, args.model)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
     data_dir = checkpoint.recipe.get("data_dir")
     data = load_data(args, checkpoint.data, data_dir, other_images=True)

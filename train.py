@@ -18,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,12 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("start").add_argument
     add("--pretrain", action="store_true", help="from torchvision's ImageNet weights")
     add("--partial_ckpt", action="store_true", help="--load_ckpt is float: it has no ranges")
+    other = "--load_ckpt is of other classes or images: all but its last layer is loaded"
+    add("--new_classifier", action="store_true", help=other)
     add(
         "--resume",
         type=user_path,
         metavar="DIR",
         help="go on with an interrupted run, by its own flags",
     )
+
+    add = parser.add_argument_group("normalisation, which a checkpoint knows").add_argument
+    rgb = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    add("--mean", help="what --load_ckpt's weights were trained with, 0..1", **rgb)
+    add("--std", help="(default: computed from the train images)", **rgb)
+    add("--normalization", choices=("imagenet",), help="ImageNet's mean and std")
 
     add = parser.add_argument_group("training").add_argument
     add("--num_epochs", type=int, help="default: 40, with --quantize 10 (0 calibrates only)")
@@ -219,10 +228,16 @@ def describe_data(recipe: Recipe, start: Checkpoint | None, data: dataset.ImageD
     """
     if start and start.data:
         return start.data
-    mean, std = dataset.channel_stats(data.train_images)
+    mean, std, origin = recipe.mean, recipe.std, "as the flags or the checkpoint say"
+    if mean is None:
+        mean, std = dataset.channel_stats(data.train_images)
+        origin = "computed from the train images; if the weights need another, name it"
+    if start or recipe.pretrain:
+        numbers = [" ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+        print(f"normalisation: mean {numbers[0]}, std {numbers[1]}, {origin}")
     return DataSpec(
         dataset=data.name,
-        img_size=data.train_images.shape[1],
+        img_size=list(data.train_images.shape[1:3]),
         classes=list(data.classes),
         split_seed=recipe.seed,
         mean=mean,
@@ -251,7 +266,7 @@ def make_model(
     What QAT starts from goes into `base`.
     """
     torch.manual_seed(recipe.seed)
-    size = (base.data.img_size, base.data.img_size)
+    size = tuple(base.data.img_size)
     if recipe.quantize:
         state = start.state if start else None
         model = networks.build_quantized(base.network, base.quantization, size, state)
@@ -261,7 +276,9 @@ def make_model(
         partial = recipe.quantize and recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:
             ckpt.load_weights(model, start.ptq_state)  # an export will need it
-        print(ckpt.load_weights(model, start.state, allow_missing_ranges=partial))
+        # a run that is resumed has its own classifier by now
+        new_classifier = recipe.new_classifier and not start.whole
+        print(ckpt.load_weights(model, start.state, partial, new_classifier))
     elif recipe.pretrain:
         networks.load_imagenet_weights(model, recipe.model)
     device = train_part.device
@@ -279,7 +296,7 @@ def make_model(
 def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset.ImageData:
     """The images of a run; those of the checkpoint that it starts from, if that has any."""
     # what to do with others: weights are of use for them, ranges and a half-done run are not
-    mend = "start from its weights alone, saved by torch.save(model.state_dict())"
+    mend = "add --new_classifier"
     if recipe.quantize:
         mend = "train a float network on the others first"
     if resume:
@@ -374,7 +391,11 @@ def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
         args = parser.parse_args(argv)
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
-    return resolve(args, start, DEFAULTS, default_device().type), start
+    recipe = resolve(args, start, DEFAULTS, default_device().type)
+    if args.new_classifier and not args.resume:
+        # of its data only the normalisation goes on, which the recipe has by now
+        start = replace(start, data=None)
+    return recipe, start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -405,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_layers(recipe: Recipe) -> None:
     """Print the layers that can be quantized, and which of them the flags choose."""
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
-    size = (recipe.img_size or 32, recipe.img_size or 32)
+    size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)
     print(layer_table(model, example_images(*size)))
 

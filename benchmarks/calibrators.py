@@ -28,6 +28,7 @@ from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, full_precision
 from utils.errors import UserError, run
+from utils.flags import require_named
 from utils.metrics import percent_equal, sqnr_db
 from utils.specs import CALIBRATORS, Quantization
 
@@ -73,6 +74,7 @@ def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
         UserError: not a checkpoint of train.py, or other images than it was trained on.
     """
     checkpoint = ckpt.load_whole(path)
+    require_named(checkpoint.network.name, None)
     info = checkpoint.data
     device = default_device()
 

@@ -48,7 +48,7 @@ BATCH_SIZES = ("1", "1024")
 FINE_TUNED = "FP32-TUNED"
 
 SUBJECT = ("model", "stem", "dataset", "data_dir", "seed", "num_epochs")
-START = ("quantize", "pretrain", "load_ckpt", "partial_ckpt", "resume")
+START = ("quantize", "pretrain", "load_ckpt", "partial_ckpt", "new_classifier", "resume")
 OUTPUT = ("output_dir", "exp_name", "test_trt", "onnx", "onnx_dir", "export_only", "record")
 DECIDED = (*SUBJECT, *START, *OUTPUT, "list_layers")
 """Flags of train.py and infer.py that a study gives itself."""

@@ -90,7 +90,10 @@ RECIPE_TITLES = [
 
 RUNS = {
     "scratch": ("from scratch", "-"),
-    "pretrained": ("from ImageNet weights", "`--pretrain`"),
+    "pretrained": (
+        "from weights of other classes",
+        "`--pretrain`, or `--load_ckpt --new_classifier`",
+    ),
     "fine-tuning": ("float fine-tuning", "`--load_ckpt`"),
     "QAT": ("QAT", "`--quantize --partial_ckpt --load_ckpt`"),
 }

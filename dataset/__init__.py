@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,17 @@ VAL_FRACTION = 0.02
 
 MIN_SIZE = 8
 MAX_SIZE = 4096
-"""Of an image's width in pixels."""
+"""Of an image's height and width in pixels."""
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """Train images, train labels, test images, test labels, class names."""
 
-LOADERS: dict[str, Callable[[Path, int, bool], Arrays]] = {
-    "cifar10": lambda data_dir, img_size, test_only: cifar10.load(data_dir),
+LOADERS: dict[str, Callable[[Path, tuple[int, int], bool], Arrays]] = {
+    "cifar10": lambda data_dir, size, test_only: cifar10.load(data_dir),
     "folder": folder.load,
-    "digits": lambda data_dir, img_size, test_only: digits.load(),
+    "digits": lambda data_dir, size, test_only: digits.load(),
 }
-"""Name -> loader of (data_dir, img_size, test_only)."""
+"""Name -> loader of (data_dir, (height, width), test_only)."""
 
 MISSING: dict[str, Callable[[Path], str]] = {
     "cifar10": cifar10.missing,
@@ -90,15 +90,18 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def load(
-    name: str, data_dir: Path, img_size: int | None = None, test_only: bool = False
+    name: str,
+    data_dir: Path,
+    img_size: int | Sequence[int] | None = None,
+    test_only: bool = False,
 ) -> ImageData:
     """Load a data set and check it.
 
     Args:
         name: "cifar10", "folder" or "digits".
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
-        img_size: height and width in pixels that images of "folder" are resized to (default: 32);
-            the others are 32 pixels wide.
+        img_size: height and width in pixels that images of "folder" are resized to, or one number
+            for both (default: 32); the others are 32 pixels wide.
         test_only: the train images are of no use, and there may be none.
 
     Raises:
@@ -108,11 +111,13 @@ def load(
     """
     if name not in LOADERS:
         raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
-    img_size = 32 if img_size is None else img_size
-    if not MIN_SIZE <= img_size <= MAX_SIZE:
+    if img_size is None or isinstance(img_size, int):
+        img_size = [32 if img_size is None else img_size] * 2
+    height, width = img_size
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
         # it may have more digits than Python writes
         raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
-    loaded = LOADERS[name](Path(data_dir), img_size, test_only)
+    loaded = LOADERS[name](Path(data_dir), (height, width), test_only)
     train_images, train_labels, test_images, test_labels, classes = loaded
     if not test_only:
         _check(f"{name} (train)", train_images, train_labels, len(classes))

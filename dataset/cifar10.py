@@ -72,7 +72,7 @@ def missing(data_dir: Path) -> str:
 def _read_folders(
     data_dir: Path,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-    loaded = folder.load(data_dir, img_size=32)
+    loaded = folder.load(data_dir, (32, 32))
     if loaded[-1] != CLASSES:
         message = f"{data_dir}/train holds other classes than CIFAR-10's: add --dataset folder"
         raise UserError(message)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
 import re
 import stat
+import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +65,12 @@ BITS_PER_SAMPLE = 258
 
 NOWHERE = (errno.ENOENT, errno.ELOOP)
 """What the system says of links to nothing."""
+DECODED_PART = 4
+"""Images that are decoded at once take at most this part of what all take in the end."""
+LARGE = 1 << 20
+"""Bytes of a decoded image that are worth a call to give them back."""
+ORIENTATION = 0x0112
+"""EXIF tag of how the camera was held."""
 BLOCK = 256
 """Images that wait for a thread at once."""
 SHOWN = 3
@@ -69,15 +78,16 @@ SHOWN = 3
 
 
 def load(
-    data_dir: Path, img_size: int, test_only: bool = False
+    data_dir: Path, size: tuple[int, int], test_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names.
 
-    Images are (N, img_size, img_size, 3) uint8. Classes are numbered by the sorted names of the
-    folders in `train`. Links are followed, hidden names never count. Prints how many images there
-    are, and which files are none.
+    Images are (N, *size, 3) uint8. Classes are numbered by the sorted names of the folders in
+    `train`. Links are followed, hidden names never count. Prints how many images there are, and
+    which files are none.
 
     Args:
+        size: height and width in pixels.
         test_only: there are no train images, and the folders in `test` are the classes.
 
     Raises:
@@ -101,25 +111,20 @@ def load(
     # all files are known before the first is read, which may take long
     train_paths, train_labels = _files_and_labels(train_folders, left_out)
     test_paths, test_labels = _files_and_labels(test_folders, left_out)
-    count = len(train_paths) + len(test_paths)
-    _require_memory(count, img_size)
+    paths = train_paths + test_paths
+    _require_memory(len(paths), size)
+    images, is_image = _read(paths, size, left_out)
 
-    # every rank reads, the first one tells of it
-    first_rank = os.environ.get("RANK", "0") == "0"
-    refused: list[str] = []
-    with tqdm(total=count, desc="images", disable=None if first_rank else True) as bar:
-        read = partial(_read, img_size=img_size, bar=bar, left_out=left_out, refused=refused)
-        train_images, train_labels = read(train_paths, train_labels)
-        test_images, test_labels = read(test_paths, test_labels)
-    if refused:
-        raise UserError(f"{len(refused)} of {count} files cannot be used: {_first(refused, '; ')}")
     # of some classes all files may be no images
+    train_labels = train_labels[is_image[: len(train_paths)]]
+    test_labels = test_labels[is_image[len(train_paths) :]]
     _require_each_class(train_folders, train_labels)
     _require_each_class(test_folders, test_labels)
-    if first_rank:
-        counts = f"{len(train_images)} train and {len(test_images)} test images"
+    if _first_rank():
+        counts = f"{len(train_labels)} train and {len(test_labels)} test images"
         print(f"{counts} of {len(classes)} classes{describe(left_out)}")
-    return train_images, train_labels, test_images, test_labels, classes
+    count = len(train_labels)
+    return images[:count], train_labels, images[count:], test_labels, classes
 
 
 def missing(data_dir: Path) -> str:
@@ -312,44 +317,81 @@ def _require_each_class(folders: dict[str, Path], labels: np.ndarray) -> None:
             raise UserError(f"{folder} holds no images")
 
 
-def _require_memory(count: int, img_size: int) -> None:
-    needed = count * img_size * img_size * 3
+def _require_memory(count: int, size: tuple[int, int]) -> None:
+    height, width = size
+    needed = count * height * width * 3
     available = _available_bytes()
     if needed > available:
         raise UserError(
-            f"needs {needed / 1e9:.1f} GB of memory for {count} images of {img_size}x{img_size}, "
+            f"needs {needed / 1e9:.1f} GB of memory for {count} images of {height}x{width}, "
             f"{available / 1e9:.1f} GB are free: use a smaller --img_size"
         )
 
 
 def _available_bytes() -> float:
-    """Memory that Linux can give; infinite where nothing tells."""
-    try:
-        table = Path("/proc/meminfo").read_text()
-    except OSError:
-        return math.inf
-    found = re.search(r"^MemAvailable: +(\d+) kB", table, re.MULTILINE)
-    return int(found[1]) * 1024 if found else math.inf
+    """Memory that Linux and the container's limit can give; infinite where nothing tells."""
+
+    def number(file: str, pattern: str) -> float:
+        try:
+            return float(re.search(pattern, Path(file).read_text(), re.MULTILINE)[1])
+        except (OSError, TypeError):  # no such file, or the pattern is not in it
+            return math.nan
+
+    machine = number("/proc/meminfo", r"^MemAvailable: +(\d+) kB") * 1024
+    limit = number("/sys/fs/cgroup/memory.max", r"^(\d+)$")
+    used = number("/sys/fs/cgroup/memory.current", r"^(\d+)$")
+    # what is only kept of files is given back
+    cached = number("/sys/fs/cgroup/memory.stat", r"^inactive_file (\d+)$")
+    known = [value for value in (machine, limit - used + cached) if not math.isnan(value)]
+    return min(known, default=math.inf)
+
+
+def _first_rank() -> bool:
+    """Every rank reads, the first one tells of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Room:
+    """At most so many bytes of decoded images at once, but one image always."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.taken = 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + count <= self.total)
+            self.taken += count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= count
+                self.changed.notify_all()
 
 
 def _read(
-    paths: list[Path],
-    labels: np.ndarray,
-    img_size: int,
-    bar: tqdm,
-    left_out: LeftOut,
-    refused: list[str],
+    paths: list[Path], size: tuple[int, int], left_out: LeftOut
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, img_size, img_size, 3) uint8 and labels (N,) int64 of those files that are images.
+    """Images (N, *size, 3) uint8 of those files that are images, and which of all these are.
 
-    Files that are none are added to `left_out`, what is wrong with others to `refused`.
+    Files that are none are added to `left_out`.
+
+    Raises:
+        UserError: what is wrong with others.
     """
-    images = np.empty((len(paths), img_size, img_size, 3), dtype=np.uint8)
+    images = np.empty((len(paths), *size, 3), dtype=np.uint8)
+    is_image = np.zeros(len(paths), dtype=bool)
+    refused: list[str] = []
     kept = 0
-    with ThreadPoolExecutor() as pool:
+    read = partial(_read_image, room=_Room(images.nbytes // DECODED_PART))
+    silent = None if _first_rank() else True
+    with tqdm(total=len(paths), desc="images", disable=silent) as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), BLOCK):
             block = slice(start, start + BLOCK)
-            outcomes = pool.map(_read_image, paths[block], images[block])
+            outcomes = pool.map(read, paths[block], images[block])
             for index, outcome in enumerate(outcomes, start):
                 bar.update()
                 if outcome is NO_IMAGE:
@@ -357,16 +399,22 @@ def _read(
                 elif outcome is not None:
                     refused.append(outcome)
                 else:
+                    is_image[index] = True
                     # in the place of one that is none
                     if kept < index:
                         images[kept] = images[index]
-                        labels[kept] = labels[index]
                     kept += 1
-    return images[:kept], labels[:kept]
+    if refused:
+        raise UserError(
+            f"{len(refused)} of {len(paths)} files cannot be used: {_first(refused, '; ')}"
+        )
+    return images[:kept], is_image
 
 
-def _read_image(path: Path, pixels: np.ndarray) -> str | tuple[str, str] | None:
-    """Fill `pixels` (img_size, img_size, 3) uint8; return what is wrong with the image, if any.
+def _read_image(
+    path: Path, pixels: np.ndarray, room: _Room | None = None
+) -> str | tuple[str, str] | None:
+    """Fill `pixels` (H, W, 3) uint8; return what is wrong with the image, if any.
 
     What is no image at all returns NO_IMAGE.
     """
@@ -383,7 +431,13 @@ def _read_image(path: Path, pixels: np.ndarray) -> str | tuple[str, str] | None:
                 return NO_IMAGE
             if _is_wide(image, head):
                 return f"{path} has more than 8 bits a channel, which would be clipped: convert it"
-            pixels[:] = _to_rgb(image, len(pixels))
+            needed = _decoded_bytes(image)
+            with room.take(needed) if room else nullcontext():
+                pixels[:] = _to_rgb(image, pixels.shape[:2])
+                # its memory goes before another one's comes
+                image.close()
+                if needed > LARGE:
+                    _give_back()
             return None
     # Pillow's decoders raise anything on damaged bytes
     except Exception as error:
@@ -395,6 +449,19 @@ def _read_image(path: Path, pixels: np.ndarray) -> str | tuple[str, str] | None:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = other_kind(head) or ("of no known format" if unknown else error)
         return f"{path} is not a readable image ({reason}): delete or replace it"
+
+
+def _give_back() -> None:
+    """Freed memory to the system: glibc would keep that of large images for each thread."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    """What Pillow needs at most while `_to_rgb` works: four bytes a pixel for each copy."""
+    turned = image.getexif().get(ORIENTATION, 1) != 1
+    copies = 2 if turned else 1
+    return 4 * image.width * image.height * (copies if image.mode == "RGB" else 4)
 
 
 def _image_suffixes() -> set[str]:
@@ -421,11 +488,11 @@ def _is_wide(image: Image.Image, head: bytes) -> bool:
     return image.format in WIDE_HEADS and bool(WIDE_HEADS[image.format].search(head))
 
 
-def _to_rgb(image: Image.Image, img_size: int) -> Image.Image:
-    """The first frame, resized to a square, in RGB and upright as its camera says."""
+def _to_rgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The first frame, resized to `size` (height, width), in RGB and upright as its camera says."""
     from PIL import Image, ImageCms, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
@@ -433,10 +500,9 @@ def _to_rgb(image: Image.Image, img_size: int) -> Image.Image:
         # on white, as paper is: drawings in alpha alone are black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if image.size != (img_size, img_size):
-        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-    return image
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 def describe(left_out: LeftOut) -> str:

@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from models import foreign
 from models.cifar import efficientnet_b0, mobilenet_v2, resnet
 from models.vanilla_cnn import VanillaCNN
 
 STEMLESS = ("vanilla_cnn",)
 """Models with one kind of first layers, which counts as CIFAR's stem."""
-
-CLASSIFIERS = ("fc.", "classifier.")
-"""How the names of a last layer's parameters begin."""
 
 MODELS: dict[str, Callable[[int, str], nn.Module]] = {
     "vanilla_cnn": lambda num_classes, stem: VanillaCNN(num_classes),
@@ -27,5 +25,11 @@ MODELS: dict[str, Callable[[int, str], nn.Module]] = {
 
 
 def build(name: str, num_classes: int, stem: str) -> nn.Module:
-    """A freshly initialised float network, one of `MODELS`."""
-    return MODELS[name](num_classes, stem)
+    """A freshly initialised float network, one of `MODELS` or from elsewhere (`models.foreign`).
+
+    Raises:
+        UserError: one from elsewhere cannot be built.
+    """
+    if name in MODELS:
+        return MODELS[name](num_classes, stem)
+    return foreign.build(name, num_classes)

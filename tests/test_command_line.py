@@ -498,7 +498,8 @@ def test_pretrain_that_cannot_fit_says_why(imagenet_cache, tmp_path, error_line,
 def test_unknown_model_lists_the_models(tmp_path, error_line):
     line = error_line(train.main, f"--m resnet19 --dataset digits --od {tmp_path}".split())
     known = ", ".join(["vanilla_cnn", *STEMMED])
-    assert line == f"error: no model 'resnet19'; there are {known}"
+    elsewhere = "torchvision/NAME, timm/NAME or package.module:callable"
+    assert line == f"error: no model 'resnet19'; there are {known}, and {elsewhere}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -902,7 +903,13 @@ def test_fields_that_are_flags_have_the_flags_names():
     # and no flag of a run is forgotten in what a checkpoint stores of it
     stored = set(Recipe("QAT", "m", "cifar", 1, 2, "sgd", 0.1).flags())
     stored |= {field.name for cls in (Comparison, Quantization) for field in fields(cls)}
-    assert trained.keys() - stored == {"resume", "list_layers", "output_dir", "exp_name"}
+    assert trained.keys() - stored == {
+        "resume",
+        "list_layers",
+        "output_dir",
+        "exp_name",
+        "normalization",
+    }
 
 
 def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
@@ -974,7 +981,7 @@ def test_what_one_run_held_out_is_not_trained_on_by_the_next(
     argv = ["--load_ckpt", float_checkpoint, "--od", tmp_path]
     for more, mend in (
         (["--quantize", "--partial_ckpt"], "train a float network on the others first"),
-        ([], "start from its weights alone, saved by torch.save(model.state_dict())"),
+        ([], "add --new_classifier"),
     ):
         line = error_line(train.main, [*argv, *more])
         assert "other images, or in another order" in line

@@ -165,7 +165,7 @@ def test_torch_stays_out_of_what_deploys():
         if "pytorch_quantization" in packages:
             assert room(module) == "layers" or module == "utils.quantization.calibrate", module
         if room(module) == "models":
-            assert packages <= {"torch", "torchvision"}, module
+            assert packages <= {"torch", "torchvision", "timm"}, module
 
 
 @pytest.mark.parametrize("module", FILES)

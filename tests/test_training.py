@@ -1025,7 +1025,7 @@ def test_checkpoint_holds_what_rebuilds_and_continues_the_run(runs, mode):
         assert content["network"] == {"name": "vanilla_cnn", "stem": "cifar", "num_classes": 10}
         assert content["data"]["dataset"] == "digits"
         assert content["data"]["classes"] == list("0123456789")
-        assert (content["data"]["img_size"], content["data"]["split_seed"]) == (16, 0)
+        assert (content["data"]["img_size"], content["data"]["split_seed"]) == ([16, 16], 0)
         assert content["recipe"]["seed"] == 0
         assert content["quantization"] == (
             None

@@ -17,15 +17,15 @@ from utils.files import atomic_path
 from utils.manifest import PRECISIONS
 from utils.schema import parse
 from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
+from utils.weights import State, is_safetensors, read_safetensors, unwrapped, without_prefixes
 
 FORMAT = 3
 RANGE_SUFFIX = "_quantizer._amax"
+TINY = torch.finfo(torch.float32).tiny
 VARIANCE_SUFFIX = ".running_var"
 COUNTER_SUFFIX = ".num_batches_tracked"
 """BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as
 torchvision's, lack it."""
-
-State = dict[str, Tensor]
 
 
 @dataclass
@@ -94,12 +94,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint of `save`, or a bare state dict, onto the CPU; runs no code from the file.
+    """Read a checkpoint of `save`, or a state dict, onto the CPU; runs no code from the file.
+
+    The state dict may be another program's: as `utils.weights` reads it.
 
     Raises:
         UserError: missing, truncated, or something else.
     """
     _require_file(path)
+    if is_safetensors(path):
+        return Checkpoint(read_safetensors(path))
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not look at its own checksums
@@ -123,9 +127,9 @@ def load(path: Path) -> Checkpoint:
         if checkpoint.quantization and checkpoint.ptq_state is None:
             raise UserError(f"{path} lacks 'ptq_state', what QAT started from")
         return checkpoint
-    tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
-    if tensors and content:
-        return Checkpoint(content)
+    state = unwrapped(content, path)
+    if state is not None:
+        return Checkpoint(state)
     raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
 
 
@@ -142,11 +146,6 @@ def _require_file(path: Path) -> None:
 def _what_else(path: Path, error: Exception) -> str:
     """What a file is that is no checkpoint and no state dict, and what to do."""
     mend = "save model.state_dict() with torch.save and load that"
-    with path.open("rb") as file:
-        head = file.read(9)
-    # safetensors: eight bytes of length, then JSON
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return f"is a safetensors file: {mend}"
     if zipfile.is_zipfile(path) and not isinstance(error, zipfile.BadZipFile):
         names = zipfile.ZipFile(path).namelist()
         if any(name.endswith("/constants.pkl") for name in names):
@@ -239,30 +238,65 @@ def without_ranges(state: State) -> State:
     return {key: value for key, value in state.items() if not key.endswith(RANGE_SUFFIX)}
 
 
-def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = False) -> str:
+def load_weights(
+    model: nn.Module,
+    state: State,
+    allow_missing_ranges: bool = False,
+    new_classifier: bool = False,
+) -> str:
     """Load `state` so that every float weight lands exactly once; returns a line that says so.
+
+    Prefixes that all names of another program's state have are taken off (`utils.weights`).
 
     Args:
         allow_missing_ranges: `state` may be a float model's; ranges are still to be calibrated.
+        new_classifier: the last layer stays as it is; `state` may be of other classes.
 
     Raises:
         UserError: tensors that are missing, unexpected, of another shape or type, not finite, or
             ranges that are not above 0, variances below it, listed. `model` is unchanged then.
     """
     own = model.state_dict()
+    state, prefix = without_prefixes(state, own)
+    fresh = classifier_keys(model, state) if new_classifier else set()
+    state = {key: value for key, value in state.items() if key not in fresh}
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
-    missing = {key for key in own.keys() - state.keys() if not key.endswith(COUNTER_SUFFIX)}
-    uncalibrated = missing & ranges
+    problems = _problems(own.keys() - fresh, own, state)
+    uncalibrated = problems["missing"] & ranges
+    if allow_missing_ranges:
+        problems["missing"] -= ranges
+    if any(problems.values()):
+        hint = _hint(model, state, problems)
+        raise UserError(f"the checkpoint does not fit the model{hint}: {_listed(problems)}")
+    model.load_state_dict(state, strict=False)
+
+    loaded_ranges = len(ranges) - len(uncalibrated)
+    line = (
+        f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each "
+        f"exactly once; 0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
+    )
+    if prefix:
+        line += f"; the names without their prefix {prefix}"
+    return f"{line}; fresh: {', '.join(sorted(fresh))}" if fresh else line
+
+
+def _problems(expected: set[str], own: State, state: State) -> dict[str, set[str]]:
+    """What is wrong with `state` -> the names of which.
+
+    Args:
+        expected: what should be there of the model's `own` tensors.
+    """
+    missing = {key for key in expected - state.keys() if not key.endswith(COUNTER_SUFFIX)}
     problems: dict[str, set[str]] = {
-        "missing": missing - ranges if allow_missing_ranges else missing,
-        "unexpected": state.keys() - own.keys(),
+        "missing": missing,
+        "unexpected": state.keys() - expected,
         "of another shape": set(),
         "of another type": set(),
         "not finite": set(),
         "not above 0": set(),
         "below 0": set(),
     }
-    for key in own.keys() & state.keys():
+    for key in expected & state.keys():
         value = state[key]
         if own[key].shape != value.shape:
             problems["of another shape"].add(key)
@@ -273,25 +307,51 @@ def load_weights(model: nn.Module, state: State, allow_missing_ranges: bool = Fa
         elif not (value := value.to(own[key].dtype)).isfinite().all():
             problems["not finite"].add(key)
         # a scale is a range / 127, and must not become 0 either
-        elif key in ranges and not (value / 127 >= torch.finfo(torch.float32).tiny).all():
+        elif key.endswith(RANGE_SUFFIX) and not (value / 127 >= TINY).all():
             problems["not above 0"].add(key)
         elif key.endswith(VARIANCE_SUFFIX) and not (value >= 0).all():
             problems["below 0"].add(key)
-    if any(problems.values()):
-        hint = ""
-        if not allow_missing_ranges and missing and missing <= ranges:
-            hint = " (a float checkpoint for a quantized model: add --partial_ckpt)"
-        elif any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
-            hint = " (a quantized checkpoint for a float model or other --quant_layers)"
-        elif problems["not finite"]:
-            hint = " (a training that diverged or a damaged file: use another checkpoint)"
-        raise UserError(f"the checkpoint does not fit the model{hint}: {_listed(problems)}")
-    model.load_state_dict(state, strict=False)
-    loaded_ranges = len(ranges) - len(uncalibrated)
-    return (
-        f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each "
-        f"exactly once; 0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
-    )
+    return problems
+
+
+def _hint(model: nn.Module, state: State, problems: dict[str, set[str]]) -> str:
+    """What may be the reason of the problems, and what to do."""
+    missing, shapes = problems["missing"], problems["of another shape"]
+    if missing and all(key.endswith(RANGE_SUFFIX) for key in missing):
+        return " (a float checkpoint for a quantized model: add --partial_ckpt)"
+    if any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
+        return " (a quantized checkpoint for a float model or other --quant_layers)"
+    if problems["not finite"]:
+        return " (a training that diverged or a damaged file: use another checkpoint)"
+    if shapes and shapes <= classifier_keys(model, state):
+        return " (it is of other classes: add --new_classifier)"
+    return ""
+
+
+def classifier_keys(model: nn.Module, state: State) -> set[str]:
+    """Names of the last layer's parameters, and of those of auxiliary heads.
+
+    The last layer is the last Linear or Conv2d of which only the number of outputs differs from
+    that in `state`, or the last of all if there is none. Heads differ as it does.
+    """
+    layers = {}
+    # layer -> outputs here and there
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            prefix = f"{name}." if name else ""
+            layers[prefix] = module
+            here, there = module.weight.shape, state.get(f"{prefix}weight", torch.ones(())).shape
+            if here[1:] == there[1:] and here != there:
+                outputs[prefix] = (here[0], there[0])
+    heads = list(layers)[-1:]
+    if outputs:
+        last = list(outputs.values())[-1]
+        heads = [prefix for prefix, pair in outputs.items() if pair == last]
+    keys = set()
+    for prefix in heads:
+        keys |= {f"{prefix}{name}" for name, _ in layers[prefix].named_parameters(recurse=False)}
+    return keys
 
 
 def _is_like(value: Tensor, own: Tensor) -> bool:

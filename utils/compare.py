@@ -121,7 +121,7 @@ COMPARISON_REFUSALS: tuple[Refusal, ...] = (
 def load_data(
     name: str,
     data_dir: Path,
-    img_size: int | None,
+    img_size: Sequence[int] | None,
     known: DataSpec | None,
     other_images: bool = False,
     mend: str = "",
@@ -130,7 +130,7 @@ def load_data(
     """A data set, and whether it is the one that a checkpoint or an export was made with.
 
     Args:
-        img_size: width that a folder's images are resized to.
+        img_size: height and width that a folder's images are resized to.
         known: what that says of its images; None: there is none.
         other_images: the images may be others, of the same classes.
         mend: what else than naming the same images a user of others can do.
@@ -447,7 +447,7 @@ def random_images(info: DataSpec, count: int) -> np.ndarray:
 
 def image_size(info: DataSpec) -> tuple[int, int]:
     """Height and width in pixels of what an exported graph takes."""
-    return info.img_size, info.img_size
+    return tuple(info.img_size)
 
 
 def _require_predictions(

@@ -11,13 +11,26 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 from utils.files import user_path
 from utils.manifest import PRECISIONS
-from utils.specs import CALIBRATORS, MOST_IMAGES, STEMS, DataSpec, NetworkSpec, Quantization
+from utils.specs import (
+    CALIBRATORS,
+    MOST_IMAGES,
+    OWN_STEM,
+    STEMS,
+    DataSpec,
+    NetworkSpec,
+    Quantization,
+    height_width,
+    is_foreign,
+)
 
 T = TypeVar("T")
 Flags = argparse.Namespace
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
 PTC_MODES = ("explicit", "implicit")
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+"""Mean and std of each channel that torchvision's networks are trained with."""
 
 QUANTIZATION = tuple(field.name for field in fields(Quantization))
 """The flags that say how to quantize."""
@@ -35,9 +48,14 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("network").add_argument
-    add("--m", "--model", dest="model", help="such as resnet18 (a checkpoint knows its own)")
+    names = (
+        "such as resnet18, or torchvision/NAME, timm/NAME, package.module:callable, which is "
+        "called with num_classes= (a checkpoint knows its own)"
+    )
+    add("--m", "--model", dest="model", help=names)
     stems = (
-        "first layers: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with --pretrain, else cifar)"
+        "first layers of a built-in network: ImageNet's 7x7 or CIFAR's 3x3 (auto: imagenet with "
+        "--pretrain, else cifar)"
     )
     add("--stem", choices=("auto", *STEMS), default="auto", help=stems)
     add("--load_ckpt", type=user_path, metavar="FILE", help="checkpoint to start from")
@@ -46,7 +64,8 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
     add("--dataset", choices=datasets, help="default: the checkpoint's, else cifar10")
     where = "where they are (default: where the checkpoint's are, else data)"
     add("--data_dir", type=user_path, help=where)
-    add("--img_size", type=int, help="width to resize images of --dataset folder to (default: 32)")
+    size = "height and width to resize images of --dataset folder to, or one number (default: 32)"
+    add("--img_size", type=int, nargs="+", metavar="PIXELS", help=size)
 
     default = Quantization()
     add = parser.add_argument_group("quantization").add_argument
@@ -91,7 +110,7 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
     """
     if value is not None and known is not None and value != known:
         raise UserError(
-            f"{flag} {value} contradicts the checkpoint, which says {known}; "
+            f"{flag} {_words(value)} contradicts the checkpoint, which says {_words(known)}; "
             "drop the flag or change the file"
         )
     for choice in (value, known, default):
@@ -100,28 +119,76 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
     raise UserError(f"{flag} is needed here")
 
 
+def _words(value: Any) -> str:
+    """A flag's value as the user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def agreed_network(
     flags: Flags, known: NetworkSpec | None, default_stem: str | None = None
 ) -> tuple[str, str]:
     """Name and stem of the network, as `agreed` with what a checkpoint knows."""
+    name = agreed("--m", flags.model, known and known.name)
     stem = None if flags.stem == "auto" else flags.stem
-    return (
-        agreed("--m", flags.model, known and known.name),
-        agreed("--stem", stem, known and known.stem, default_stem),
-    )
+    if is_foreign(name):
+        default_stem = OWN_STEM
+    return name, agreed("--stem", stem, known and known.stem, default_stem)
 
 
-def agreed_images(flags: Flags, known: DataSpec | None) -> tuple[str, int | None]:
-    """Name of the data set, and the width of a folder's images, as `agreed` with a checkpoint."""
-    dataset = agreed("--dataset", flags.dataset, known and known.dataset, "cifar10")
-    if dataset == "folder":
-        return dataset, agreed("--img_size", flags.img_size, known and known.img_size, 32)
-    if flags.img_size not in (None, 32):
+def require_named(name: str, named: str | None) -> None:
+    """Raises UserError if building a checkpoint's network would run code that nobody asked for.
+
+    Args:
+        name: of the network, as the checkpoint says.
+        named: by the user.
+    """
+    if ":" in name and name != named:
         raise UserError(
-            f"--img_size {flags.img_size}: the images of {dataset} are 32 pixels wide; it is for "
-            "--dataset folder"
+            f"the checkpoint's network is made by {name}, and importing that runs its code: if "
+            f"you trust it, add --m {name}"
+        )
+
+
+def agreed_images(
+    flags: Flags, known: DataSpec | None, other_images: bool = False
+) -> tuple[str, list[int] | None]:
+    """Name of the data set, height and width of a folder's images, as `agreed` with a checkpoint.
+
+    Args:
+        other_images: what the checkpoint knows is only a default.
+    """
+    decided = None if other_images else known
+    default = known.dataset if known else "cifar10"
+    dataset = agreed("--dataset", flags.dataset, decided and decided.dataset, default)
+    size = None if flags.img_size is None else height_width(flags.img_size)
+    if size and len(size) > 2:
+        raise UserError(f"--img_size {_words(size)}: height and width, or one number")
+    if dataset == "folder":
+        default = known.img_size if known else [32, 32]
+        return dataset, agreed("--img_size", size, decided and decided.img_size, default)
+    if size not in (None, [32, 32]):
+        raise UserError(
+            f"--img_size {_words(flags.img_size)}: the images of {dataset} are 32 pixels wide; it "
+            "is for --dataset folder"
         )
     return dataset, None
+
+
+def agreed_normalization(
+    flags: Flags, known: DataSpec | None
+) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and std of each channel, as `agreed` with a checkpoint; None: those of the images."""
+    mean, std = IMAGENET if flags.normalization else (flags.mean, flags.std)
+    if mean is None:
+        return (known.mean, known.std) if known else (None, None)
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise UserError(
+            "--mean and --std are in units of the full range, 0 to 1: divide those of bytes by 255"
+        )
+    return (
+        agreed("--mean", mean, known and known.mean),
+        agreed("--std", std, known and known.std),
+    )
 
 
 def agreed_data_dir(flags: Flags, known: str | None) -> Path:

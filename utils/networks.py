@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
+from models import foreign
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
-from utils.errors import UserError
-from utils.specs import NetworkSpec, Quantization
+from utils.errors import UserError, mendable
+from utils.specs import OWN_STEM, NetworkSpec, Quantization, is_foreign
 
 if TYPE_CHECKING:
     from dataset.batches import Batches
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 def require_known(name: str, stem: str) -> None:
     """Raises UserError unless there is a model of that name with that stem."""
-    if name not in models.MODELS:
-        raise UserError(f"no model {name!r}; there are {', '.join(models.MODELS)}")
-    if name in models.STEMLESS and stem != "cifar":
+    foreign_name = is_foreign(name)
+    if not foreign_name and name not in models.MODELS:
+        known = ", ".join(models.MODELS)
+        raise UserError(f"no model {name!r}; there are {known}, and {foreign.FORMS}")
+    if foreign_name and stem != OWN_STEM or name in models.STEMLESS and stem != "cifar":
         raise UserError(f"--stem {stem}: {name} has no other stem than its own; drop the flag")
 
 
@@ -32,16 +35,45 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
         size: height and width of the images that it is for.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or one from elsewhere cannot be built.
     """
     from utils.quantization.modularize import modularize
     from utils.quantization.watch import example_images
 
     require_known(spec.name, spec.stem)
     model = models.build(spec.name, spec.num_classes, spec.stem)
-    for name, reason in modularize(model, example_images(*size)).items():
+    example = example_images(*size)
+    if is_foreign(spec.name):
+        _require_logits(model, example, spec)
+    for name, reason in modularize(model, example).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model
+
+
+def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None:
+    """Raises UserError unless a network from elsewhere makes logits (N, classes) of images.
+
+    Args:
+        images: (N, 3, H, W), normalised.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:  # it is anyone's code
+        if mendable(error):
+            raise
+        height, width = images.shape[2:]
+        text = f"--m {spec.name}: it fails on images of {height}x{width}"
+        raise UserError(f"{text}: {type(error).__name__}: {error}") from None
+    model.train(training)
+    expected = (len(images), spec.num_classes)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != expected:
+        raise UserError(
+            f"--m {spec.name}: of {len(images)} images it makes {found}, not logits {expected}: "
+            "it must obey num_classes= and return a single tensor"
+        )
 
 
 def build_quantized(
@@ -84,7 +116,7 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     from torchvision.models import get_model_weights, list_models
 
     try:
-        weights = get_model_weights(name).DEFAULT
+        weights = get_model_weights(name.removeprefix("torchvision/")).DEFAULT
     except ValueError:
         known = ", ".join(model for model in models.MODELS if model in list_models())
         raise UserError(
@@ -98,16 +130,11 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
             f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); "
             f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         ) from None
-
-    # the classifier of the model, everything else from ImageNet
-    state = model.state_dict()
-    for key, value in pretrained.items():
-        if not key.startswith(models.CLASSIFIERS):
-            state[key] = value
     try:
-        load_weights(model, state)
+        load_weights(model, pretrained, new_classifier=True)
     except UserError as error:
-        raise UserError(f"--pretrain: {error}; use --stem imagenet") from None
+        hint = "" if is_foreign(name) else "; use --stem imagenet"
+        raise UserError(f"--pretrain: {error}{hint}") from None
 
 
 def restore(
@@ -129,7 +156,7 @@ def restore(
     start = checkpoint.ptq_state if quantized else checkpoint.state
     spec = checkpoint.network
 
-    size = (checkpoint.data.img_size, checkpoint.data.img_size)
+    size = tuple(checkpoint.data.img_size)
 
     networks = {"FP32": build_float(spec, size)}
     load_weights(networks["FP32"], without_ranges(start))

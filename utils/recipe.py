@@ -19,14 +19,16 @@ from utils.flags import (
     agreed_data_dir,
     agreed_images,
     agreed_network,
+    agreed_normalization,
     agreed_quantization,
     given,
     refuse,
+    require_named,
 )
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
 from utils.schema import parse, parse_fields
-from utils.specs import MAX_SEED, Quantization
+from utils.specs import MAX_SEED, Quantization, is_foreign
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
 LABEL_SMOOTHING = 0.1
@@ -66,7 +68,10 @@ class Recipe:
         lrdt: epochs between two divisions of `lr` by 10; None: warm-up, then a line to 0.
         sam_rho: of SAM in the last third of the epochs; 0: no SAM.
         freeze_batch_norm: whether BatchNorm's statistics stay in the last third.
-        img_size: width that a folder's images are resized to; other data sets have their own.
+        img_size: height and width that a folder's images are resized to; other data sets have
+            their own.
+        mean, std: of each channel, in units of the full range (0..1); None: those of the images.
+        new_classifier: whether all but the last layer of `load_ckpt` is loaded.
         keep: of how many last epochs the checkpoints stay, besides the best one.
         compile: whether torch.compile is used; None: where the run is long enough.
         quantization: what QAT quantizes and `--test_trt` calibrates; None where neither is.
@@ -89,10 +94,13 @@ class Recipe:
     keep: int = 1
     dataset: str = "cifar10"
     data_dir: Path = Path("data")
-    img_size: int | None = None
+    img_size: int | list[int] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     pretrain: bool = False
     load_ckpt: Path | None = None
     partial_ckpt: bool = False
+    new_classifier: bool = False
     quantization: Quantization | None = None
     comparison: Comparison | None = None
 
@@ -149,8 +157,19 @@ RESUME_REFUSALS: tuple[Refusal, ...] = (
         "--resume and --load_ckpt both name a checkpoint to start from: drop one",
     ),
     (
-        lambda flags: flags.resume and (flags.pretrain or flags.partial_ckpt),
-        "--resume goes on with a run as it began: drop --pretrain and --partial_ckpt",
+        lambda flags: (
+            flags.resume and (flags.pretrain or flags.partial_ckpt or flags.new_classifier)
+        ),
+        "--resume goes on with a run as it began: drop --pretrain, --partial_ckpt and "
+        "--new_classifier",
+    ),
+    (
+        lambda flags: (flags.mean is None) != (flags.std is None),
+        "--mean and --std belong together: name both",
+    ),
+    (
+        lambda flags: flags.normalization and flags.mean,
+        "--normalization and --mean both say how images are normalised: drop one",
     ),
     (
         lambda flags: flags.resume and given(flags, ("output_dir", "exp_name")),
@@ -167,6 +186,10 @@ REFUSALS: tuple[Refusal, ...] = (
     (
         lambda flags: flags.partial_ckpt and not flags.quantize,
         "--partial_ckpt: this run trains in float; add --quantize, or drop it",
+    ),
+    (
+        lambda flags: flags.new_classifier and (flags.quantize or not flags.load_ckpt),
+        "--new_classifier: in float training, from the network that --load_ckpt names",
     ),
     (
         lambda flags: (
@@ -187,6 +210,11 @@ REFUSALS: tuple[Refusal, ...] = (
     (
         lambda flags: flags.pretrain and flags.load_ckpt and not flags.resume,
         "--pretrain and --load_ckpt both name weights to start from: drop one",
+    ),
+    (
+        lambda flags: flags.pretrain and _not_torchvisions(flags.model),
+        "--pretrain: torchvision has no weights for {0}; name a file with --load_ckpt, and add "
+        "--new_classifier if it is of other classes",
     ),
     *COMPARISON_REFUSALS,
 )
@@ -215,6 +243,13 @@ def _engine_flags(flags: Flags) -> str:
     return ", ".join(words)
 
 
+def _not_torchvisions(name: str | None) -> str:
+    """The name of a network if it comes from elsewhere than from here or torchvision."""
+    if name and is_foreign(name) and not name.startswith("torchvision/"):
+        return name
+    return ""
+
+
 def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a run's checkpoint says of its flags: the defaults of a resumed run's.
 
@@ -226,6 +261,8 @@ def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     values = {name: stored.get(name) is True for name in ("quantize", "test_trt")}
     for cls in (Comparison, Quantization, Recipe):
         values |= parse_fields(cls, stored, "the checkpoint's recipe")
+    # the checkpoint says it itself, and the command line may have to
+    values.pop("model", None)
     return values
 
 
@@ -254,11 +291,15 @@ def resolve(
     has_weights = flags.pretrain and flags.model not in models.STEMLESS
     model, stem = agreed_network(flags, network, "imagenet" if has_weights else "cifar")
     require_known(model, stem)
-    dataset, img_size = agreed_images(flags, checkpoint.data if checkpoint else None)
+    require_named(model, flags.model)
+    known = checkpoint.data if checkpoint else None
+    other_images = flags.new_classifier and not flags.resume
+    dataset, img_size = agreed_images(flags, known, other_images)
+    mean, std = agreed_normalization(flags, known)
     quantization = None
     if flags.quantize or flags.test_trt or flags.list_layers:
-        known = checkpoint.quantization if checkpoint else None
-        quantization = agreed_quantization(flags, known)
+        decided = checkpoint.quantization if checkpoint else None
+        quantization = agreed_quantization(flags, decided)
 
     known_data_dir = None
     if checkpoint and checkpoint.recipe:
@@ -269,6 +310,7 @@ def resolve(
     for name in (field.name for field in fields(Recipe)):
         chosen[name] = getattr(flags, name, None)
     chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
+    chosen |= {"mean": mean, "std": std}
     chosen |= {"quantization": quantization, "comparison": None}
     chosen["data_dir"] = agreed_data_dir(flags, known_data_dir)
     if flags.test_trt:
@@ -303,9 +345,9 @@ def _kind(flags: Flags) -> str:
     """Which row of the table of defaults."""
     if flags.quantize:
         return "QAT"
-    if flags.load_ckpt:
-        return "fine-tuning"
-    return "pretrained" if flags.pretrain else "scratch"
+    if flags.pretrain or flags.new_classifier:
+        return "pretrained"
+    return "fine-tuning" if flags.load_ckpt else "scratch"
 
 
 def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:

@@ -63,8 +63,11 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        # the unions here are "something or None"
-        return _value(next(arg for arg in args if arg is not type(None)), value, what, name)
+        # one of these: a list where one may stand, else the first
+        kinds = [arg for arg in args if arg is not type(None)]
+        lists = [arg for arg in kinds if typing.get_origin(arg) is list]
+        is_list = isinstance(value, list | tuple) and lists
+        return _value(lists[0] if is_list else kinds[0], value, what, name)
     if origin in (list, Sequence) and isinstance(value, list | tuple):
         return [_value(args[0], item, what, name) for item in value]
     if origin is dict and isinstance(value, dict):

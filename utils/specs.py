@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
@@ -15,20 +16,37 @@ MAX_SEED = 2**32 - 1
 MOST_IMAGES = 10**9
 
 STEMS = ("imagenet", "cifar")
+OWN_STEM = "own"
+"""What a network from elsewhere has: `--stem` is for the built-in ones."""
 MAX_SIZE = 4096
-"""Of an image's width in pixels."""
+"""Of an image's height and width in pixels."""
+
+
+def height_width(size: int | Sequence[int]) -> list[int]:
+    """The two sides of an image; one number means a square."""
+    sides = [size] if isinstance(size, int) else list(size)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a network is from elsewhere: torchvision/NAME, timm/NAME, package.module:callable."""
+    return "/" in name or ":" in name
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Enough to build the float network: its name in `models.MODELS`, stem and classes."""
+    """Enough to build the float network: its name, stem and number of classes.
+
+    The name is one of `models.MODELS`, or that of a network from elsewhere (`models.foreign`).
+    """
 
     name: str
     stem: str
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.stem not in STEMS or self.num_classes < 1:
+        stems = (OWN_STEM,) if is_foreign(self.name) else STEMS
+        if self.stem not in stems or self.num_classes < 1:
             raise ValueError(f"there is no network {self} of {self.num_classes} classes")
 
     def __str__(self) -> str:
@@ -40,13 +58,14 @@ class DataSpec:
     """The images that a network was trained on, and how it sees them.
 
     Args:
+        img_size: height and width in pixels; one number for a square.
         digest: tells these images from any others (`dataset.ImageData.digest`).
         split_seed: draws the val part from the train images.
         mean, std: of each channel, in units of the full range (0..1).
     """
 
     dataset: str
-    img_size: int
+    img_size: int | list[int]
     classes: list[str]
     split_seed: int
     mean: list[float]
@@ -61,7 +80,9 @@ class DataSpec:
             raise ValueError("a std is not above 0")
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes are none, or two have one name")
-        if not 1 <= self.img_size <= MAX_SIZE:
+        # frozen, but one form is enough for whoever reads it
+        object.__setattr__(self, "img_size", height_width(self.img_size))
+        if len(self.img_size) != 2 or not all(1 <= side <= MAX_SIZE for side in self.img_size):
             raise ValueError(f"img_size {self.img_size} cannot be")
         if not 0 <= self.split_seed <= MAX_SEED:
             raise ValueError(f"split_seed {self.split_seed} cannot be")
