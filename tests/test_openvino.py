@@ -1,24 +1,30 @@
 """OpenVINO: INT8 kernels that compute what the graph says, or a line that says they do not."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Small, made, normalised
+from conftest import ROOT, STEMMED, Small, made, normalised
 from onnx import TensorProto, helper
 from torch import nn
 
+import models
 from layers import FromImages
 from utils import compare
 from utils.backends import openvino as backend
+from utils.backends.network import predict
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.backends.openvino import OpenVinoNetwork, checked_network
 from utils.backends.pytorch import TorchNetwork
 from utils.compare import Comparison
 from utils.errors import UserError
+from utils.metrics import percent_equal
 from utils.quantization import calibrate, export_onnx, quantize_modules
 from utils.quantization.export import int8_nodes
 
@@ -127,6 +133,81 @@ def test_without_onnx_runtime_it_says_that_nothing_was_checked(small, monkeypatc
     monkeypatch.setitem(sys.modules, "utils.backends.onnxruntime", None)
     assert checked_network(small, random_images(8)).name == "openvino"
     assert "int8.onnx: not checked what OpenVINO computes" in capsys.readouterr().out
+
+
+# trained networks, with and without VNNI
+
+
+def trained(name, digits):
+    """A network of three quick epochs, whose predictions are about as sure as trained ones."""
+    stem = "cifar" if name == "vanilla_cnn" else "imagenet"
+    torch.manual_seed(0)
+    model = models.build(name, 10, stem)
+    images = normalised(digits.train_images, *STATS)
+    labels = torch.from_numpy(digits.train_labels)
+    batches = [slice(start, start + 64) for start in range(0, len(images) - 63, 64)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, 3 * len(batches))
+    for batch in 3 * batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        schedule.step()
+
+    # BatchNorm's averages lag behind after so few steps
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        for batch in batches:
+            model(images[batch])
+    quantize_modules(model.eval())
+    calibrate(model, [images[batch] for batch in batches[:4]])
+    return model
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np
+from utils.backends.network import predict
+from utils.backends.openvino import checked_network
+
+folder = Path(sys.argv[1])
+images = np.load(folder / "images.npy")
+network = checked_network(folder / "int8.onnx", images)
+np.save(folder / "classes.npy", predict(network, images, 128))
+print(network.name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vanilla_cnn", *STEMMED])
+def test_trained_networks_predict_what_fake_quantization_predicts(name, digits, tmp_path):
+    """Of all the digits; without VNNI too, where sums saturate unless ONNX Runtime steps in."""
+    model = trained(name, digits)
+    images = np.concatenate([digits.test_images, digits.train_images])
+    export_onnx(model, tmp_path / "int8.onnx", (32, 32), *STATS)
+    fake_quantized = TorchNetwork(FromImages(model, *STATS), torch.device("cpu"))
+    expected = predict(fake_quantized, images, 128)
+
+    np.save(tmp_path / "images.npy", images)
+    for limit in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
+        # the limit is read when the library is loaded
+        command = [sys.executable, "-c", SCRIPT, tmp_path]
+        environment = {**os.environ, **limit}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        assert percent_equal(np.load(tmp_path / "classes.npy"), expected) >= 99.5, done.stdout
+        if not limit and has_vnni():
+            assert done.stdout == "openvino\n"
+
+
+def has_vnni():
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "vnni" in cpuinfo.read_text()
 
 
 # unsigned codes
