@@ -61,6 +61,11 @@ def test_it_computes_the_graph_at_every_batch_size(small):
         logits = network(images[:batch])
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, reference(images[:batch]), rtol=1e-4, atol=1e-4)
+    # timed, it is compiled for one size, and still takes others
+    assert (network.latencies_ms(images[:3]) > 0).all()
+    for batch in (3, 5):
+        expected = reference(images[:batch])
+        np.testing.assert_allclose(network(images[:batch]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_stay_when_the_next_batch_runs(small):

