@@ -312,8 +312,7 @@ def choose_backend(
     "auto" is TensorRT, else OpenVINO, else ONNX Runtime, and says why it is not an earlier one.
 
     Args:
-        calibration: images (N, H, W, 3) uint8 for TensorRT's own calibration and for the check of
-            what OpenVINO computes.
+        calibration: images (N, H, W, 3) uint8 for TensorRT's own calibration.
 
     Raises:
         UserError: a back end or an audit is asked for that cannot be had here.
@@ -337,7 +336,7 @@ def choose_backend(
                 ) from None
             print(f"OpenVINO is not used: {error}")
         else:
-            return lambda precision: checked_network(folder / graph_file(precision), calibration)
+            return lambda precision: checked_network(folder / graph_file(precision))
 
     if comparison.audit:
         raise UserError(NO_AUDIT)

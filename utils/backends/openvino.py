@@ -29,9 +29,9 @@ OPTIONS = {
 }
 
 CHECKED_IMAGES = 32
-LARGEST_ERROR = 0.05
-"""Of logits, as a share of how they differ from image to image. Trained networks whose INT8 is
-right have 0.02 and less, where 16 bits saturate 0.08 and more, and wrong graphs over 1."""
+LARGEST_ERROR = 0.15
+"""Of logits of noise, as a share of how they differ from image to image. Trained networks whose
+INT8 is right have 0.07 and less, where 16 bits saturate 0.28 and more, and wrong graphs over 1."""
 
 TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's types -> a record's."""
@@ -39,8 +39,11 @@ TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16
 COPIES = ("Reorder", "Transpose")
 """Layers that move values and compute nothing."""
 
-POOLS = ("MaxPool", "AvgPool", "ReduceMean", "Reshape")
-"""Operations that make nothing negative of what is not."""
+KEEP_SIGN = ("MaxPool", "AvgPool", "ReduceMean", "Reshape", "Convert")
+"""Operations that make nothing negative of a first operand that is not."""
+
+ALL_POSITIVE = ("Minimum", "Multiply", "Concat")
+"""Operations that make nothing negative if no operand is."""
 
 
 class OpenVinoNetwork(Network):
@@ -63,7 +66,7 @@ class OpenVinoNetwork(Network):
         _, *sides = compiled.input().partial_shape
         if any(side.is_dynamic for side in sides):
             raise UserError(f"{path}: it does not say how large an image is; export it again")
-        self._image_shape = tuple(side.get_length() for side in sides)
+        self.image_shape = tuple(side.get_length() for side in sides)
         # by batch size; None: any
         self._requests = {None: compiled.create_infer_request()}
         self.layers = read_layers(compiled)
@@ -76,7 +79,7 @@ class OpenVinoNetwork(Network):
             model = core.read_model(self.path)
             use_unsigned_codes(model)
             if batch_size is not None:
-                model.reshape([batch_size, *self._image_shape])
+                model.reshape([batch_size, *self.image_shape])
             return core.compile_model(model, "CPU", options)
         except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
             raise UserError(
@@ -102,10 +105,10 @@ class OpenVinoNetwork(Network):
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         # unasked, it reads others as if they fitted
-        if images.shape[1:] != self._image_shape:
+        if images.shape[1:] != self.image_shape:
             raise UserError(
                 f"OpenVINO cannot run {self.path}: the images are {images.shape[1:]}, not "
-                f"{self._image_shape}"
+                f"{self.image_shape}"
             )
         request = self._requests.get(len(images), self._requests[None])
         try:
@@ -132,7 +135,7 @@ class OpenVinoNetwork(Network):
         compiled = self._compile({**self._options, "PERF_COUNT": True})
         request = compiled.create_infer_request()
         # what the images show does not matter
-        images = np.zeros((self.evaluation_batch, *self._image_shape), np.uint8)
+        images = np.zeros((self.evaluation_batch, *self.image_shape), np.uint8)
         times_ms = defaultdict(list)
         for _ in range(BURST):
             request.infer([images])
@@ -154,18 +157,14 @@ class OpenVinoNetwork(Network):
         return [node for node in nodes if types[node] != {"INT8"}]
 
 
-def checked_network(path: Path, images: np.ndarray) -> Network:
+def checked_network(path: Path) -> Network:
     """The file in OpenVINO, or in ONNX Runtime if OpenVINO computes something else in INT8.
-
-    Args:
-        images: (N, H, W, 3) uint8 to compare with, of which a few are taken.
 
     Raises:
         UserError: as `OpenVinoNetwork`.
     """
     network = OpenVinoNetwork(path)
-    images = images[:CHECKED_IMAGES]
-    if len(images) == 0 or all(layer.precision != "INT8" for layer in network.layers):
+    if all(layer.precision != "INT8" for layer in network.layers):
         return network
     try:
         from utils.backends.onnxruntime import OnnxRuntimeNetwork
@@ -173,6 +172,9 @@ def checked_network(path: Path, images: np.ndarray) -> Network:
         print(f"{path.name}: not checked what OpenVINO computes, for want of ONNX Runtime")
         return network
     reference = OnnxRuntimeNetwork(path)
+    # noise drives the codes farther apart than images do
+    shape = (CHECKED_IMAGES, *network.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = reference(images).astype(np.float64)
     error = np.linalg.norm(network(images) - expected)
     spread = np.linalg.norm(expected - expected.mean(0))
@@ -256,14 +258,24 @@ def _never_negative(value: openvino.Output) -> bool:
     if kind == "Constant":
         return bool((node.data >= 0).all())
     inputs = map(_never_negative, node.input_values())
-    if kind in POOLS:
-        return next(inputs)
+    if kind in KEEP_SIGN:
+        return value.get_element_type() == openvino.Type.u8 or next(inputs)
     # Clip is a minimum of a maximum
     if kind == "Maximum":
         return any(inputs)
-    if kind in ("Minimum", "Concat"):
+    if kind in ALL_POSITIVE:
         return all(inputs)
+    # DequantizeLinear multiplies codes less their zero point
+    if kind == "Subtract":
+        return next(inputs) and _is_zero(node.input_value(1))
     return kind in ("Relu", "Sigmoid")
+
+
+def _is_zero(value: openvino.Output) -> bool:
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "Reshape"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and not node.data.any()
 
 
 def _reason(error: Exception) -> str:
