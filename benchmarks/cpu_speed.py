@@ -61,7 +61,8 @@ def measured(folder: Path, batch_sizes: Sequence[int]) -> records.Record:
     # what OpenVINO makes of the float network by default, where the CPU has bfloat16
     if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         network = OpenVinoNetwork(folder / graph_file("FP32"), BFLOAT16)
-        rows += compare.evaluate_network(network, "BF16", data, predictions, batch_sizes)
+        images, labels = data.test_images, data.test_labels
+        rows += compare.evaluate_network(network, "BF16", images, labels, predictions, batch_sizes)
     return compare.make_record(manifest, rows, {"batch_sizes": str(list(batch_sizes))})
 
 
