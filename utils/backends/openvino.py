@@ -220,7 +220,7 @@ def use_unsigned_codes(model: openvino.Model) -> None:
     """Quantize what is never negative to unsigned codes, in place. No value changes.
 
     Behind a ReLU the INT8 codes are 0..127. OpenVINO's kernels read unsigned codes, and it would
-    make these 128..255 with the zero point 128. That costs a third of the time, and digits where it
+    make these 128..255 with the zero point 128. That costs a quarter of the time, and digits, as it
     adds 128 before it rounds. Limited to the value of code 127, and rounded to 0..255 in the same
     steps, they are 0..127 with the zero point 0. Two products of such codes with weights also fit
     into the 16 bits in which CPUs without VNNI add them.
