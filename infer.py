@@ -94,8 +94,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "--onnx names no folder; make an export with infer.py --load_ckpt",
     ),
     (
-        lambda args: args.export_only and (args.onnx or tensorrt_flag(args)),
-        "--export_only runs no engine: drop it, or --onnx and what only TensorRT obeys",
+        lambda args: args.export_only and (args.onnx or args.audit or tensorrt_flag(args)),
+        "--export_only runs no engine: drop it, or --onnx, --audit and what only TensorRT obeys",
     ),
     (
         lambda args: args.onnx and args.torch_compile,

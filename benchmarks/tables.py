@@ -160,13 +160,15 @@ def _rows_of(
     return found
 
 
-def _batch_sizes(group: Sequence[Record]) -> list[int]:
-    """Batch sizes at which engines of both precisions were timed, the largest last."""
+def _batch_sizes(
+    group: Sequence[Record], backend: str = "tensorrt", precisions: Sequence[str] = (SLOW, FAST)
+) -> list[int]:
+    """Batch sizes at which a back end was timed in all of `precisions`, the largest last."""
+    rows = [row for record in group for row in record["rows"] if row["backend"] == backend]
     sizes = []
-    for precision in (SLOW, FAST):
-        rows = [row for record in group for row in record["rows"] if row["backend"] == "tensorrt"]
+    for precision in precisions:
         sizes.append({row["batch_size"] for row in rows if row["precision"] == precision})
-    return sorted(sizes[0] & sizes[1])
+    return sorted(set.intersection(*sizes))
 
 
 # Statistics
@@ -302,6 +304,43 @@ def _speed_cells(group: Sequence[Record], batch_size: int) -> list[str]:
     speed_up = f"{_speed_up(group, batch_size):.2f}"
     layers = f"{fast[0]['int8_layers']} of {fast[0]['layers']}"
     return [*times_ms, speed_up, *images_s, *megabytes, layers]
+
+
+CPU_TITLES = [
+    "network",
+    "batch",
+    "FP32 ms, ONNX Runtime",
+    "FP32 ms, OpenVINO",
+    "INT8 ms, OpenVINO",
+    "INT8 over the faster FP32",
+    "agreement %",
+    "INT8 layers",
+]
+
+
+def cpu_table(groups: Groups) -> str:
+    """Latency on a CPU, and what INT8 gains over the faster of two back ends in FP32.
+
+    Agreement is of OpenVINO's predictions with those of the fake quantized network in PyTorch.
+    """
+    lines = [CPU_TITLES]
+    for name, group in groups.items():
+        for size in _batch_sizes(group, "openvino", ("FP32", "INT8-PTC")):
+            lines.append([name, str(size), *_cpu_cells(group, size)])
+    return markdown_table(lines)
+
+
+def _cpu_cells(group: Sequence[Record], batch_size: int) -> list[str]:
+    fast = _rows_of(group, "openvino", "INT8-PTC", batch_size)
+    times_ms = []
+    for backend in ("onnxruntime", "openvino"):
+        times_ms.append(_median_ms(_rows_of(group, backend, "FP32", batch_size)))
+    fast_ms = _median_ms(fast)
+    cells = [f"{time_ms:.3f}" for time_ms in (*times_ms, fast_ms)]
+    cells.append(f"{min(times_ms) / fast_ms:.2f} ×")
+    cells.append(f"{statistics.fmean(row['agreement_pct'] for row in fast):.2f}")
+    cells.append(f"{fast[0]['int8_layers']} of {fast[0]['layers']}")
+    return cells
 
 
 # Tables of one record
@@ -471,6 +510,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": lambda folder: accuracy_table(load(folder)),
     "engines": lambda folder: engines_table(load(folder)),
     "speed": lambda folder: speed_table(load(folder)),
+    "cpu": lambda folder: cpu_table(load(folder)),
     "table": record_table,
     "training": training_table,
 }

@@ -15,7 +15,7 @@ from torch import nn
 
 import infer
 import train
-from benchmarks import calibrators, reproduce, train_speed
+from benchmarks import calibrators, cpu_speed, reproduce, train_speed
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 from utils.files import locked
@@ -493,3 +493,26 @@ def test_flags_that_a_study_gives_itself_are_refused_first(arguments, words):
 def test_flags_with_typing_errors_are_refused_first(arguments, flags):
     with pytest.raises(SystemExit, match="2"):
         reproduce.main([*arguments, flags])
+
+
+def test_cpu_speed_leaves_a_record_of_both_runtimes(
+    tmp_path, small_digits, quick_latencies, capsys
+):
+    """Of a network that is hardly trained: OpenVINO's INT8 may be another than ONNX Runtime's."""
+    argv = ["--m", "resnet18", "--stem", "imagenet", "--batch_size", "2", "--results", tmp_path]
+    cpu_speed.main([str(word) for word in argv])
+    [path] = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert (record["kind"], record["dataset"]) == ("inference", "digits")
+    ran = {(row["backend"], row["precision"]) for row in record["rows"]}
+    assert ran >= {("openvino", "FP32"), ("onnxruntime", "FP32"), ("onnxruntime", "INT8-PTC")}
+    timed = [row for row in record["rows"] if row["backend"] != "pytorch"]
+    assert {row["batch_size"] for row in timed} == {2}
+    for package in ("torch", "openvino", "onnxruntime"):
+        assert record["environment"][package]
+
+    # what is there is not done again
+    before = path.read_bytes()
+    cpu_speed.main([str(word) for word in argv])
+    assert path.read_bytes() == before
+    assert "| network | batch |" in capsys.readouterr().out

@@ -59,7 +59,7 @@ RECORD_KEYS = {
     "environment",
     "rows",
 }
-ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "onnxruntime", "python"}
+ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "openvino", "onnxruntime", "python"}
 ROW_KEYS = {
     "backend",
     "precision",
@@ -141,7 +141,7 @@ def printed_rows(text):
     rows = []
     for line in text.splitlines():
         cells = line.split()
-        if cells[:1] in (["pytorch"], ["onnxruntime"]):
+        if cells[:1] in (["pytorch"], ["openvino"], ["onnxruntime"]):
             rows.append((cells[0], cells[1], cells[5]))
     return rows
 
@@ -283,13 +283,15 @@ def test_a_flag_of_zero_is_recorded():
 
 def test_a_records_environment_names_no_package_that_ran_no_row(record, monkeypatch):
     import onnxruntime
+    import openvino
 
     # installed and imported, as on a machine where another back end is in use
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="9.9"))
     versions = {"torch": torch.__version__, "tensorrt": "9.9"}
     versions["onnxruntime"] = onnxruntime.__version__
-    backends = {"torch": "pytorch", "tensorrt": "tensorrt", "onnxruntime": "onnxruntime"}
-    for ran in (["torch"], ["tensorrt"], ["onnxruntime"], ["torch", "onnxruntime"], []):
+    versions["openvino"] = openvino.__version__
+    backends = {package: package for package in versions} | {"torch": "pytorch"}
+    for ran in (["torch"], ["tensorrt"], ["openvino"], ["torch", "onnxruntime"], []):
         environment = records.environment([backends[package] for package in ran])
         for package, version in versions.items():
             assert environment[package] == (version if package in ran else None)
@@ -390,16 +392,20 @@ def test_plot_takes_many_batch_sizes(record, tmp_path):
     assert path.exists()
 
 
-def test_exported_files_are_evaluated_without_torch(exported, record, tmp_path, run_script):
-    flags = "--FP32 --INT8QAT --batch_size 1 --backend onnxruntime"
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_exported_files_are_evaluated_without_torch(
+    exported, record, tmp_path, run_script, backend
+):
+    flags = f"--FP32 --INT8QAT --batch_size 1 --backend {backend}"
     output = f"--record {tmp_path}/record.json"
     argv = f"infer.py --onnx {exported}/onnx {flags} {output}".split()
-    process = run_script(*argv, blocked=("torch",))
+    process = run_script(*argv, blocked=("torch", "onnx"))
     assert process.returncode == 0, process.stderr
-    assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(process.stdout)
+    assert (backend, "INT8-QAT", "1") in printed_rows(process.stdout)
     there = json.loads((tmp_path / "record.json").read_text())
     assert there["environment"]["torch"] == record["environment"]["torch"]
-    assert accuracies(there["rows"]) == accuracies(record["rows"])
+    if backend == "onnxruntime":
+        assert accuracies(there["rows"]) == accuracies(record["rows"])
 
 
 def accuracies(rows):
@@ -591,11 +597,19 @@ def test_tensorrt_by_name_without_the_package_says_what_is_missing(exported, err
 @pytest.mark.skipif(
     importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed: there may be a GPU"
 )
-def test_without_tensorrt_onnx_runtime_runs_and_says_why(exported, capsys):
-    infer.main(f"--onnx {exported}/onnx --INT8QAT --batch_size 1".split())
+def test_without_tensorrt_openvino_runs_and_says_why(exported, capsys, tmp_path):
+    flags = f"--INT8QAT --batch_size 1 --audit --record {tmp_path}/record.json"
+    infer.main(f"--onnx {exported}/onnx {flags}".split())
     output = capsys.readouterr().out
     assert "TensorRT is not used: the Python package " in output
-    assert ("onnxruntime", "INT8-QAT", "1") in printed_rows(output)
+    assert ("openvino", "INT8-QAT", "1") in printed_rows(output)
+    record = json.loads((tmp_path / "record.json").read_text())
+    row = record["rows"][-1]
+    assert (row["backend"], row["agreement_pct"] > 97) == ("openvino", True)
+    assert 0 < row["int8_layers"] < row["layers"]
+    # ONNX Runtime checked it, but ran no row
+    assert record["environment"]["openvino"].startswith("20")
+    assert record["environment"]["onnxruntime"] is None
 
 
 def test_folder_without_a_manifest_is_no_export(tmp_path, error_line):
@@ -1051,11 +1065,16 @@ def test_shared_flags_agree_or_contradict():
         agreed("--x", None, None)
 
 
-@pytest.mark.parametrize("flag", [["--audit"], ["--ptc_mode", "implicit"]])
-@pytest.mark.parametrize("backend", ["onnxruntime", "auto"])
-def test_what_only_tensorrt_can_do_is_refused_without_it(
-    exported, flag, backend, error_line, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("flag", "backend"),
+    [
+        (["--audit"], "onnxruntime"),
+        (["--ptc_mode", "implicit"], "onnxruntime"),
+        (["--ptc_mode", "implicit"], "openvino"),
+        (["--ptc_mode", "implicit"], "auto"),
+    ],
+)
+def test_what_a_back_end_cannot_do_is_refused(exported, flag, backend, error_line, monkeypatch):
     def require_gpu():
         raise UserError("there is no GPU here")
 
@@ -1115,7 +1134,8 @@ def test_quantize_with_float_precisions_alone_is_refused(qat_checkpoint, error_l
     [
         (["--torch_compile", "8"], "no GPU"),
         (["--calib_images", "0"], "--calib_images"),
-        (["--audit", "--backend", "onnxruntime"], "--audit is TensorRT's"),
+        (["--audit", "--backend", "onnxruntime"], "--audit: ONNX Runtime does not tell"),
+        (["--audit", "--export_only"], "--export_only runs no engine"),
         (["--FP32", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
     ],
 )
@@ -1155,7 +1175,7 @@ def test_an_export_says_what_should_run_in_int8_and_what_pytorch_predicts(export
     manifest, predictions = read_export(exported / "onnx")
     assert sorted(manifest.int8_nodes) == ["FP32", "INT8-QAT"]
     assert manifest.int8_nodes["FP32"] == []
-    assert len(manifest.int8_nodes["INT8-QAT"]) == 29  # all but the pool, which sees one pixel
+    assert len(manifest.int8_nodes["INT8-QAT"]) == 30  # all but the mean, which sees one pixel
     assert sorted(predictions) == ["FAKE-QUANT-QAT", "FP32"]
     for classes in predictions.values():
         assert classes.shape == (360,)

@@ -148,6 +148,31 @@ def test_speeds_are_of_the_records_with_engines(results):
     assert batch["INT8 layers"] == "7 of 9"
 
 
+def test_on_a_cpu_int8_is_compared_with_the_faster_of_two_in_fp32(tmp_path):
+    record = record_of(0, 90.0, 89.0)
+    for backend, precision, ms in (
+        ("openvino", "FP32", 6.0),
+        ("openvino", "INT8-PTC", 2.0),
+        ("onnxruntime", "FP32", 5.0),
+        ("onnxruntime", "INT8-PTC", 7.0),
+        ("openvino", "BF16", 1.0),
+    ):
+        record["rows"].append({**engine_row(precision, 90.0, 64, ms), "backend": backend})
+    write(tmp_path / "seed0.json", record)
+    write(tmp_path / "other.json", {**record_of(0, 90.0, 89.0), "model": "without"})
+    (line,) = cells(tables.cpu_table(tables.load(tmp_path)))
+    assert list(line.values()) == [
+        "net, cifar stem",
+        "64",
+        "5.000",
+        "6.000",
+        "2.000",
+        "2.50 ×",
+        "99.50",
+        "7 of 9",
+    ]
+
+
 def test_the_headline_has_the_speed_up_at_the_largest_batch(results, monkeypatch):
     monkeypatch.setattr(tables, "TITLES", {"absent": "Absent", "net": "Net"})
     (line,) = cells(tables.headline_table(tables.load(results)))

@@ -47,7 +47,7 @@ class Comparison:
 
     Args:
         precisions: of `PRECISIONS`; none: every one that is exported.
-        backend: "tensorrt", "onnxruntime", or "auto".
+        backend: one of `BACKENDS`; "auto" is the first of them that can run here.
         ptc_mode: "implicit" adds an engine by TensorRT's own calibration.
         batch_sizes: of the latencies; none: accuracy only.
         remainder: "fp16" or "fp32", what TensorRT computes the unquantized layers in.
@@ -99,10 +99,10 @@ def tensorrt_flag(options: Any) -> str:
     """What only TensorRT can obey, of flags or a `Comparison`; "" if there is nothing."""
     if options.backend == "tensorrt":
         return "--backend tensorrt"
-    if options.ptc_mode == "implicit":
-        return "--ptc_mode implicit"
-    return "--audit" if getattr(options, "audit", False) else ""
+    return "--ptc_mode implicit" if options.ptc_mode == "implicit" else ""
 
+
+NO_AUDIT = "--audit: ONNX Runtime does not tell what it runs; that needs TensorRT or OpenVINO"
 
 COMPARISON_REFUSALS: tuple[Refusal, ...] = (
     (
@@ -112,8 +112,13 @@ COMPARISON_REFUSALS: tuple[Refusal, ...] = (
         "--ptc_mode implicit is a second --INT8PTC: name that too, or drop it",
     ),
     (
-        lambda flags: flags.backend == "onnxruntime" and tensorrt_flag(flags),
-        "{0} is TensorRT's: drop it or --backend onnxruntime",
+        lambda flags: flags.backend in ("openvino", "onnxruntime") and tensorrt_flag(flags),
+        "{0} is TensorRT's: drop it or --backend",
+    ),
+    (
+        # train.py has no --audit
+        lambda flags: flags.backend == "onnxruntime" and getattr(flags, "audit", False),
+        NO_AUDIT,
     ),
 )
 
@@ -304,42 +309,64 @@ def choose_backend(
 ) -> Callable[[str], Network]:
     """A function from a precision to its network.
 
-    "auto" is ONNX Runtime where TensorRT cannot run, and says why.
+    "auto" is TensorRT, else OpenVINO, else ONNX Runtime, and says why it is not an earlier one.
 
     Args:
         calibration: images (N, H, W, 3) uint8 for TensorRT's own calibration.
 
     Raises:
-        UserError: TensorRT is asked for by name and cannot run here.
+        UserError: a back end or an audit is asked for that cannot be had here.
     """
-    if comparison.backend != "onnxruntime":
-        from utils.backends.tensorrt_build import EngineOptions, require_gpu
-        from utils.backends.tensorrt_run import TensorRTNetwork
-
+    wanted = comparison.backend
+    if wanted in ("auto", "tensorrt"):
         try:
-            require_gpu()
+            return _tensorrt(folder, comparison, calibration)
         except UserError as error:
             if flag := tensorrt_flag(comparison):
                 raise UserError(f"{flag}: {error}") from None
-            print(f"TensorRT is not used: {error}. ONNX Runtime runs the networks on the CPU.")
+            print(f"TensorRT is not used: {error}")
+
+    if wanted in ("auto", "openvino"):
+        try:
+            from utils.backends.openvino import checked_network
+        except ImportError as error:
+            if wanted == "openvino":
+                raise UserError(
+                    f"--backend openvino: {error}; pip install -r requirements.txt"
+                ) from None
+            print(f"OpenVINO is not used: {error}")
         else:
-            # without latencies an engine is needed all the same
-            sizes = set(comparison.batch_sizes or [EVALUATION_BATCH])
+            return lambda precision: checked_network(folder / graph_file(precision))
 
-            def build(precision: str) -> Network:
-                options = EngineOptions(
-                    precision,
-                    batch_sizes=tuple(sorted(sizes)),
-                    remainder=comparison.remainder,
-                    workspace_gb=comparison.workspace_gb,
-                    level=comparison.opt_level,
-                )
-                return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
-
-            return build
+    if comparison.audit:
+        raise UserError(NO_AUDIT)
     from utils.backends.onnxruntime import OnnxRuntimeNetwork
 
     return lambda precision: OnnxRuntimeNetwork(folder / graph_file(precision))
+
+
+def _tensorrt(
+    folder: Path, comparison: Comparison, calibration: np.ndarray
+) -> Callable[[str], Network]:
+    """A function from a precision to its engine; raises UserError where TensorRT cannot run."""
+    from utils.backends.tensorrt_build import EngineOptions, require_gpu
+    from utils.backends.tensorrt_run import TensorRTNetwork
+
+    require_gpu()
+    # without latencies an engine is needed all the same
+    sizes = set(comparison.batch_sizes or [EVALUATION_BATCH])
+
+    def build(precision: str) -> Network:
+        options = EngineOptions(
+            precision,
+            batch_sizes=tuple(sorted(sizes)),
+            remainder=comparison.remainder,
+            workspace_gb=comparison.workspace_gb,
+            level=comparison.opt_level,
+        )
+        return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
+
+    return build
 
 
 def evaluate_network(

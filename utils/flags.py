@@ -26,7 +26,7 @@ from utils.specs import (
 T = TypeVar("T")
 Flags = argparse.Namespace
 
-BACKENDS = ("auto", "tensorrt", "onnxruntime")
+BACKENDS = ("auto", "tensorrt", "openvino", "onnxruntime")
 PTC_MODES = ("explicit", "implicit")
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -84,7 +84,7 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
         add(f"--{precision.flag}", help=precision.help, **flag)
     implicit = "implicit: also an engine by TensorRT's own calibration"
     add("--ptc_mode", choices=PTC_MODES, default=PTC_MODES[0], help=implicit)
-    runs = "what runs the exported networks; auto: TensorRT where it runs, else ONNX Runtime"
+    runs = "what runs the exported networks (auto: the first of these that can)"
     add("--backend", choices=BACKENDS, default=BACKENDS[0], help=runs)
     return parser
 

@@ -91,6 +91,7 @@ class Record:
 PACKAGES = {
     "torch": ("pytorch", ("torch",)),
     "tensorrt": ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings")),
+    "openvino": ("openvino", ("openvino",)),
     "onnxruntime": ("onnxruntime", ("onnxruntime",)),
 }
 """Package -> the back end that it is, and the modules that say its version."""

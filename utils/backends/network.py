@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,16 @@ class Network:
         Raises:
             UserError: the back end does not tell what it runs.
         """
-        raise UserError(f"{self.name} does not tell what it runs: that needs --backend tensorrt")
+        raise UserError(f"{self.name} does not tell what it runs")
+
+
+def cpu_threads() -> int:
+    """How many threads OMP_NUM_THREADS allows a back end; 0, its own default, if it says nothing.
+
+    PyTorch obeys that variable by itself.
+    """
+    words = os.environ.get("OMP_NUM_THREADS", "")
+    return int(words) if words.isdecimal() else 0
 
 
 def repeated_ms(burst: Callable[[], Sequence[float]]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from utils.backends.network import Network
+from utils.backends.network import Network, cpu_threads
 from utils.errors import UserError
 from utils.manifest import INPUT, OUTPUT
 
@@ -29,6 +29,7 @@ class OnnxRuntimeNetwork(Network):
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = cpu_threads()
         # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals, which
         # TensorRT needs, and would dequantize the weights in every call. Taken literally instead,
         # Q/DQ nodes round and the rest is fast float.

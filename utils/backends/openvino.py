@@ -1,0 +1,284 @@
+"""OpenVINO on the CPU as a back end: INT8 kernels for the exported INT8 graph. Imports no torch.
+
+It moves Q/DQ nodes through the graph until layers are INT8. Some graphs become another function
+that way, and on CPUs without VNNI sums of products saturate. So `checked_network` compares it with
+ONNX Runtime, which takes the nodes literally.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from openvino import opset13 as operations
+
+from utils.backends.network import BURST, Layer, Network, cpu_threads
+from utils.errors import UserError
+from utils.manifest import INPUT, OUTPUT
+
+OPTIONS = {
+    "PERFORMANCE_HINT": "LATENCY",
+    # what is not INT8; by default it is bfloat16 where the CPU has that
+    "INFERENCE_PRECISION_HINT": "f32",
+}
+
+CHECKED_IMAGES = 32
+LARGEST_ERROR = 0.15
+"""Of logits of noise, as a share of how they differ from image to image. Trained networks whose
+INT8 is right have 0.07 and less, where 16 bits saturate 0.28 and more, and wrong graphs over 1."""
+
+TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+"""OpenVINO's types -> a record's."""
+
+COPIES = ("Reorder", "Transpose")
+"""Layers that move values and compute nothing."""
+
+KEEP_SIGN = ("MaxPool", "AvgPool", "ReduceMean", "Reshape", "Convert")
+"""Operations that make nothing negative of a first operand that is not."""
+
+ALL_POSITIVE = ("Minimum", "Multiply", "Concat")
+"""Operations that make nothing negative if no operand is."""
+
+
+class OpenVinoNetwork(Network):
+    """An ONNX file as a network.
+
+    Args:
+        options: properties of OpenVINO beside `OPTIONS`, or in their place.
+
+    Raises:
+        UserError: the file is missing, truncated or not a graph that OpenVINO can run.
+    """
+
+    name = "openvino"
+
+    def __init__(self, path: Path, options: Mapping[str, Any] | None = None):
+        self.path = path
+        self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
+        compiled = self._compile(self._options)
+        self._require_ends(compiled)
+        _, *sides = compiled.input().partial_shape
+        if any(side.is_dynamic for side in sides):
+            raise UserError(f"{path}: it does not say how large an image is; export it again")
+        self.image_shape = tuple(side.get_length() for side in sides)
+        # by batch size; None: any
+        self._requests = {None: compiled.create_infer_request()}
+        self.layers = read_layers(compiled)
+
+    def _compile(
+        self, options: Mapping[str, Any], batch_size: int | None = None
+    ) -> openvino.CompiledModel:
+        core = openvino.Core()
+        try:
+            model = core.read_model(self.path)
+            use_unsigned_codes(model)
+            if batch_size is not None:
+                model.reshape([batch_size, *self.image_shape])
+            return core.compile_model(model, "CPU", options)
+        except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
+            raise UserError(
+                f"OpenVINO cannot load {self.path}: {_reason(error)}; export it again"
+            ) from None
+
+    def _require_ends(self, compiled: openvino.CompiledModel) -> None:
+        """Raises UserError unless the graph turns images into logits."""
+        ends = []
+        for ports in (compiled.inputs, compiled.outputs):
+            found = []
+            for port in ports:
+                kind = port.element_type.get_type_name()
+                rank = port.partial_shape.rank
+                found.append((port.any_name, kind, rank.get_length() if rank.is_static else None))
+            ends.append(found)
+        expected = [[(INPUT, "u8", 4)], [(OUTPUT, "f32", 2)]]
+        if ends != expected:
+            raise UserError(
+                f"{self.path}: it has {ends[0]} and {ends[1]}, not {expected[0]} and "
+                f"{expected[1]}; export it again"
+            )
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        # unasked, it reads others as if they fitted
+        if images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"OpenVINO cannot run {self.path}: the images are {images.shape[1:]}, not "
+                f"{self.image_shape}"
+            )
+        request = self._requests.get(len(images), self._requests[None])
+        try:
+            request.infer([images])
+        except Exception as error:  # too little memory
+            raise UserError(f"OpenVINO cannot run {self.path}: {_reason(error)}") from None
+        # a copy: the next batch comes into the same memory
+        return request.get_output_tensor().data.copy()
+
+    def latencies_ms(self, images: np.ndarray) -> np.ndarray:
+        """Wall-clock times of a copy that is compiled for this batch size.
+
+        It is faster than that for any, at batch size 1 by an eighth.
+        """
+        compiled = self._compile(self._options, len(images))
+        self._requests[len(images)] = compiled.create_infer_request()
+        return super().latencies_ms(images)
+
+    def layer_times_ms(self) -> list[float | None]:
+        """The median time of each of `layers` at the evaluation's batch size.
+
+        Of a copy that measures itself, which takes time too.
+        """
+        compiled = self._compile({**self._options, "PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        # what the images show does not matter
+        images = np.zeros((self.evaluation_batch, *self.image_shape), np.uint8)
+        times_ms = defaultdict(list)
+        for _ in range(BURST):
+            request.infer([images])
+            for info in request.profiling_info:
+                times_ms[info.node_name].append(1000 * info.real_time.total_seconds())
+        # OpenVINO numbers the layers that it adds, and others in a copy
+        names = [layer.name.split()[0] for layer in self.layers]
+        return [statistics.median(times_ms[name]) if name in times_ms else None for name in names]
+
+    def float_nodes(self, nodes: Iterable[str]) -> list[str]:
+        """Those of the graph's `nodes` that no layer runs in INT8, or some layer in another type.
+
+        An addition is in INT8 if it is a part of a convolution that is.
+        """
+        types = defaultdict(set)
+        for layer in self.layers:
+            for name in layer.name.split():
+                types[name].add(layer.precision)
+        return [node for node in nodes if types[node] != {"INT8"}]
+
+
+def checked_network(path: Path) -> Network:
+    """The file in OpenVINO, or in ONNX Runtime if OpenVINO computes something else in INT8.
+
+    Raises:
+        UserError: as `OpenVinoNetwork`.
+    """
+    network = OpenVinoNetwork(path)
+    if all(layer.precision != "INT8" for layer in network.layers):
+        return network
+    try:
+        from utils.backends.onnxruntime import OnnxRuntimeNetwork
+    except ImportError:
+        print(f"{path.name}: not checked what OpenVINO computes, for want of ONNX Runtime")
+        return network
+    reference = OnnxRuntimeNetwork(path)
+    # noise drives the codes farther apart than images do
+    shape = (CHECKED_IMAGES, *network.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected = reference(images).astype(np.float64)
+    error = np.linalg.norm(network(images) - expected)
+    spread = np.linalg.norm(expected - expected.mean(0))
+    # false for NaN, too
+    if error <= LARGEST_ERROR * spread:
+        return network
+    print(f"{path.name}: OpenVINO computes something else in INT8 here: ONNX Runtime runs it")
+    return reference
+
+
+def read_layers(compiled: openvino.CompiledModel) -> list[Layer]:
+    """What a compiled model runs.
+
+    A layer's name is its own in OpenVINO's graph and those of the file's nodes that it holds.
+    """
+    layers = []
+    # where the bytes are pixels, not codes
+    pixels = set()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        name, kind = node.get_friendly_name(), info["layerType"]
+        sources = [value.get_node().get_friendly_name() for value in node.input_values()[:1]]
+        reads_pixels = not pixels.isdisjoint(sources)
+        if kind == "Input" or (kind in COPIES and reads_pixels):
+            pixels.add(name)
+        # constants, ends, and views of memory
+        if info["primitiveType"].startswith("unknown"):
+            continue
+        precision = TYPES.get(info["runtimePrecision"], "-")
+        nodes = [other for other in info["originalLayersNames"].split(",") if other != name]
+        layers.append(
+            Layer(
+                name=" ".join([name, *nodes]).strip(),
+                kind=kind,
+                precision="UINT8" if reads_pixels else precision,
+                tactic=info["primitiveType"],
+            )
+        )
+    return layers
+
+
+def use_unsigned_codes(model: openvino.Model) -> None:
+    """Quantize what is never negative to unsigned codes, in place. No value changes.
+
+    Behind a ReLU the INT8 codes are 0..127. OpenVINO's kernels read unsigned codes, and it would
+    make these 128..255 with the zero point 128. That costs a quarter of the time, and digits, as it
+    adds 128 before it rounds. Limited to the value of code 127, and rounded to 0..255 in the same
+    steps, they are 0..127 with the zero point 0. Two products of such codes with weights also fit
+    into the 16 bits in which CPUs without VNNI add them.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize":
+            continue
+        source = node.input_value(0)
+        is_weight = source.get_node().get_type_name() == "Constant"
+        if is_weight or not _never_negative(source):
+            continue
+        # QuantizeLinear is this node and a conversion to INT8
+        bounds = [value.get_node() for value in node.input_values()[1:]]
+        converts = [target.get_node() for target in node.output(0).get_target_inputs()]
+        kinds = [other.get_type_name() for other in (*bounds, *converts)]
+        if kinds != ["Constant"] * 4 + ["Convert"] or any(end.data.size != 1 for end in bounds):
+            continue
+        low, high, *codes = (float(end.data.item()) for end in bounds)
+        if codes != [-128, 127] or not math.isclose(low * 127, high * -128, rel_tol=1e-6):
+            continue
+
+        limited = operations.clamp(source, 0, high)
+        ends = [np.float32(value) for value in (0, high / 127 * 255, 0, 255)]
+        rounded = operations.fake_quantize(limited, *map(operations.constant, ends), 256)
+        unsigned = operations.convert(rounded, "u8")
+        for target in converts[0].output(0).get_target_inputs():
+            target.replace_source_output(unsigned.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _never_negative(value: openvino.Output) -> bool:
+    """Whether a tensor is known to be 0 or more everywhere."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return bool((node.data >= 0).all())
+    inputs = map(_never_negative, node.input_values())
+    if kind in KEEP_SIGN:
+        return value.get_element_type() == openvino.Type.u8 or next(inputs)
+    # Clip is a minimum of a maximum
+    if kind == "Maximum":
+        return any(inputs)
+    if kind in ALL_POSITIVE:
+        return all(inputs)
+    # DequantizeLinear multiplies codes less their zero point
+    if kind == "Subtract":
+        return next(inputs) and _is_zero(node.input_value(1))
+    return kind in ("Relu", "Sigmoid")
+
+
+def _is_zero(value: openvino.Output) -> bool:
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "Reshape"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant" and not node.data.any()
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what OpenVINO says; those before name its own source files."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
