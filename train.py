@@ -34,8 +34,6 @@ from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
-from utils.quantization import layer_table
-from utils.quantization.watch import example_images
 from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
@@ -289,8 +287,16 @@ def make_model(
             networks.calibrate_model(model, base.quantization, train_part)
             state = model.state_dict()
             base.ptq_state = {key: value.detach().cpu().clone() for key, value in state.items()}
-        print(layer_table(model, example_images(*size)))
+        print_layers(model, size)
     return model
+
+
+def print_layers(model: nn.Module, size: tuple[int, int]) -> None:
+    # imports pytorch-quantization: where that is missing, `run` says so in a line
+    from utils.quantization import layer_table
+    from utils.quantization.watch import example_images
+
+    print(layer_table(model, example_images(*size)))
 
 
 def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset.ImageData:
@@ -428,7 +434,7 @@ def list_layers(recipe: Recipe) -> None:
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
     size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)
-    print(layer_table(model, example_images(*size)))
+    print_layers(model, size)
 
 
 def compare_best(path: Path, recipe: Recipe) -> None:

@@ -86,7 +86,7 @@ def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
     val = Batches(*val_arrays, normalize, EVALUATION_BATCH, device)
 
     # what every calibrator is compared with
-    model = networks.build_float(checkpoint.network)
+    model = networks.build_float(checkpoint.network, tuple(info.img_size))
     ckpt.load_weights(model, checkpoint.state)
     exact = logits_of(model.to(device), val)  # (N, classes)
 
@@ -108,7 +108,9 @@ def judge(
     Args:
         exact: (N, classes), of the N images of `val`.
     """
-    model = networks.build_quantized(checkpoint.network, quantization)
+    model = networks.build_quantized(
+        checkpoint.network, quantization, tuple(checkpoint.data.img_size)
+    )
     ckpt.load_weights(model, checkpoint.state, allow_missing_ranges=True)
     model.to(val.device)
     started = time.perf_counter()

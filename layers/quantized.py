@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.add import Add
-from layers.cat import Cat
 from layers.mul import Mul
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 
@@ -118,16 +116,6 @@ class QuantAdd(QuantizedLayer, Add):
         return super().forward(x, other)
 
 
-class QuantCat(QuantizedLayer, Cat):
-    """Concatenation of INT8 feature maps, all of one range: then none must be rescaled."""
-
-    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        if isinstance(self.input_quantizer, Quantizer):
-            # calibration looks at all of them at once
-            return self.input_quantizer(super().forward(tensors))
-        return super().forward([self.input_quantizer(tensor) for tensor in tensors])
-
-
 class QuantMul(QuantizedLayer, Mul):
     """`INT8(factor) * INT8(x)`.
 
@@ -163,7 +151,6 @@ QUANTIZED_FORM = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
     Add: QuantAdd,
-    Cat: QuantCat,
     Mul: QuantMul,
     nn.AdaptiveAvgPool2d: QuantAdaptiveAvgPool2d,
     nn.AvgPool2d: QuantAvgPool2d,

@@ -25,7 +25,7 @@ OPEN_TO_ALL = "utils.errors"
 
 ALLOWED = {
     "utils.quantization": {"utils", "layers"},
-    "utils.training": {"utils"},
+    "utils.training": {"utils", "layers"},
     "utils.backends": {"utils"},
     "utils": set(),
     "models": {"layers"},

@@ -174,9 +174,10 @@ def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
-    """With the ranges of additions by the operand that they are of, no longer of the second.
+    """With the ranges of additions by the operand that they are of in torchvision's networks.
 
-    Where a block had a convolution in its shortcut, that was what its last convolution computed.
+    The range was that of the shortcut, torchvision's second operand, but the first of MobileNetV2.
+    Where a convolution was in the shortcut, it was that of the other operand, the first.
     """
     renamed = dict(content)
     for field_name in ("state", "ptq_state"):
@@ -187,8 +188,9 @@ def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
         for key, value in state.items():
             block = str(key).removesuffix(".add.input_quantizer._amax")
             if block != key:
-                shortcut = f"{block}.downsample.0.weight" in state
-                key = f"{block}.add.{'x' if shortcut else 'other'}_quantizer._amax"
+                first = (f"{block}.downsample.0.weight", f"{block}.conv.2.weight")
+                is_first = not state.keys().isdisjoint(first)
+                key = f"{block}.add.{'x' if is_first else 'other'}_quantizer._amax"
             renamed[field_name][key] = value
     return renamed
 

@@ -199,7 +199,7 @@ def _round_constants(model: ModelProto) -> None:
     scales = set()
     sizes = set()
     for node in model.graph.node:
-        if node.op_type == "Constant":
+        if node.op_type in ("Constant", "ConstantOfShape"):
             for attribute in node.attribute:
                 if attribute.name == "value":
                     constants[node.output[0]] = attribute.t

@@ -1,6 +1,6 @@
 """Functional operations of a float network become modules, in place.
 
-`x + shortcut`, `torch.cat`, `x.mean((2, 3))` and products with a factor for each channel cannot be
+`x + shortcut`, `x.mean((2, 3))` and products with a factor for each channel cannot be
 selected by name, nor hold a range. So each module whose `forward` calls them gets child modules
 that do it (`layer1.0.add`), and a new `forward` that calls these children. Everything else of the
 module stays: its class (but for that `forward`), attributes, parameters, hooks, other children.
@@ -22,23 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from layers import Add, Cat, Mul
+from layers import Add, Mul
 from utils.quantization.watch import Operation, Watch, evaluating, file_and_line, watch
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
-CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 MEANS = (torch.mean, "mean")
 POOLS = (F.adaptive_avg_pool2d, F.avg_pool2d)
 
 ADDING = ("add", "iadd", "radd")
 MULTIPLYING = ("mul", "multiply", "imul", "rmul")
-OTHERS = ("cat", "concat", "concatenate", "mean", "adaptive_avg_pool2d", "avg_pool2d")
+POOLING = ("mean", "adaptive_avg_pool2d", "avg_pool2d")
 """Names of all of these, as `Operation.function` has them but for underscores."""
 
 
 def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """Make modules of `model`'s functional additions, products, concatenations and average pools.
+    """Make modules of `model`'s functional additions, products and average pools.
 
     Afterwards every `Add` knows which of its operands quantization rounds.
 
@@ -68,7 +67,7 @@ def is_candidate(operation: Operation) -> bool:
         return len(maps) == 2 and maps[0] == maps[1]
     if word in MULTIPLYING:
         return len(maps) == 2 and any(shape[2:] == (1, 1) for shape in maps)
-    return word in OTHERS and bool(maps)
+    return word in POOLING and bool(maps)
 
 
 class _Tracer(fx.Tracer):
@@ -245,8 +244,6 @@ def _module_for(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
         factor = _factor(node, shapes)
         if factor is not None:
             return Mul(), (node.args[factor], node.args[1 - factor])
-    if node.target in CONCATENATIONS and len(_shape(node)) == 4 and _option(node, 1, "dim", 0) == 1:
-        return Cat(), (first,)
     if len(shapes[0]) != 4 or any(isinstance(arg, fx.Node) for arg in rest):
         return None
     if node.target in MEANS and _is_global_mean(node):
@@ -303,7 +300,7 @@ def _comes_from_pool(node: fx.Node) -> bool:
     return False
 
 
-NAMES = {Add: "add", Mul: "mul", Cat: "cat", nn.AdaptiveAvgPool2d: "avgpool", nn.AvgPool2d: "pool"}
+NAMES = {Add: "add", Mul: "mul", nn.AdaptiveAvgPool2d: "avgpool", nn.AvgPool2d: "pool"}
 
 
 def _free_name(module: nn.Module, taken: dict[str, nn.Module], kind: type[nn.Module]) -> str:
@@ -323,6 +320,7 @@ def place_additions(operations: list[Operation]) -> None:
     convolutions the one adds that has less to lose: a 1x1 rather than a 3x3, and of two of a size
     the one with less work. Where no convolution is, both operands are rounded.
     """
+    rounds: dict[Add, set[int]] = {}
     for operation in operations:
         if not isinstance(operation.module, Add):
             continue
@@ -334,9 +332,13 @@ def place_additions(operations: list[Operation]) -> None:
                 costs[operand] = (area, conv.macs)
         if costs:
             adds = min(costs, key=costs.__getitem__)
-            operation.module.rounds = (1 - adds,)
+            rounded = {1 - adds}
         else:
-            operation.module.rounds = (0, 1)
+            rounded = {0, 1}
+        # one module may add at several places
+        rounds.setdefault(operation.module, set()).update(rounded)
+    for module, operands in rounds.items():
+        module.rounds = tuple(sorted(operands))
 
 
 def _convolution(operation: Operation | None) -> Operation | None:

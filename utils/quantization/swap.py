@@ -8,11 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from layers import Cat
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
 from utils.quantization.modularize import modularize
-from utils.quantization.watch import Operation, watch
+from utils.quantization.watch import watch
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -27,21 +26,6 @@ def is_quantizable(module: nn.Module | None) -> bool:
 
 def is_quantized(module: nn.Module | None) -> bool:
     return isinstance(module, QuantizedLayer)
-
-
-def gains(operation: Operation) -> bool:
-    """Whether INT8 can be of use: a concatenation only hands on what others compute."""
-    if not isinstance(operation.module, Cat):
-        return True
-    readers = list(operation.readers)
-    while readers:
-        reader = readers.pop()
-        passes = isinstance(reader.module, (nn.MaxPool2d, nn.modules.dropout._DropoutNd))
-        if passes or reader.function == "max_pool2d":
-            readers += reader.readers
-        elif not is_quantizable(reader.module):
-            return False
-    return True
 
 
 def select(
@@ -108,8 +92,8 @@ def quantize_modules(
         UserError: a pattern matches nothing, or no layer is left.
     """
     modularize(model, example)
-    useful = {op.name for op in watch(model, example).operations if gains(op)}
-    layers = {name: layer for name, layer in quantizable_modules(model).items() if name in useful}
+    called = {operation.name for operation in watch(model, example).operations}
+    layers = {name: layer for name, layer in quantizable_modules(model).items() if name in called}
     selected = select(list(layers), quant_layers, skip_layers)
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")

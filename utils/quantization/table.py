@@ -8,9 +8,11 @@ from layers import Add
 from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
 from utils.quantization.modularize import is_candidate
-from utils.quantization.swap import gains, is_quantizable
+from utils.quantization.swap import is_quantizable
 from utils.quantization.watch import Operation, watch
 from utils.records import text_table
+
+CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 def layer_table(model: nn.Module, example: Tensor) -> str:
@@ -23,7 +25,8 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
     """
     operations = []
     for operation in watch(model, example).operations:
-        if operation.macs or is_quantizable(operation.module) or is_candidate(operation):
+        worth_a_row = is_quantizable(operation.module) or is_candidate(operation)
+        if operation.macs or worth_a_row or operation.function in CONCATENATIONS:
             operations.append(operation)
     total = sum(operation.macs for operation in operations) or 1
 
@@ -36,6 +39,8 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
         if isinstance(module, QuantizedLayer):
             quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
             rows.append((name, kind, share, "INT8", "; ".join(map(_range, quantizers))))
+        elif operation.function in CONCATENATIONS:
+            rows.append((name, kind, share, "-", "rounded as what reads it says"))
         else:
             rows.append((name, kind, share, "float", _why_float(operation)))
     uncalled = _never_called(model, operations)
@@ -48,8 +53,6 @@ def _why_float(operation: Operation) -> str:
         return f"functional, at {operation.where}"
     if not is_quantizable(operation.module):
         return "no quantized form"
-    if not gains(operation):
-        return "what reads it has no quantized form"
     return "not selected"
 
 
@@ -74,7 +77,8 @@ def _summary(operations: list[Operation], total: int) -> str:
     rest = []
     for op in operations:
         name = f"{op.name}.{op.function}".strip(".") if op.function else op.name
-        if op not in quantized and name not in rest:
+        passes = op in quantized or op.function in CONCATENATIONS
+        if not passes and name not in rest:
             rest.append(name)
     if not rest:
         return f"{text}; float: nothing of these"

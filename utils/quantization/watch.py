@@ -183,7 +183,7 @@ def is_layer(module: nn.Module) -> bool:
 def watch(model: nn.Module, example: Tensor) -> Watch:
     """What `model` computes in evaluation mode of images (B, C, H, W)."""
     with evaluating(model), Watch(model, len(example)) as watched:
-        model(example.to(next(model.parameters()).device))
+        model(example.to(next(model.parameters(), example).device))
     return watched
 
 
