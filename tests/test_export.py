@@ -32,7 +32,7 @@ from utils.errors import UserError
 from utils.metrics import percent_equal, sqnr_db
 from utils.networks import build_float, build_quantized
 from utils.quantization import calibrate, export_onnx, quantize_modules
-from utils.quantization.export import merge_shared_quantizers, quantize_before_max_pools
+from utils.quantization.export import merge_shared_quantizers
 from utils.quantization.fold import to_inference
 from utils.quantization.swap import quantizable_modules
 
@@ -71,22 +71,16 @@ class Graph:
             return False
         return factor.input[0] == node.input[0]
 
-    def before_max_pool(self, name):
-        """What the max pool reads that makes `name`; `name` itself if none does."""
-        node = self.maker.get(name)
-        return node.input[0] if node is not None and node.op_type == "MaxPool" else name
-
     def is_quantized(self, name):
-        name = self.before_max_pool(name)
         return name in self.maker and self.maker[name].op_type == "DequantizeLinear"
 
     def quantized(self, name):
         """What `name` is dequantized of: float tensor, scale, axis (None: the whole tensor).
 
         Both nodes must have the same constants, the zero point 0 of signed INT8, and nobody else in
-        between. A max pool may be behind them.
+        between.
         """
-        dequantize = self.maker[self.before_max_pool(name)]
+        dequantize = self.maker[name]
         assert dequantize.op_type == "DequantizeLinear"
         quantize = self.maker[dequantize.input[0]]
         assert quantize.op_type == "QuantizeLinear"
@@ -359,21 +353,11 @@ def assert_same_codes_but_at_ties(graph, values, name, quantizer):
     """ONNX finds codes by dividing, torch by multiplying with the inverse of the scale."""
     source, scale, _ = graph.quantized(name)
     steps = values[source].astype(np.float64) / scale
-    codes = values[graph.maker[graph.before_max_pool(name)].input[0]].astype(np.float64)
+    codes = values[graph.maker[name].input[0]].astype(np.float64)
     expected = (quantizer(torch.from_numpy(values[source])).double() / float(scale)).round().numpy()
     clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
     assert np.array_equal(codes[clear], expected[clear]), name
     assert np.abs(codes - expected).max() <= 1, name
-
-
-def pooled_like(graph, name, value):
-    """What is rounded to `name`: PyTorch pools before it rounds, the graph after."""
-    pool = graph.maker.get(name)
-    if pool is None or pool.op_type != "MaxPool":
-        return value
-    sides = {attribute.name: list(attribute.ints) for attribute in pool.attribute}
-    kernel, stride, padding = sides["kernel_shape"], sides["strides"], sides["pads"][:2]
-    return nn.functional.max_pool2d(value, kernel, stride, padding)
 
 
 @torch.no_grad()
@@ -398,8 +382,7 @@ def test_every_layer_computes_in_onnx_runtime_what_it_computes_in_pytorch(export
                 source = graph.quantized(operand)[0]
                 assert_same_codes_but_at_ties(graph, values, operand, rounded[index])
             # what comes before this layer, from the outputs of other layers
-            value = pooled_like(graph, operand, torch.from_numpy(values[source]))
-            assert_near(value.reshape(arg.shape), arg, source)
+            assert_near(torch.from_numpy(values[source]).reshape(arg.shape), arg, source)
             operands.append(torch.from_numpy(values[operand]).reshape(arg.shape))
         # the layer itself, on ONNX Runtime's codes: to quantize them again changes nothing
         result = type(layer).forward(layer, *operands)
@@ -781,43 +764,32 @@ CONSTANTS = {
 }
 
 
-def graph_of(lines, outputs, shape):
-    """A graph of lines "output = Op input input", with the inputs `x` and `y` of a shape."""
+def merged(lines, outputs=("logits",)):
+    """Merge a graph of lines "output = Op input input"; returns the lines that are left."""
     nodes = []
     for line in lines:
         output, _, operation = line.partition(" = ")
         kind, *inputs = operation.split()
         nodes.append(helper.make_node(kind, inputs, [output]))
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    unknown = [None] * len(shape)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, unknown) for name in outputs]
+    names = ("x", "y", *outputs)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in names]
     constants = [constant(name, value) for name, value in CONSTANTS.items()]
-    graph = helper.make_graph(nodes, "test", inputs, ends, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def lines_of(model):
-    nodes = model.graph.node
-    return [f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in nodes]
-
-
-def merged(lines, outputs=("logits",)):
-    """Merge a graph of such lines; returns the lines that are left."""
-    model = graph_of(lines, outputs, shape=(11,))
+    graph = helper.make_graph(nodes, "test", values[:2], values[2:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     before = evaluate(model, outputs)
     merge_shared_quantizers(model)
     onnx.checker.check_model(model, full_check=True)
     for old, new in zip(before, evaluate(model, outputs), strict=True):
         assert np.array_equal(old, new)
-    return lines_of(model)
+    nodes = model.graph.node
+    return [f"{node.output[0]} = {node.op_type} {' '.join(node.input)}" for node in nodes]
 
 
 def evaluate(model, outputs):
-    feeds = {}
-    for end, (first, last) in zip(model.graph.input, ((-3, 3), (5, -70)), strict=True):
-        shape = [dimension.dim_value for dimension in end.type.tensor_type.shape.dim]
-        values = np.linspace(first, last, np.prod(shape), dtype=np.float32)
-        feeds[end.name] = values.reshape(shape)
+    feeds = {
+        "x": np.linspace(-3, 3, 11, dtype=np.float32),
+        "y": np.linspace(5, -70, 11, dtype=np.float32),
+    }
     session = onnxruntime.InferenceSession(model.SerializeToString())
     return session.run(list(outputs), feeds)
 
@@ -903,50 +875,3 @@ def test_equal_nodes_of_other_kinds_stay():
 
 def test_graph_without_quantizers_stays():
     assert merged(["logits = Add x y"]) == ["logits = Add x y"]
-
-
-# max pools, on graphs made by hand
-
-
-def pooled(lines, outputs=("logits",)):
-    """Quantize before max pools in a graph of such lines; returns the lines that are left."""
-    model = graph_of(lines, outputs, shape=(1, 2, 5, 6))
-    for node in model.graph.node:
-        if node.op_type == "MaxPool":
-            sides = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
-            node.attribute.extend(helper.make_attribute(*side) for side in sides.items())
-    before = evaluate(model, outputs)
-    quantize_before_max_pools(model)
-    onnx.checker.check_model(model, full_check=True)
-    for old, new in zip(before, evaluate(model, outputs), strict=True):
-        assert np.array_equal(old, new)
-    return lines_of(model)
-
-
-def test_a_max_pool_that_is_quantized_reads_quantized_values():
-    assert pooled(["p = MaxPool x", *pair("a", "p"), "b = Relu a", "logits = Add a b"]) == [
-        "a_q = QuantizeLinear x scale zero",
-        "p = DequantizeLinear a_q scale zero",
-        "a = MaxPool p",
-        "b = Relu a",
-        "logits = Add a b",
-    ]
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["p = MaxPool x", *pair("a", "p"), "logits = Add a p"],
-        ["p = MaxPool x", *pair("a", "p"), *pair("b", "p", "other_scale"), "logits = Add a b"],
-        ["p = MaxPool x", "logits = Relu p"],
-        ["p = GlobalAveragePool x", *pair("a", "p"), "logits = Relu a"],
-    ],
-    ids=["read in float too", "two scales", "float", "mean"],
-)
-def test_other_pools_stay(lines):
-    assert pooled(lines) == lines
-
-
-def test_a_max_pool_that_is_an_output_stays():
-    lines = ["logits = MaxPool x", *pair("a", "logits"), "more = Relu a"]
-    assert pooled(lines, ("logits", "more")) == lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +69,6 @@ def export_onnx(
     network = FromImages(to_inference(model, example), mean, std).eval()
     graph = _traced(network, image_size)
     merge_shared_quantizers(graph)
-    quantize_before_max_pools(graph)
     fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
     for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16_stem))):
         onnx.checker.check_model(version, full_check=True)
@@ -113,9 +111,6 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
     quantized = set()
     for node in graph.node:
         if node.op_type == DEQUANTIZE and made_by[node.input[0]].input[0] not in constants:
-            quantized.add(node.output[0])
-        # the largest of rounded values is one of them
-        if node.op_type == "MaxPool" and node.input[0] in quantized:
             quantized.add(node.output[0])
     # tensors (N, C, 1, 1)
     single_pixels = set()
@@ -257,40 +252,3 @@ def merge_shared_quantizers(model: ModelProto) -> None:
         kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(kept)
-
-
-def quantize_before_max_pools(model: ModelProto) -> None:
-    """Let a max pool whose output is only read to be quantized read quantized values, in place.
-
-    No value changes: rounding keeps the order of values, so the largest one rounded is the largest
-    of the rounded. TensorRT moves the nodes so by itself. OpenVINO does not: it would pool floats
-    and round them in a layer of its own.
-
-        x -> MaxPool -> p -> Quantize -> q -> Dequantize -> d            before
-        x -> Quantize -> q -> Dequantize -> p -> MaxPool -> d            after
-    """
-    nodes = list(model.graph.node)
-    readers = defaultdict(list)
-    for node in nodes:
-        for name in node.input:
-            readers[name].append(node)
-    ends = {end.name for end in model.graph.output}
-    for pool in [node for node in nodes if node.op_type == "MaxPool"]:
-        # the pool, and those that follow as the only readers
-        chain = [pool]
-        for kind in (QUANTIZE, DEQUANTIZE):
-            following = readers[chain[-1].output[0]]
-            if [node.op_type for node in following] == [kind]:
-                chain += following
-        if len(chain) < 3 or pool.output[0] in ends:
-            continue
-        _, quantize, dequantize = chain
-        p, d = pool.output[0], dequantize.output[0]
-        quantize.input[0] = pool.input[0]
-        dequantize.output[0] = pool.input[0] = p
-        pool.output[0] = d
-        # a node stands behind those that make what it reads
-        nodes.remove(pool)
-        nodes.insert(nodes.index(dequantize) + 1, pool)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
