@@ -510,16 +510,14 @@ class Decoder(nn.Module):
         return self.head(torch.cat([x, y], dim=1)).mean((2, 3))
 
 
-def test_transposed_convolution_concatenation_and_pool_are_exported_in_int8(tmp_path):
+def test_transposed_convolution_and_pools_are_exported_in_int8(tmp_path):
     model = made(Decoder).eval()
-    names = ["down", "up", "head", "pool", "cat", "avgpool"]
+    names = ["down", "up", "head", "pool", "avgpool"]
     assert quantize_modules(model, EXAMPLE) == names
     images = random_images(64, 8)
     calibrate(model, [normalised(images[:4], *STATS)], "max")
     graph = export(model, tmp_path / "model.onnx")
     made_by_kind = {node.op_type: node for node in graph.nodes}
-    scales = [float(graph.quantized(name)[1]) for name in made_by_kind["Concat"].input]
-    assert scales == [float(model.cat.input_quantizer.amax / 127)] * 2
     for kind in ("AveragePool", "ConvTranspose", "GlobalAveragePool"):
         assert graph.is_quantized(made_by_kind[kind].input[0]), kind
     weight, scale, axis = graph.quantized(made_by_kind["ConvTranspose"].input[1])

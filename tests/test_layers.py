@@ -10,13 +10,12 @@ from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layers import Add, Cat, Mul
+from layers import Add, Mul
 from layers.quantized import (
     PointwiseLinear,
     QuantAdaptiveAvgPool2d,
     QuantAdd,
     QuantAvgPool2d,
-    QuantCat,
     QuantConv2d,
     QuantConvTranspose2d,
     QuantLinear,
@@ -487,17 +486,6 @@ def test_quantized_pool_of_windows_is_a_pool_of_a_quantized_input(options):
     pool = nn.AvgPool2d(3, **options)
     quant = calibrated(QuantAvgPool2d.from_float(pool), x)
     assert torch.equal(quant(x), pool(fake_quantized(x, 0.8 * x.abs().max() / 127, -128)))
-
-
-def test_quantized_concatenation_rounds_all_with_one_range():
-    tensors = [torch.randn(2, 3, 4, 4), 3 * torch.randn(2, 1, 4, 4)]
-    quant = QuantCat.from_float(Cat())
-    largest = tensors[1].abs().max()
-    quant.input_quantizer.set_range(largest)
-    rounded = [fake_quantized(tensor, largest / 127, -128) for tensor in tensors]
-    assert torch.equal(quant(tensors), torch.cat(rounded, dim=1))
-    quant.input_quantizer = FrozenQuantizer(largest / 127)
-    assert torch.equal(quant(tensors), torch.cat(rounded, dim=1))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

@@ -4,7 +4,9 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from PIL import Image
 from torch import nn
 
 import infer
-import layers
 import train
 from benchmarks import tables, train_speed
+from layers.quantized import QuantizedLayer
 from utils import records
 from utils.quantization import calibrate, quantize_modules
 
@@ -180,8 +182,6 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
 
     model = Small()
     before = model.conv.weight.detach().clone()
-    block = nn.Module()
-    block.conv2, block.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
     names = {
         "model": model,
         "batches": [images],
@@ -189,11 +189,6 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
         "images": images,
-        # of a residual block
-        "layers": layers,
-        "self": block,
-        "y": images,
-        "shortcut": images,
     }
     monkeypatch.chdir(tmp_path)
     for block in blocks(README, "python"):
@@ -201,13 +196,12 @@ def test_the_python_code_runs(tmp_path, monkeypatch):
             # the program that deploys has raw ones
             names["images"] = np.zeros((7, 32, 32, 3), dtype=np.uint8)
         exec(block, names)
-    assert "conv" in names["names"]
-    assert "fc" not in names["names"]
+    assert isinstance(model.conv, QuantizedLayer)
+    assert not isinstance(model.fc, QuantizedLayer)
     assert not torch.equal(model.conv.weight, before)
     assert names["logits"].shape == (7, 5)
     assert names["logits"].dtype == np.float32
     assert np.isfinite(names["logits"]).all()
-    assert names["y"].shape == images.shape
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model_fp16.onnx"}
 
 
@@ -223,6 +217,37 @@ def test_a_quantized_network_is_reloaded_as_the_readme_says():
     quantize_modules(again, EXAMPLE, skip_layers=["fc"])
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(images), model(images))
+
+
+# A network of one's own
+
+
+@pytest.mark.slow
+def test_the_way_of_an_own_network_runs(tmp_path, digits, quick_latencies, monkeypatch):
+    """Each command of the document, with few images and one epoch."""
+    text = (ROOT / "docs" / "own-network.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (module,) = blocks(text, "python")
+    Path("mynet.py").write_text(module)
+    for part, count in (("train", 60), ("test", 20)):
+        images = getattr(digits, f"{part}_images")[:count]
+        labels = getattr(digits, f"{part}_labels")[:count]
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = Path("my_images") / part / f"digit{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index}.png")
+    import mynet
+
+    torch.save(mynet.build(10).state_dict(), "weights.pth")
+    for block in blocks(text, "sh"):
+        for words in commands(block):
+            script, _ = parse(words)
+            argv = ["1" if word == "10" else word for word in words[2:]]
+            script.main(argv)
+    record = json.loads(Path("out/record.json").read_text())
+    assert {"FP32", "INT8-PTC", "INT8-QAT"} <= {row["precision"] for row in record["rows"]}
+    monkeypatch.delitem(sys.modules, "mynet")
 
 
 # The demo

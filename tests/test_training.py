@@ -969,7 +969,7 @@ def test_history_holds_what_each_epochs_network_does_on_the_val_images(runs, mod
     _, val = dataset.split_train(digits.train_labels[:60], 0)
     for content in (content for epoch, content in checkpoints(runs[mode]).items() if epoch):
         info = content.data
-        size = (info.img_size, info.img_size)
+        size = tuple(info.img_size)
         if mode == "qat":
             model = networks.build_quantized(content.network, content.quantization, size)
         else:
