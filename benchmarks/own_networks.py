@@ -64,6 +64,7 @@ def export(args: argparse.Namespace) -> None:
     import models
     from layers import Normalize
     from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
+    from utils.quantization.modularize import modularize
     from utils.quantization.watch import example_images
 
     size = (args.img_size, args.img_size)
@@ -81,8 +82,9 @@ def export(args: argparse.Namespace) -> None:
 
         folder = args.folder / name / OURS
         folder.mkdir(parents=True, exist_ok=True)
-        export_onnx(model, folder / FP32, size, MEAN, STD)
         example = example_images(*size)
+        modularize(model, example)
+        export_onnx(model, folder / FP32, size, MEAN, STD)
         quantize_modules(model, example)
         calibrate(model, [images])
         export_onnx(model, folder / INT8, size, MEAN, STD)

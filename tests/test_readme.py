@@ -234,12 +234,12 @@ def test_the_way_of_an_own_network_runs(tmp_path, digits, quick_latencies, monke
         images = getattr(digits, f"{part}_images")[:count]
         labels = getattr(digits, f"{part}_labels")[:count]
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            folder = Path("my_images") / part / f"digit{label}"
+            folder = Path("my_images") / part / f"digit{label % 3}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{index}.png")
     import mynet
 
-    torch.save(mynet.build(10).state_dict(), "weights.pth")
+    torch.save(mynet.build(3).state_dict(), "weights.pth")
     for block in blocks(text, "sh"):
         for words in commands(block):
             script, _ = parse(words)
