@@ -318,6 +318,17 @@ CPU_TITLES = [
 ]
 
 
+OWN_TITLES = [
+    "network",
+    "batch",
+    "FP16 ms",
+    "INT8 ms",
+    "Model Optimizer, INT8 ms",
+    "INT8 over FP16",
+    "Model Optimizer over FP16",
+]
+
+
 def cpu_table(groups: Groups) -> str:
     """Latency on a CPU, and what INT8 gains over the faster of two back ends in FP32.
 
@@ -341,6 +352,25 @@ def _cpu_cells(group: Sequence[Record], batch_size: int) -> list[str]:
     cells.append(f"{statistics.fmean(row['agreement_pct'] for row in fast):.2f}")
     cells.append(f"{fast[0]['int8_layers']} of {fast[0]['layers']}")
     return cells
+
+
+def own_networks_table(folder: Path) -> str:
+    """Networks of other people: FP16, and INT8 by this project and by Model Optimizer."""
+    times_ms: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for path in sorted(folder.glob("own_networks*.json")):
+        for row in records.read(path)["rows"]:
+            for size, time in row["latency_ms"].items():
+                found = times_ms.setdefault((row["network"], size), {})
+                found[row["variant"], row["precision"]] = time["p50"]
+    lines = [OWN_TITLES]
+    for (name, size), found in times_ms.items():
+        float_ms = found["this_project", "FP16"]
+        ours_ms = found["this_project", "INT8-PTC"]
+        peers_ms = found["modelopt", "INT8-PTC"]
+        cells = [f"{ms:.3f}" for ms in (float_ms, ours_ms, peers_ms)]
+        cells += [f"{float_ms / ours_ms:.2f} ×", f"{float_ms / peers_ms:.2f} ×"]
+        lines.append([name, size, *cells])
+    return markdown_table(lines)
 
 
 # Tables of one record
@@ -511,6 +541,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "engines": lambda folder: engines_table(load(folder)),
     "speed": lambda folder: speed_table(load(folder)),
     "cpu": lambda folder: cpu_table(load(folder)),
+    "own": own_networks_table,
     "table": record_table,
     "training": training_table,
 }

@@ -146,6 +146,24 @@ class QuantAvgPool2d(QuantizedLayer, nn.AvgPool2d):
         return super().forward(self.input_quantizer(x))
 
 
+class QuantHardswish(QuantizedLayer, nn.Hardswish):
+    """Hardswish of an INT8 input.
+
+    TensorRT fuses it into no INT8 convolution. If its input is not rounded, the convolution before
+    it must write FP16, for which many have no INT8 kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
+
+
+class QuantLeakyReLU(QuantizedLayer, nn.LeakyReLU):
+    """Leaky ReLU of an INT8 input, for the reason of `QuantHardswish`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
+
+
 QUANTIZED_FORM = {
     nn.Conv2d: QuantConv2d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
@@ -154,6 +172,8 @@ QUANTIZED_FORM = {
     Mul: QuantMul,
     nn.AdaptiveAvgPool2d: QuantAdaptiveAvgPool2d,
     nn.AvgPool2d: QuantAvgPool2d,
+    nn.Hardswish: QuantHardswish,
+    nn.LeakyReLU: QuantLeakyReLU,
 }
 """Which quantized layer replaces which float layer."""
 

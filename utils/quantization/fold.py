@@ -80,8 +80,12 @@ def _is_foldable(module: nn.Module | None) -> bool:
 
 def _after(bn: nn.Module) -> nn.Module:
     """What a BatchNorm does when its arithmetic is done."""
-    children = list(bn.children())
-    return nn.Sequential(*children) if children else nn.Identity()
+    if not any(True for _ in bn.children()):
+        return nn.Identity()
+    rest = nn.Sequential()
+    for name, child in bn.named_children():
+        rest.add_module(name, child)
+    return rest
 
 
 @torch.no_grad()

@@ -28,11 +28,10 @@ from utils.quantization.watch import Operation, Watch, evaluating, file_and_line
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 MEANS = (torch.mean, "mean")
-POOLS = (F.adaptive_avg_pool2d, F.avg_pool2d)
 
 ADDING = ("add", "iadd", "radd")
 MULTIPLYING = ("mul", "multiply", "imul", "rmul")
-POOLING = ("mean", "adaptive_avg_pool2d", "avg_pool2d")
+OTHERS = ("mean", "adaptive_avg_pool2d", "avg_pool2d", "hardswish", "leaky_relu")
 """Names of all of these, as `Operation.function` has them but for underscores."""
 
 
@@ -67,7 +66,7 @@ def is_candidate(operation: Operation) -> bool:
         return len(maps) == 2 and maps[0] == maps[1]
     if word in MULTIPLYING:
         return len(maps) == 2 and any(shape[2:] == (1, 1) for shape in maps)
-    return word in POOLING and bool(maps)
+    return word in OTHERS and bool(maps)
 
 
 class _Tracer(fx.Tracer):
@@ -250,6 +249,10 @@ def _module_for(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
         return nn.AdaptiveAvgPool2d(1), (first,)
     if node.target is F.adaptive_avg_pool2d:
         return nn.AdaptiveAvgPool2d(_option(node, 1, "output_size", 1)), (first,)
+    if node.target is F.hardswish:
+        return nn.Hardswish(), (first,)
+    if node.target is F.leaky_relu:
+        return nn.LeakyReLU(_option(node, 1, "negative_slope", 0.01)), (first,)
     if node.target is F.avg_pool2d:
         return nn.AvgPool2d(*rest, **node.kwargs), (first,)
     return None
@@ -300,7 +303,14 @@ def _comes_from_pool(node: fx.Node) -> bool:
     return False
 
 
-NAMES = {Add: "add", Mul: "mul", nn.AdaptiveAvgPool2d: "avgpool", nn.AvgPool2d: "pool"}
+NAMES = {
+    Add: "add",
+    Mul: "mul",
+    nn.AdaptiveAvgPool2d: "avgpool",
+    nn.AvgPool2d: "pool",
+    nn.Hardswish: "act",
+    nn.LeakyReLU: "act",
+}
 
 
 def _free_name(module: nn.Module, taken: dict[str, nn.Module], kind: type[nn.Module]) -> str:

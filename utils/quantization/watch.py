@@ -75,7 +75,7 @@ class Watch(TorchFunctionMode):
         self._model = model
         self._images = images
         self._owners: list[str] = []
-        self._in_layer = False
+        self._layers_deep = 0
         self._flops = FlopCounterMode(display=False)
         self._flops_before = 0
         self._made: dict[int, Operation] = {}
@@ -103,7 +103,7 @@ class Watch(TorchFunctionMode):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer:
-                self._in_layer = True
+                self._layers_deep += 1
                 self._flops_before = self._flops.get_total_flops()
                 return
             self._owners.append(name)
@@ -113,7 +113,7 @@ class Watch(TorchFunctionMode):
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if layer:
                 self._note(name, module, "", (args, kwargs), out, "")
-                self._in_layer = False
+                self._layers_deep -= 1
             else:
                 self._owners.pop()
             made = [self._made.get(id(tensor)) for tensor in _tensors(out)]
@@ -121,7 +121,8 @@ class Watch(TorchFunctionMode):
 
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
-        if not layer:
+        # the activation that a BatchNorm may hold is a layer too
+        if not layer or isinstance(module, nn.modules.batchnorm._BatchNorm):
             for child_name, child in module.named_children():
                 self._hook(child, f"{name}.{child_name}".lstrip("."), seen)
 
@@ -129,7 +130,7 @@ class Watch(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._in_layer or not self._owners:
+        if self._layers_deep or not self._owners:
             return function(*args, **kwargs)
         self._flops_before = self._flops.get_total_flops()
         out = function(*args, **kwargs)
