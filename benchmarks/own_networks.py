@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace) -> None:
 def write_record(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     flags = {"img_size": str(args.img_size), "opt_level": str(args.opt_level)}
     record = {
-        "benchmark": "own_networks",
+        "kind": "own_networks",
         "flags": flags,
         "commit": records.commit(),
         "environment": records.environment(["tensorrt"]),

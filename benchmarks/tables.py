@@ -364,11 +364,13 @@ def own_networks_table(folder: Path) -> str:
                 found[row["variant"], row["precision"]] = time["p50"]
     lines = [OWN_TITLES]
     for (name, size), found in times_ms.items():
-        float_ms = found["this_project", "FP16"]
-        ours_ms = found["this_project", "INT8-PTC"]
-        peers_ms = found["modelopt", "INT8-PTC"]
-        cells = [f"{ms:.3f}" for ms in (float_ms, ours_ms, peers_ms)]
-        cells += [f"{float_ms / ours_ms:.2f} ×", f"{float_ms / peers_ms:.2f} ×"]
+        float_ms = found.get(("this_project", "FP16"))
+        quantized_ms = [
+            found.get((variant, "INT8-PTC")) for variant in ("this_project", "modelopt")
+        ]
+        cells = [f"{ms:.3f}" if ms else "-" for ms in (float_ms, *quantized_ms)]
+        for ms in quantized_ms:
+            cells.append(f"{float_ms / ms:.2f} ×" if float_ms and ms else "-")
         lines.append([name, size, *cells])
     return markdown_table(lines)
 
