@@ -54,6 +54,7 @@ RECORD_KEYS = {
     "dataset",
     "seed",
     "quantization",
+    "engines",
     "flags",
     "commit",
     "environment",
@@ -723,8 +724,11 @@ def test_a_mistyped_checkpoint_makes_no_folder(tmp_path, monkeypatch, error_line
     ("flags", "said"),
     [
         ("--onnx {} --torch_compile 1", "--torch_compile: PyTorch runs before the export"),
-        ("--onnx {} --record {}/x --plot {}/x", "--record and --plot name one file"),
-        ("--onnx {} --record {}/x --plot {}/../{}/x", "--record and --plot name one file"),
+        ("--onnx {} --record {}/x --plot {}/x", "--record, --plot and --report: two name one file"),
+        (
+            "--onnx {} --record {}/x --plot {}/../{}/x",
+            "--record, --plot and --report: two name one file",
+        ),
         ("--onnx {} --onnx_dir {}", "--onnx_dir: decided when the files were exported"),
         ("--onnx {} --calib_images 5", "--calib_images: decided when the files were exported"),
         ("--onnx {} --record {}", "is a folder: name a file in it"),
@@ -1026,7 +1030,7 @@ def test_flags_that_contradict_the_export_are_refused(exported, error_line, flag
     assert said in error_line(infer.main, ["--onnx", exported / "onnx", *flags])
 
 
-@pytest.mark.parametrize("flag", ["--record", "--plot"])
+@pytest.mark.parametrize("flag", ["--record", "--plot", "--report"])
 @pytest.mark.parametrize("below", ["", "file/below"])
 def test_output_that_cannot_be_written_is_one_line(
     exported, tmp_path, error_line, flag, below, capsys
