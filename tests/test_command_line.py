@@ -80,10 +80,11 @@ pytestmark = pytest.mark.usefixtures("quick_latencies")
 
 @pytest.fixture(scope="module")
 def exported(qat_checkpoint, tmp_path_factory, quick_latencies):
-    """Folder with `record.json`, `plot.png` and `onnx`, of FP32 and INT8-QAT in ONNX Runtime."""
+    """Folder with a record, a plot, a report and `onnx`, of FP32 and INT8-QAT in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("exported")
     flags = "--m resnet18 --quantize --FP32 --INT8QAT --backend onnxruntime"
     files = f"--onnx_dir {folder}/onnx --record {folder}/record.json --plot {folder}/plot.png"
+    files += f" --report {folder}/report.html"
     infer.main(f"--load_ckpt {qat_checkpoint} {flags} {files}".split())
     return folder
 
@@ -385,6 +386,16 @@ def test_plot_is_a_png(exported):
         assert np.asarray(image.convert("L")).std() > 1
 
 
+def test_the_report_has_the_rows_of_the_record(exported, record):
+    page = (exported / "report.html").read_text()
+    table = page.partition('<table id="rows">')[2].partition("</table>")[0]
+    rows = schema.parse(Record, record, "record").rows
+    found = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)
+    assert found == [cell for line in records.cells_of(rows) for cell in line]
+    # a range of each convolution
+    assert page.count('<div class="use">') > 40
+
+
 def test_plot_takes_many_batch_sizes(record, tmp_path):
     path = tmp_path / "plot.png"
     row = Row("onnxruntime", "FP32", 90.0)
@@ -398,10 +409,12 @@ def test_exported_files_are_evaluated_without_torch(
     exported, record, tmp_path, run_script, backend
 ):
     flags = f"--FP32 --INT8QAT --batch_size 1 --backend {backend}"
-    output = f"--record {tmp_path}/record.json"
+    output = f"--record {tmp_path}/record.json --report {tmp_path}/report.html"
     argv = f"infer.py --onnx {exported}/onnx {flags} {output}".split()
     process = run_script(*argv, blocked=("torch", "onnx"))
     assert process.returncode == 0, process.stderr
+    # ONNX Runtime does not tell what it runs
+    assert ("INT8-QAT ms" in (tmp_path / "report.html").read_text()) == (backend == "openvino")
     assert (backend, "INT8-QAT", "1") in printed_rows(process.stdout)
     there = json.loads((tmp_path / "record.json").read_text())
     assert there["environment"]["torch"] == record["environment"]["torch"]
