@@ -162,11 +162,12 @@ def test_of_many_classes_those_with_errors_are_shown():
 def test_sensitivity_is_shown_if_there_is_one(tmp_path):
     record = make_record()
     assert "Sensitivity" not in make_page(tmp_path, record).text
-    entry = {"layer": "conv1", "only_sqnr_db": 31.25, "only_accuracy_pct": 90.0}
-    record.sensitivity = [{**entry, "without_sqnr_db": 20.5, "without_accuracy_pct": None}]
+    part = {"layers": "layer1.*", "only_sqnr_db": 31.25, "only_accuracy_pct": 90.0}
+    part |= {"without_sqnr_db": None, "without_accuracy_pct": 89.5}
+    record.sensitivity = {"precision": "INT8-PTC", "images": 500, "parts": [part]}
     page = make_page(tmp_path, record)
-    table = next(lines for lines in page.tables.values() if lines[0][0] == "layer")
-    assert table[1] == ["conv1", "31.2", "90.00", "20.5", "–"]
+    assert "Of INT8-PTC on 500 val images" in page.text
+    assert page.tables["scan"][1:] == [["layer1.*", "31.2", "90.00", "–", "89.50"]]
 
 
 # Layers and engines
