@@ -119,7 +119,7 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
     )
     look = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.color": "grey", **grey}
     with pyplot.rc_context(look):
-        figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         for index, (label, ratio, lost_pct) in enumerate(points):
             axes.scatter(ratio, lost_pct, s=60, color=f"C{index % 10}", label=label)
         axes.axvline(1, color="grey", linestyle=":")
