@@ -271,8 +271,8 @@ def test_a_record_of_the_first_version_is_still_one(path):
     assert record.rows == [Row(**row) for row in content["rows"]]
     assert vars(record.quantization) == content["quantization"]
     # the study adds to its own what inference does not know
-    known = {name: content[name] for name in RECORD_KEYS}
-    assert asdict(record) == known
+    known = {name: content[name] for name in RECORD_KEYS - {"engines"}}
+    assert asdict(record) == {**known, "engines": []}
 
 
 def test_a_flag_of_zero_is_recorded():
@@ -390,7 +390,7 @@ def test_the_report_has_the_rows_of_the_record(exported, record):
     page = (exported / "report.html").read_text()
     table = page.partition('<table id="rows">')[2].partition("</table>")[0]
     rows = schema.parse(Record, record, "record").rows
-    found = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)
+    found = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", table)
     assert found == [cell for line in records.cells_of(rows) for cell in line]
     # a range of each convolution
     assert page.count('<div class="use">') > 40
@@ -812,9 +812,14 @@ def manifest_error(folder, content):
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", [field.name for field in fields(Manifest) if field.default is MISSING]
-)
+NEEDED = [
+    field.name
+    for field in fields(Manifest)
+    if field.default is MISSING and field.default_factory is MISSING
+]
+
+
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_field_of_a_manifest_that_is_missing_or_of_another_type_is_named(tmp_path, name):
     content = manifest_of(tmp_path)
     without = {key: value for key, value in content.items() if key != name}
