@@ -161,13 +161,24 @@ def test_of_many_classes_those_with_errors_are_shown():
 
 def test_sensitivity_is_shown_if_there_is_one(tmp_path):
     record = make_record()
-    assert "Sensitivity" not in make_page(tmp_path, record).text
-    part = {"layers": "layer1.*", "only_sqnr_db": 31.25, "only_accuracy_pct": 90.0}
-    part |= {"without_sqnr_db": None, "without_accuracy_pct": 89.5}
-    record.sensitivity = {"precision": "INT8-PTC", "images": 500, "parts": [part]}
-    page = make_page(tmp_path, record)
+    layers = {"INT8-PTC": [facts("conv1"), facts("fc")]}
+    page = make_page(tmp_path, record, layers)
+    assert "Sensitivity" not in page.text
+    assert page.tables["layers-INT8-PTC"][0] == ["layer", "ranges and codes", "MACs"]
+
+    part = {"only_accuracy_pct": 90.0, "without_sqnr_db": None, "without_accuracy_pct": 89.5}
+    parts = [
+        {"layers": name, "only_sqnr_db": db, **part} for name, db in (("fc", 31.2), ("*", 9.5))
+    ]
+    record.sensitivity = {"precision": "INT8-PTC", "images": 500, "parts": parts}
+    page = make_page(tmp_path, record, layers)
     assert "Of INT8-PTC on 500 val images" in page.text
-    assert page.tables["scan"][1:] == [["layer1.*", "31.2", "90.00", "–", "89.50"]]
+    assert page.tables["scan"][1:] == [
+        ["fc", "31.2", "90.00", "–", "89.50"],
+        ["*", "9.5", "90.00", "–", "89.50"],
+    ]
+    beside = [line[:2] for line in page.tables["layers-INT8-PTC"]]
+    assert beside == [["layer", "alone: SQNR dB"], ["conv1 Conv2d", "–"], ["fc Conv2d", "31.2"]]
 
 
 # Layers and engines

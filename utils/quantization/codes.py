@@ -18,6 +18,9 @@ LOWEST, HIGHEST = -CODE_MAX - 2, CODE_MAX + 1
 """Codes that there would be beyond the range: they stand for all that is."""
 PARTS = 16
 
+PART_IMAGES = 32
+"""Run at a time: the codes of large images take memory."""
+
 
 def layer_facts(model: nn.Module, images: Tensor) -> list[LayerFacts]:
     """The layers that multiply and add, or that can be quantized, in the order of their calls.
@@ -70,7 +73,8 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
         scale = quantizer.scale
         if scale.ndim:
             scale = per_channel(scale, x, quantizer.axis)
-        codes = (x / scale).round().clamp(LOWEST, HIGHEST).long()
+        # a network that diverged has no numbers
+        codes = (x / scale).round().nan_to_num(0).clamp(LOWEST, HIGHEST).to(torch.int16)
         found = torch.bincount((codes - LOWEST).flatten(), minlength=HIGHEST - LOWEST + 1)
         counts[quantizer] = counts.get(quantizer, 0) + found.cpu()
 
@@ -80,7 +84,8 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
             hooks.append(module.register_forward_pre_hook(count))
     try:
         with evaluating(model):
-            model(images)
+            for part in images.split(PART_IMAGES):
+                model(part)
     finally:
         for hook in hooks:
             hook.remove()
