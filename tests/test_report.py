@@ -1,6 +1,7 @@
 """The page of a run: its numbers are the record's, its names are text, and layers find engines."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -215,6 +216,17 @@ def test_quantizers_are_their_layers_and_other_versions_names_are_understood():
     spent = spent_by(engine("INT8-QAT", [quantize, openvino]), NETWORK)
     assert spent["layer1.0.conv1"].ms == 0.5
     assert (spent["conv1"].ms, spent["conv1"].tops, spent["conv1"].generation) == (None, None, "-")
+
+
+def test_times_of_other_fusions_are_not_compared():
+    alone = Layer(f"{BLOCK}/conv1/Conv", "Convolution", "FP16", "-", 1.0)
+    fused = Layer(f"{BLOCK}/conv1/Conv + {BLOCK}/add/Add", "Convolution", "INT8", "-", 2.0)
+    slower = ["2.00 × the time of the float engine"]
+    for other, odd in ((alone, []), (replace(fused, ms=1.0), slower)):
+        engines = [engine("FP16", [other]), engine("INT8-QAT", [fused])]
+        rows = {row.facts.name: row for row in layer_rows(NETWORK, engines, "INT8-QAT")}
+        assert rows["layer1.0.conv1"].odd == odd
+        assert rows["layer1.0.add"].fused_into == "layer1.0.conv1"
 
 
 def test_what_is_odd_is_said(tmp_path):

@@ -51,13 +51,13 @@ class LayerRow:
     Args:
         spent: by its INT8 engine; None: nothing, or another layer's engine layer holds it.
         fused_into: that layer.
-        float_ms: what each float engine spends on it.
+        floats: what each float engine does for it.
     """
 
     facts: LayerFacts
     spent: Spent | None
     fused_into: str
-    float_ms: list[float | None]
+    floats: list[Spent | None]
     odd: list[str] = field(default_factory=list)
 
 
@@ -80,12 +80,9 @@ def layer_rows(
 
     rows = []
     for facts in layers:
-        float_ms = []
-        for engine in float_engines(engines):
-            at = found[engine.precision].get(facts.name)
-            float_ms.append(at and at.ms)
+        floats = [found[engine.precision].get(facts.name) for engine in float_engines(engines)]
         own, host = spent.get(facts.name), fused_into.get(facts.name, "")
-        row = LayerRow(facts, own, host, float_ms)
+        row = LayerRow(facts, own, host, floats)
         row.odd = odd_things(row, facts.name in missed)
         rows.append(row)
     return rows
@@ -96,9 +93,11 @@ def odd_things(row: LayerRow, missed: bool) -> list[str]:
     odd = []
     if missed:
         odd.append("meant for INT8, but not run in it")
-    known = [ms for ms in row.float_ms if ms is not None]
-    if row.facts.int8 and row.spent and row.spent.ms and known:
-        ratio = row.spent.ms / min(known) if min(known) else 0
+    # an addition may be fused here into one convolution and there into another
+    spent = row.spent
+    times_ms = [at.ms for at in row.floats if spent and at and at.ms and at.fused == spent.fused]
+    if row.facts.int8 and times_ms and spent.ms:
+        ratio = spent.ms / min(times_ms)
         if ratio > SLOWER:
             odd.append(f"{ratio:.2f} × the time of the float engine")
     for use in row.facts.ranges:
