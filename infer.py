@@ -24,7 +24,7 @@ from pathlib import Path
 
 import dataset
 from dataset.folder import LeftOut, describe, printable, read_batches
-from utils import compare, flags, records
+from utils import compare, flags, records, report
 from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
 from utils.files import locked, real_path, user_path
 from utils.flags import Flags, Refusal
@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--audit", action="store_true", help=audit)
     add("--record", type=user_path, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=user_path, metavar="FILE", help="plot accuracy against throughput as PNG")
+    page = "write a page (HTML) of all that, of each layer, and of the images that INT8 changes"
+    add("--report", type=user_path, metavar="FILE", help=page)
 
     add = parser.add_argument_group("TensorRT").add_argument
     rest = "what unquantized layers compute in (default: %(default)s)"
@@ -103,7 +105,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda args: len({*map(real_path, outputs(args))}) < len(outputs(args)),
-        "--record and --plot name one file: name two",
+        "--record, --plot and --report: two name one file; name another",
     ),
     (
         lambda args: not 0 < args.workspace_gb <= 1024,
@@ -130,7 +132,7 @@ def sizes(args: Flags) -> list[int]:
 
 
 def outputs(args: Flags) -> list[Path]:
-    return [path for path in (args.record, args.plot) if path]
+    return [path for path in (args.record, args.plot, args.report) if path]
 
 
 def named_int8(args: Flags) -> bool:
@@ -143,7 +145,7 @@ def measures(args: Flags) -> str:
         return "--audit"
     if args.ptc_mode == "implicit":
         return "--ptc_mode implicit"
-    return flags.given(args, ("record", "plot", "dataset", "data_dir", "img_size"))
+    return flags.given(args, ("record", "plot", "report", "dataset", "data_dir", "img_size"))
 
 
 def load_data(
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # the files, then what a back end makes of them; nobody else may export there meanwhile
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
-    rows, complaints = [], []
+    rows, engines = [], []
     with locked(folder, make=not args.onnx):
         if not args.onnx:
             data = export(args, comparison, folder)
@@ -272,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_exported(args, manifest)
         if not args.export_only:
             found = compare.evaluate_export(folder, manifest, predictions, data, comparison)
-            rows, complaints = found
-        record = compare.make_record(manifest, rows, flag_values(args))
+            rows, engines = found
+        record = compare.make_record(manifest, rows, flag_values(args), engines)
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)
@@ -281,7 +283,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         records.write(args.record, record, follow_link=True)
     if args.plot:
         plot(args.plot, record)
-    if complaints:
+    if args.report:
+        report.write(args.report, record, manifest, predictions, data)
+    complaints = []
+    for engine in engines:
+        complaints += [f"{engine.precision}: {node}" for node in engine.missed]
+    if args.audit and complaints:
         raise UserError(f"--audit: meant for INT8, but not run in it: {'; '.join(complaints)}")
 
 

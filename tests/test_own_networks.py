@@ -20,9 +20,10 @@ from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.backends import tensorrt_build
 from utils.backends.tensorrt_build import EngineOptions
 from utils.errors import UserError
+from utils.manifest import layer_of
 from utils.metrics import sqnr_db
 from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
-from utils.quantization.export import int8_nodes, layer_of
+from utils.quantization.export import int8_nodes
 from utils.quantization.fold import conv_bn_pairs, to_inference
 from utils.quantization.modularize import is_candidate, modularize
 from utils.quantization.watch import example_images, watch

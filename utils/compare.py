@@ -29,11 +29,11 @@ from utils.manifest import (
     graph_file,
 )
 from utils.metrics import percent_equal
-from utils.records import Record, Row
-from utils.specs import DataSpec, Quantization
+from utils.records import Engine, Record, Row
+from utils.specs import DataSpec, LayerFacts, Quantization
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from utils.checkpoint import Checkpoint
 
@@ -55,6 +55,7 @@ class Comparison:
         opt_level: of TensorRT's builder, 0 to 5.
         timing_cache: a folder of kernel timings to share between exports.
         audit: whether to list engine layers, and to fail if one meant for INT8 is not.
+        report: a page that shows engine layers; None: there is none.
         torch_compile: batch sizes at which PyTorch's own FP16 is timed, eager and compiled.
     """
 
@@ -67,6 +68,7 @@ class Comparison:
     opt_level: int = 3
     timing_cache: Path | None = None
     audit: bool = False
+    report: Path | None = None
     torch_compile: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -193,7 +195,7 @@ def export_checkpoint(
 
     # the networks, calibrated on the checkpoint's own train images where they must be
     info = checkpoint.data
-    train_part, _ = data.split(info.split_seed)
+    train_part, val = data.split(info.split_seed)
     if checkpoint.quantization is None:
         images = min(quantization.calib_images, len(train_part[0]))
         quantization = replace(quantization, calib_images=images)
@@ -203,6 +205,8 @@ def export_checkpoint(
 
     # before an earlier export is touched: it may fail
     rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
+    batches = Batches(*val, normalize, EVALUATION_BATCH, default_device())
+    layers = int8_layers(networks, next(batches.first(EVALUATION_BATCH)))
 
     with staged(folder, MANIFEST) as draft:
         nodes = {}
@@ -222,9 +226,25 @@ def export_checkpoint(
             environment=records.environment(["pytorch"]),
             rows=rows,
             test_digest=data.test_digest(),
+            layers=layers,
         )
         records.write(draft / MANIFEST, manifest)
     print(f"exported to {folder}")
+
+
+def int8_layers(networks: dict[str, nn.Module], images: Tensor) -> dict[str, list[LayerFacts]]:
+    """The layers of each network that has INT8 ones, by precision, and how they use their codes.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+    """
+    from utils.quantization.codes import layer_facts
+
+    layers = {}
+    for precision, network in networks.items():
+        if PRECISIONS[precision].int8:
+            layers[precision] = layer_facts(network, images)
+    return layers
 
 
 def evaluate_in_pytorch(
@@ -411,7 +431,7 @@ def evaluate_export(
     predictions: dict[str, np.ndarray],
     data: dataset.ImageData | None,
     comparison: Comparison,
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Row], list[Engine]]:
     """Evaluate exported files on a back end, while their folder is locked.
 
     Args:
@@ -419,7 +439,7 @@ def evaluate_export(
         data: None: random images are timed, and there are no accuracies.
 
     Returns:
-        The rows, and what the audit found: each node meant for INT8 that does not run in it.
+        The rows and, for an audit or a report, what the back end runs of each precision.
 
     Raises:
         UserError: the export is of other test images, or lacks a precision that is asked for by
@@ -435,7 +455,7 @@ def evaluate_export(
     backend = choose_backend(folder, comparison, _calibration_images(manifest, data, comparison))
 
     rows: list[Row] = []
-    complaints: list[str] = []
+    engines: list[Engine] = []
     for precision in comparison.wanted:
         int8 = precision in PRECISIONS and PRECISIONS[precision].int8
         nodes = manifest.int8_nodes.get(precision if int8 else "FP32")
@@ -445,10 +465,11 @@ def evaluate_export(
         network = backend(precision)
         sizes = comparison.batch_sizes
         rows += evaluate_network(network, precision, images, labels, predictions, sizes)
+        if comparison.audit or comparison.report and network.layers:
+            engines.append(engine_of(network, precision, nodes))
         if comparison.audit:
-            print_engine_layers(network, precision)
-            complaints += [f"{precision}: {node}" for node in network.float_nodes(nodes)]
-    return rows, complaints
+            print_engine(engines[-1])
+    return rows, engines
 
 
 def _calibration_images(
@@ -549,16 +570,33 @@ def classified(
         )
 
 
-def print_engine_layers(network: Network, precision: str) -> None:
-    """What the network runs: each layer's time alone, in sum more than all together take."""
-    print(f"{precision}, batch size {network.evaluation_batch}; ms of each layer alone")
+def engine_of(network: Network, precision: str, nodes: Sequence[str]) -> Engine:
+    """What the network runs: each layer's time alone, in sum more than all together take.
+
+    Args:
+        nodes: of its graph, those that are meant to run in INT8.
+    """
+    layers = []
     for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
-        time = "-" if ms is None else f"{ms:.4f}"
+        layers.append(replace(layer, ms=ms))
+    missed = network.float_nodes(nodes)
+    return Engine(network.name, precision, network.evaluation_batch, layers, missed)
+
+
+def print_engine(engine: Engine) -> None:
+    print(f"{engine.precision}, batch size {engine.batch_size}; ms of each layer alone")
+    for layer in engine.layers:
+        time = "-" if layer.ms is None else f"{layer.ms:.4f}"
         print(f"{time:>8} {layer}")
 
 
-def make_record(manifest: Manifest, rows: list[Row], flags: dict[str, str] | None = None) -> Record:
-    """A record of the PyTorch rows that an export holds, and of `rows`.
+def make_record(
+    manifest: Manifest,
+    rows: list[Row],
+    flags: dict[str, str] | None = None,
+    engines: Sequence[Engine] = (),
+) -> Record:
+    """A record of the PyTorch rows that an export holds, of `rows` and of `engines`.
 
     Args:
         flags: those of the command line that have a value.
@@ -574,6 +612,7 @@ def make_record(manifest: Manifest, rows: list[Row], flags: dict[str, str] | Non
         commit=records.commit(),
         environment=environment,
         rows=torch_rows + rows,
+        engines=list(engines),
     )
 
 

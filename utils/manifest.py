@@ -10,7 +10,7 @@ engines/                 TensorRT's cache
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import regular, sha256
 from utils.records import Row
 from utils.schema import parse
-from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
+from utils.specs import MAX_SEED, DataSpec, LayerFacts, NetworkSpec, Quantization
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 """Names of a graph's input (batch, height, width, 3) uint8, its output (batch, classes) float32,
@@ -69,6 +69,20 @@ def graph_file(precision: str, remainder: str = "fp32") -> str:
     return f"{stem}_fp16.onnx" if half else f"{stem}.onnx"
 
 
+def layer_of(node: str) -> str:
+    """The layer of a node: layer1.0.conv1 of "/model/layer1/layer1.0/conv1/Conv".
+
+    "" for the nodes that normalise the images.
+    """
+    parts: list[str] = []
+    for part in node.strip("/").split("/")[1:-1]:
+        # what a Sequential holds is named with it: "layer1", then "layer1.0"
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
+
+
 @dataclass
 class Manifest:
     """`export.json`.
@@ -81,6 +95,7 @@ class Manifest:
         rows: PyTorch's.
         test_digest: tells the test images from any others (`dataset.ImageData.test_digest`); None
             in exports of earlier versions.
+        layers: INT8 precision -> its network's layers; exports of earlier versions have none.
     """
 
     model: str
@@ -93,6 +108,7 @@ class Manifest:
     environment: dict[str, str | None]
     rows: list[Row]
     test_digest: str | None = None
+    layers: dict[str, list[LayerFacts]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         NetworkSpec(self.model, self.stem, len(self.data.classes))  # raises if it cannot be

@@ -66,6 +66,42 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer that a back end runs, which may hold several nodes of the graph.
+
+    Args:
+        precision: type of its first input ("INT8", "FP16", ...), "-" if the back end does not tell.
+        tactic: the kernel that it runs.
+        ms: its time alone, for a batch.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    tactic: str
+    ms: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a back end runs of one precision.
+
+    Args:
+        batch_size: of the layers' times.
+        missed: the graph's nodes that are meant for INT8, but not run in it.
+    """
+
+    backend: str
+    precision: str
+    batch_size: int
+    layers: list[Layer]
+    missed: list[str]
+
+
 @dataclass
 class Record:
     """An inference record: one checkpoint on the back ends of one machine.
@@ -74,6 +110,7 @@ class Record:
         flags: those of the command line that have a value, defaults among them.
         commit: of this project; None: not in a checkout.
         environment: hardware and versions.
+        engines: what an audit or a report looked into.
     """
 
     model: str
@@ -85,6 +122,7 @@ class Record:
     environment: dict[str, str | None]
     rows: list[Row]
     quantization: Quantization | None = None
+    engines: list[Engine] = field(default_factory=list)
     kind: str = "inference"
 
 

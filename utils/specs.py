@@ -108,3 +108,45 @@ class Quantization:
             raise ValueError(f"there is no calibrator {self.calibrator!r}")
         if not 1 <= self.calib_images <= MOST_IMAGES:
             raise ValueError(f"calib_images: at least 1, at most {MOST_IMAGES}")
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """A range of a quantized layer, and how its INT8 codes are used.
+
+    Args:
+        operand: which it is of: "input", "weight", "x", "other" or "factor".
+        smallest, largest: of the range; they differ where each channel has its own.
+        clipped_pct: values beyond the range, which get its last code.
+        used_pct: codes that occur, of -127..127 or, where nothing is negative, of 0..127.
+        histogram: share of the values in each sixteenth of the codes -128..127.
+    """
+
+    operand: str
+    smallest: float
+    largest: float
+    clipped_pct: float
+    used_pct: float
+    histogram: list[float]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """A layer of a network that has INT8 layers.
+
+    Args:
+        kind: its float form's, as "Conv2d".
+        int8: whether it is quantized.
+        macs, reads, writes: multiply-adds, values read and values written for one image.
+        parameters: values of its weight.
+        ranges: none where it is float.
+    """
+
+    name: str
+    kind: str
+    int8: bool
+    macs: int
+    reads: int
+    writes: int
+    parameters: int
+    ranges: list[CodeUse] = field(default_factory=list)

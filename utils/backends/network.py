@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.records import Layer
 
 EVALUATION_BATCH = 128
 
@@ -24,24 +24,6 @@ BURST = 20
 
 PASSES = 5
 """Over the test set, for the end-to-end throughput."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer that a back end runs, which may hold several nodes of the graph.
-
-    Args:
-        precision: type of its first input ("INT8", "FP16", ...), "-" if the back end does not tell.
-        tactic: the kernel that it runs.
-    """
-
-    name: str
-    kind: str
-    precision: str
-    tactic: str
-
-    def __str__(self) -> str:
-        return f"{self.precision:5} {self.kind:24} {self.name}  {self.tactic}"
 
 
 class Network:

@@ -18,7 +18,7 @@ from layers.quantized import QuantizedLayer
 from layers.quantizers import per_channel
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.manifest import BATCH, INPUT, OUTPUT
+from utils.manifest import BATCH, INPUT, OUTPUT, layer_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
 from utils.quantization.watch import example_images, watch
@@ -132,20 +132,6 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
         if isinstance(module, QuantizedLayer) and not is_there:
             names.append(name)
     return names
-
-
-def layer_of(node: str) -> str:
-    """The layer of a node: layer1.0.conv1 of "/model/layer1/layer1.0/conv1/Conv".
-
-    "" for the nodes that normalise the images.
-    """
-    parts: list[str] = []
-    for part in node.strip("/").split("/")[1:-1]:
-        # what a Sequential holds is named with it: "layer1", then "layer1.0"
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
