@@ -58,6 +58,7 @@ RECORD_KEYS = {
     "commit",
     "environment",
     "rows",
+    "sensitivity",
 }
 ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "openvino", "onnxruntime", "python"}
 ROW_KEYS = {

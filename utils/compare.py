@@ -29,7 +29,7 @@ from utils.manifest import (
     graph_file,
 )
 from utils.metrics import percent_equal
-from utils.records import Record, Row
+from utils.records import Record, Row, Scan
 from utils.specs import DataSpec, Quantization
 
 if TYPE_CHECKING:
@@ -178,28 +178,14 @@ def export_checkpoint(
     """Evaluate a checkpoint's networks in PyTorch and export them to `folder`, which is locked.
 
     Raises:
-        UserError: INT8-QAT is asked for of a float checkpoint, the checkpoint does not fit its
-            networks.
+        UserError: as `restored`.
     """
-    if "INT8-QAT" in comparison.precisions and checkpoint.quantization is None:
-        raise UserError(
-            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
-        )
-    from dataset.batches import Batches
-    from layers import Normalize
-    from utils.device import default_device
-    from utils.networks import restore
     from utils.quantization.export import export_onnx, int8_nodes
 
-    # the networks, calibrated on the checkpoint's own train images where they must be
+    if "INT8-QAT" in comparison.precisions:
+        require_quantized(checkpoint)
     info = checkpoint.data
-    train_part, _ = data.split(info.split_seed)
-    if checkpoint.quantization is None:
-        images = min(quantization.calib_images, len(train_part[0]))
-        quantization = replace(quantization, calib_images=images)
-    normalize = Normalize(info.mean, info.std)
-    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
-    networks = restore(checkpoint, comparison.wanted, quantization, batches)
+    quantization, networks = restored(checkpoint, data, quantization, comparison.wanted)
 
     # before an earlier export is touched: it may fail
     rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
@@ -225,6 +211,43 @@ def export_checkpoint(
         )
         records.write(draft / MANIFEST, manifest)
     print(f"exported to {folder}")
+
+
+def require_quantized(checkpoint: Checkpoint) -> None:
+    """Raises UserError if a checkpoint has no network that was fine-tuned in INT8."""
+    if checkpoint.quantization is None:
+        raise UserError(
+            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
+        )
+
+
+def restored(
+    checkpoint: Checkpoint,
+    data: dataset.ImageData,
+    quantization: Quantization,
+    wanted: Sequence[str],
+) -> tuple[Quantization, dict[str, nn.Module]]:
+    """A checkpoint's networks by precision, and how they are quantized.
+
+    They are calibrated on the checkpoint's own train images where they must be, as far as there
+    are any.
+
+    Raises:
+        UserError: the checkpoint does not fit its networks.
+    """
+    from dataset.batches import Batches
+    from layers import Normalize
+    from utils.device import default_device
+    from utils.networks import restore
+
+    info = checkpoint.data
+    train_part, _ = data.split(info.split_seed)
+    if checkpoint.quantization is None:
+        images = min(quantization.calib_images, len(train_part[0]))
+        quantization = replace(quantization, calib_images=images)
+    normalize = Normalize(info.mean, info.std)
+    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
+    return quantization, restore(checkpoint, wanted, quantization, batches)
 
 
 def evaluate_in_pytorch(
@@ -557,7 +580,12 @@ def print_engine_layers(network: Network, precision: str) -> None:
         print(f"{time:>8} {layer}")
 
 
-def make_record(manifest: Manifest, rows: list[Row], flags: dict[str, str] | None = None) -> Record:
+def make_record(
+    manifest: Manifest,
+    rows: list[Row],
+    flags: dict[str, str] | None = None,
+    sensitivity: Scan | None = None,
+) -> Record:
     """A record of the PyTorch rows that an export holds, and of `rows`.
 
     Args:
@@ -574,6 +602,7 @@ def make_record(manifest: Manifest, rows: list[Row], flags: dict[str, str] | Non
         commit=records.commit(),
         environment=environment,
         rows=torch_rows + rows,
+        sensitivity=sensitivity,
     )
 
 
