@@ -227,7 +227,7 @@ def test_float_is_handed_over_where_nothing_keeps_the_budget():
 
 
 def test_time_that_is_not_known_decides_nothing():
-    engine = Engine({"a": None, "b": 2.0})
+    engine = Engine({"a": None, "b": 2.0}, 2.0)
     engine.layers[1] = Layer("/model/b/Conv + /model/c/add/Add", "-", "-", "-")
     assert auto_quant.layer_times(engine, NAMES) == {"b": 1.0, "c": 1.0}
 
@@ -277,6 +277,7 @@ def test_the_command_scans_and_remembers(outlier_checkpoint, few, tmp_path, caps
         run(outlier_checkpoint, "--sensitivity", "--skip_layers", "fc", folder=tmp_path)
 
 
+@pytest.mark.usefixtures("quick_latencies")
 @pytest.mark.parametrize("int8_ms", [1.0, 3.0])
 def test_the_command_chooses(outlier_checkpoint, few, tmp_path, capsys, monkeypatch, int8_ms):
     def latencies_ms(self, images):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,6 +48,9 @@ SCAN_FILE = "sensitivity.json"
 
 MIN_SPEED_UP = 1.02
 """Of INT8 over float, or it is not worth having."""
+
+ROUNDING = 1e-6
+"""Of a difference of two accuracies, in points."""
 
 NO_TIME = 1e-3
 """Of an engine's time: what a layer in float loses at least, and where its times are not known."""
@@ -191,30 +195,27 @@ def search(
         engines: with the layers that it is given in float; of `*` one in FP32 and one in FP16.
         accuracy: the same in percent.
     """
-    float_engine, float_ms = min(
-        ((engine, milliseconds(engine)) for engine in engines([ALL])), key=lambda pair: pair[1]
-    )
-    float_times = layer_times(float_engine, names)
+    timed = [(milliseconds(engine), engine) for engine in engines([ALL])]
+    float_ms, float_engine = min(timed, key=lambda pair: pair[0])
     [int8_engine] = engines([])
+    float_times = layer_times(float_engine, names)
     int8_times = layer_times(int8_engine, names)
 
     # as few as keep the accuracy, by halves: with all layers in float nothing is lost
-    least_pct = accuracy(names) - max_drop
-    lost = {name: float_times.get(name, 0) - int8_times.get(name, 0) for name in names}
+    least_pct = accuracy(names) - max_drop - ROUNDING
+    lost = dict.fromkeys(names, 0.0)
+    for name in float_times.keys() & int8_times.keys():
+        lost[name] = float_times[name] - int8_times[name]
     order = by_gain(found, lost, NO_TIME * float_ms)
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        if accuracy(order[:middle]) >= least_pct:
-            high = middle
-        else:
-            low = middle + 1
-    kept = [name for name in names if name in order[:low]]
-    fewer = [name for name in names if name in kept or lost[name] < 0]
+    count = bisect_left(
+        range(len(order)), True, key=lambda count: accuracy(order[:count]) >= least_pct
+    )
+    needed = [name for name in names if name in order[:count]]
+    with_slow = [name for name in names if name in needed or lost[name] < 0]
 
     # whole engines; where all is float, there is none of INT8
     best_ms, best = np.inf, [ALL]
-    for skip in [kept] if fewer == kept else [kept, fewer]:
+    for skip in [needed] if with_slow == needed else [needed, with_slow]:
         if len(skip) < len(names) and accuracy(skip) >= least_pct:
             [engine] = engines(skip) if skip else [int8_engine]
             best_ms, best = min((best_ms, best), (milliseconds(engine), skip))
@@ -233,8 +234,8 @@ def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
     for layer, layer_ms in zip(engine.layers, engine.layer_times_ms(), strict=True):
         modules = [f"{layer_of(node)}." for node in re.findall(r"/[\w./]+", layer.name)]
         owners = [name for name in names if any(m.startswith(f"{name}.") for m in modules)]
-        for name in owners:
-            times[name] = times.get(name, 0) + (layer_ms or 0) / len(owners)
+        for name in owners if layer_ms is not None else ():
+            times[name] = times.get(name, 0) + layer_ms / len(owners)
     return times
 
 

@@ -186,8 +186,7 @@ def scan(
         progress: what is known already; it is gone on with, in place.
         save: called with it after each batch.
     """
-    names = list(network.layers)
-    parts = parts_of(names)
+    parts = parts_of(list(network.layers))
     steps = len(parts) * len(batches)
     done = progress.batches * len(parts)
     images = 0
@@ -196,22 +195,34 @@ def scan(
             images += len(labels)
             if index < progress.batches:
                 continue
-            reference: Calls = []
-            rounded: Calls = []
-            logits = network(batch, (), keep=reference).double()
-            network(batch, names, keep=rounded)
-            progress.signal += float(logits.square().sum())
-            for part, members in parts.items():
-                others = set(names) - set(members)
-                only = network(batch, members, before(reference, members))
-                without = network(batch, others, before(rounded, members))
-                sums = progress.sums.setdefault(part, [0.0] * 4)
-                found = [*_sums(only, logits, labels), *_sums(without, logits, labels)]
-                progress.sums[part] = [a + b for a, b in zip(sums, found, strict=True)]
-                bar.update()
+            _add_batch(network, batch, labels, parts, progress, bar)
             progress.batches += 1
             save(progress)
     return _result(progress, precision, images)
+
+
+def _add_batch(
+    network: Switched,
+    images: Tensor,
+    labels: Tensor,
+    parts: dict[str, list[str]],
+    progress: Progress,
+    bar: tqdm,
+) -> None:
+    """Let a batch go through all runs, and add what that measures to `progress`."""
+    in_float: Calls = []
+    in_int8: Calls = []
+    logits = network(images, (), keep=in_float).double()
+    network(images, network.layers, keep=in_int8)
+    progress.signal += float(logits.square().sum())
+    for part, members in parts.items():
+        others = network.layers.keys() - set(members)
+        only = network(images, members, before(in_float, members))
+        without = network(images, others, before(in_int8, members))
+        sums = progress.sums.get(part, [0.0] * 4)
+        found = [*_sums(only, logits, labels), *_sums(without, logits, labels)]
+        progress.sums[part] = [a + b for a, b in zip(sums, found, strict=True)]
+        bar.update()
 
 
 def _sums(logits: Tensor, reference: Tensor, labels: Tensor) -> tuple[float, float]:
