@@ -1,6 +1,7 @@
 """Scans of the layers' sensitivity, and the choice of layers to quantize."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -261,25 +262,38 @@ def run(checkpoint, *flags, folder):
     return parse(Record, json.loads((folder / "record.json").read_text()), "record")
 
 
-def test_the_command_scans_and_remembers(outlier_checkpoint, few, tmp_path, capsys, monkeypatch):
-    record = run(outlier_checkpoint, "--sensitivity", folder=tmp_path)
+@pytest.fixture(scope="module")
+def scanned(outlier_checkpoint, digits, tmp_path_factory):
+    """Folder with the record of a scan, and the export's folder."""
+    folder = tmp_path_factory.mktemp("scanned")
+    with digits_cut_to(300, 40, digits):
+        run(outlier_checkpoint, "--sensitivity", folder=folder)
+    return folder
+
+
+def test_the_command_scans_and_remembers(outlier_checkpoint, scanned, few, capsys, monkeypatch):
+    record = parse(Record, json.loads((scanned / "record.json").read_text()), "record")
     single = [part for part in record.sensitivity.parts if not part.layers.endswith("*")]
     assert single[0].layers == OUTLIER
     assert record.rows == []
-    table = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(OUTLIER) for line in table)
     # nothing is computed again
     monkeypatch.setattr(sensitivity, "before", None)
-    again = run(outlier_checkpoint, "--sensitivity", folder=tmp_path)
+    again = run(outlier_checkpoint, "--sensitivity", folder=scanned)
     assert again.sensitivity == record.sensitivity
+    table = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(OUTLIER) for line in table)
     # nor for other flags taken for known
     with pytest.raises(TypeError):
-        run(outlier_checkpoint, "--sensitivity", "--skip_layers", "fc", folder=tmp_path)
+        run(outlier_checkpoint, "--sensitivity", "--skip_layers", "fc", folder=scanned)
 
 
 @pytest.mark.usefixtures("quick_latencies")
 @pytest.mark.parametrize("int8_ms", [1.0, 3.0])
-def test_the_command_chooses(outlier_checkpoint, few, tmp_path, capsys, monkeypatch, int8_ms):
+def test_the_command_chooses(
+    outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch, int8_ms
+):
+    shutil.copytree(scanned, tmp_path, dirs_exist_ok=True)
+
     def latencies_ms(self, images):
         return np.full(3, int8_ms if "int8" in self.path.name else 2.0)
 
