@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from utils.manifest import read_export
 from utils.metrics import percent_equal, sqnr_db
 from utils.quantization import calibrate, quantize_modules, sensitivity
 from utils.quantization.sensitivity import Progress, parts_of, scan, switched
-from utils.records import Record, Row, Scan, Sensitivity
+from utils.records import Record, Scan, Sensitivity
 from utils.schema import parse
 
 OUTLIER = "layer1.0.conv2"
@@ -337,10 +337,3 @@ def test_a_quantized_checkpoint_has_chosen_already(qat_checkpoint, few, tmp_path
     flags = ["--load_ckpt", qat_checkpoint, "--auto_quant", "--batch_size", 1]
     line = error_line(infer.main, [*flags, "--onnx_dir", tmp_path / "onnx"])
     assert "this checkpoint is quantized already" in line
-
-
-def test_a_record_without_a_scan_still_loads():
-    record = Record("vanilla_cnn", "cifar", "digits", 0, {}, None, {}, [Row("pytorch", "FP32")])
-    content = asdict(record)
-    del content["sensitivity"]
-    assert parse(Record, content, "record") == record
