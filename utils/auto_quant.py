@@ -40,7 +40,7 @@ FLOAT = ("FP32", "FP16")
 """Precisions of a float graph; the faster one is what INT8 must beat."""
 
 SCAN_IMAGES = 500
-SCAN_BATCH = 64
+SCAN_BATCH = 32
 """Images of which the results of all layers are in memory, twice."""
 
 SCAN_FILE = "sensitivity.json"
