@@ -208,6 +208,12 @@ def test_the_layer_that_loses_the_least_time_for_its_noise_goes_first():
     assert search(int8_ms, lambda skip: 96.0 if skip else 90.0, noise) == ["b"]
 
 
+def test_a_layer_that_the_budget_does_not_need_is_put_back():
+    int8_ms = {"a": 1.0, "b": 0.5, "c": 0.5}
+    noise = {"a": 1e-2, "b": 1e-2, "c": 1e-3}
+    assert search(int8_ms, lambda skip: 96.0 if "b" in skip else 90.0, noise) == ["b"]
+
+
 def test_layers_that_are_slower_in_int8_stay_float():
     int8_ms = {"a": 0.5, "b": 1.5, "c": 0.5}
     assert search(int8_ms, lambda _: 96.0, dict.fromkeys(NAMES, 1e-3)) == ["b"]
