@@ -17,23 +17,30 @@ from utils.errors import UserError, run  # first: it is ready for Ctrl-C during 
 
 # isort: split
 import argparse
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dataset
 from dataset.folder import LeftOut, describe, printable, read_batches
 from utils import compare, flags, records, report
 from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
-from utils.files import locked, real_path, user_path
+from utils.files import locked, real_path, sha256, user_path
 from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
-from utils.specs import DataSpec, NetworkSpec
+from utils.records import Record, Scan
+from utils.specs import DataSpec, NetworkSpec, Quantization
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
 
 DEFAULT = Comparison()
 LARGEST_BATCH = 10**6
+MAX_DROP = 0.1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     images = "print class and probability of each image, by one network of --onnx"
     add("--predict", type=user_path, nargs="+", metavar="IMAGE_OR_FOLDER", help=images)
     add("--export_only", action="store_true", help="run only PyTorch here, engines elsewhere")
+
+    add = parser.add_argument_group("choice of layers").add_argument
+    scan = "what INT8 in each layer and block costs, in PyTorch on val images; runs no engine"
+    add("--sensitivity", action="store_true", help=scan)
+    choose = "find --skip_layers that make the fastest engine within --max_drop, at one batch size"
+    add("--auto_quant", action="store_true", help=choose)
+    drop = f"val accuracy that --auto_quant may lose, in points (default: {MAX_DROP})"
+    add("--max_drop", type=float, metavar="POINTS", help=drop)
 
     add = parser.add_argument_group("comparison").add_argument
     sizes = {"type": int, "default": DEFAULT.batch_sizes, "dest": "batch_sizes"}
@@ -84,6 +99,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "--predict uses one network: name one precision",
     ),
     (
+        lambda args: args.load_ckpt is None and tunes(args),
+        "{0} needs torch and a checkpoint: name that by --load_ckpt",
+    ),
+    (
         lambda args: (args.onnx is None) == (args.load_ckpt is None),
         "name a checkpoint with --load_ckpt, or files exported earlier with --onnx",
     ),
@@ -120,8 +139,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "{0}: decided when the files were exported; drop it or export again",
     ),
     (
-        lambda args: args.quantize and args.precisions and not named_int8(args),
-        "--quantize: the precisions named are all float; name --INT8PTC or --INT8QAT, or drop it",
+        lambda args: args.precisions and not named_int8(args) and wants_int8(args),
+        "{0}: the precisions named are all float; name --INT8PTC or --INT8QAT, or drop it",
+    ),
+    (
+        lambda args: args.sensitivity and not args.auto_quant and runs_engines(args),
+        "{0}: --sensitivity runs no engine; drop one of them, or add --auto_quant",
+    ),
+    (
+        lambda args: args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1),
+        "--auto_quant times engines of one batch size: name it by --batch_size",
+    ),
+    (
+        lambda args: args.auto_quant and "INT8-QAT" in (args.precisions or ()),
+        "--auto_quant chooses layers before QAT: drop --INT8QAT",
+    ),
+    (
+        lambda args: args.max_drop is not None and not args.auto_quant,
+        "--max_drop is of --auto_quant: add that, or drop it",
+    ),
+    (
+        lambda args: not 0 <= (args.max_drop or 0) <= 100,
+        "--max_drop: 0 to 100 points",
     ),
 )
 """What infer.py's flags may not say, checked in this order."""
@@ -135,6 +174,24 @@ def outputs(args: Flags) -> list[Path]:
     return [path for path in (args.record, args.plot, args.report) if path]
 
 
+def tunes(args: Flags) -> str:
+    """The flag given that looks at single layers of a checkpoint's network."""
+    if args.auto_quant:
+        return "--auto_quant"
+    return "--sensitivity" if args.sensitivity else ""
+
+
+def wants_int8(args: Flags) -> str:
+    return tunes(args) or ("--quantize" if args.quantize else "")
+
+
+def runs_engines(args: Flags) -> str:
+    """The flags given that are of no use without an engine, or rows."""
+    if args.audit:
+        return "--audit"
+    return "--plot" if args.plot else tensorrt_flag(args)
+
+
 def named_int8(args: Flags) -> bool:
     return any(PRECISIONS[name].int8 for name in args.precisions)
 
@@ -143,6 +200,8 @@ def measures(args: Flags) -> str:
     """The flags given that are for measuring alone."""
     if args.audit:
         return "--audit"
+    if tunes(args):
+        return tunes(args)
     if args.ptc_mode == "implicit":
         return "--ptc_mode implicit"
     return flags.given(args, ("record", "plot", "report", "dataset", "data_dir", "img_size"))
@@ -167,9 +226,9 @@ def load_data(
     return compare.load_data(name, folder, img_size, known, other_images, mend, test_digest)
 
 
-def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
-    """Export the checkpoint to `folder`; the images that it was made with."""
-    from utils import checkpoint as ckpt  # needs torch, as all of this step
+def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantization]:
+    """The checkpoint, the images that it was made with, and what to quantize of it."""
+    from utils import checkpoint as ckpt  # needs torch, as all that is done with it
 
     checkpoint = ckpt.load_whole(args.load_ckpt)
     name, _ = flags.agreed_network(args, checkpoint.network)
@@ -177,8 +236,44 @@ def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageDa
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
     data_dir = checkpoint.recipe.get("data_dir")
     data = load_data(args, checkpoint.data, data_dir, other_images=True)
+    return checkpoint, data, quantization
+
+
+def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
+    """Export the checkpoint to `folder`; the images that it was made with."""
+    checkpoint, data, quantization = read_checkpoint(args)
     compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
     return data
+
+
+def tune(args: Flags, comparison: Comparison, folder: Path) -> Record:
+    """Scan the checkpoint's layers; with --auto_quant also choose, by setting flags as by hand.
+
+    Returns:
+        A record of the scan.
+    """
+    from utils.auto_quant import Tuner
+    from utils.quantization.sensitivity import scan_table
+
+    checkpoint, data, quantization = read_checkpoint(args)
+    if args.auto_quant and checkpoint.quantization is not None:
+        raise UserError("--auto_quant: this checkpoint is quantized already; name the float one")
+    digest = sha256(args.load_ckpt)
+    tuner = Tuner(checkpoint, digest, data, quantization, comparison, folder)
+    scan = tuner.scan()
+    record = tuner.record(scan, flag_values(args))
+    if args.sensitivity:
+        print(scan_table(scan), flush=True)
+    if args.auto_quant:
+        skip, reason = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
+        print(f"--auto_quant: {reason}")
+        args.skip_layers = [*quantization.skip_layers, *skip] or None
+        by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no flag"
+        if skip == ["*"]:
+            args.precisions = ["FP32", "FP16"]
+            by_hand += " --FP32 --FP16"
+        print(f"the same by hand: {by_hand}", flush=True)
+    return record
 
 
 def require_network(args: Flags, manifest: Manifest) -> None:
@@ -253,6 +348,11 @@ def flag_values(args: Flags) -> dict[str, str]:
     return words
 
 
+def write_record(args: Flags, record: Record) -> None:
+    if args.record:
+        records.write(args.record, record, follow_link=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     flags.refuse(REFUSALS, args)
@@ -266,7 +366,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # the files, then what a back end makes of them; nobody else may export there meanwhile
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
     rows, engines = [], []
+    scan: Scan | None = None
     with locked(folder, make=not args.onnx):
+        if tunes(args):
+            tuned = tune(args, comparison, folder)
+            if not args.auto_quant:
+                write_record(args, tuned)
+                return
+            comparison, scan = Comparison.of(args), tuned.sensitivity
         if not args.onnx:
             data = export(args, comparison, folder)
         manifest, predictions = read_export(folder)
@@ -275,12 +382,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.export_only:
             found = compare.evaluate_export(folder, manifest, predictions, data, comparison)
             rows, engines = found
-        record = compare.make_record(manifest, rows, flag_values(args), engines)
+        record = compare.make_record(manifest, rows, flag_values(args), engines, scan)
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)
-    if args.record:
-        records.write(args.record, record, follow_link=True)
+    write_record(args, record)
     if args.plot:
         plot(args.plot, record)
     if args.report:

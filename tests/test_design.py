@@ -11,6 +11,7 @@ from conftest import ROOT
 LEVELS = (
     ("train", "infer"),
     ("utils.recipe",),
+    ("utils.auto_quant",),
     ("utils.compare",),
     ("utils.networks",),
     ("utils.quantization", "utils.training", "utils.backends"),

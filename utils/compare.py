@@ -29,11 +29,11 @@ from utils.manifest import (
     graph_file,
 )
 from utils.metrics import percent_equal
-from utils.records import Engine, Record, Row
+from utils.records import Engine, Record, Row, Scan
 from utils.specs import DataSpec, LayerFacts, Quantization
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from utils.checkpoint import Checkpoint
 
@@ -180,33 +180,18 @@ def export_checkpoint(
     """Evaluate a checkpoint's networks in PyTorch and export them to `folder`, which is locked.
 
     Raises:
-        UserError: INT8-QAT is asked for of a float checkpoint, the checkpoint does not fit its
-            networks.
+        UserError: as `restored`.
     """
-    if "INT8-QAT" in comparison.precisions and checkpoint.quantization is None:
-        raise UserError(
-            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
-        )
-    from dataset.batches import Batches
-    from layers import Normalize
-    from utils.device import default_device
-    from utils.networks import restore
     from utils.quantization.export import export_onnx, int8_nodes
 
-    # the networks, calibrated on the checkpoint's own train images where they must be
+    if "INT8-QAT" in comparison.precisions:
+        require_quantized(checkpoint)
     info = checkpoint.data
-    train_part, val = data.split(info.split_seed)
-    if checkpoint.quantization is None:
-        images = min(quantization.calib_images, len(train_part[0]))
-        quantization = replace(quantization, calib_images=images)
-    normalize = Normalize(info.mean, info.std)
-    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
-    networks = restore(checkpoint, comparison.wanted, quantization, batches)
+    quantization, networks = restored(checkpoint, data, quantization, comparison.wanted)
 
     # before an earlier export is touched: it may fail
     rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
-    batches = Batches(*val, normalize, EVALUATION_BATCH, default_device())
-    layers = int8_layers(networks, next(batches.first(EVALUATION_BATCH)))
+    layers = int8_layers(networks, data, info)
 
     with staged(folder, MANIFEST) as draft:
         nodes = {}
@@ -232,19 +217,65 @@ def export_checkpoint(
     print(f"exported to {folder}")
 
 
-def int8_layers(networks: dict[str, nn.Module], images: Tensor) -> dict[str, list[LayerFacts]]:
-    """The layers of each network that has INT8 ones, by precision, and how they use their codes.
+def int8_layers(
+    networks: dict[str, nn.Module], data: dataset.ImageData, info: DataSpec
+) -> dict[str, list[LayerFacts]]:
+    """The layers of each network that has INT8 ones, and how val images use their codes.
 
-    Args:
-        images: (B, 3, H, W), normalised.
+    Returns:
+        Precision -> its layers.
     """
+    from dataset.batches import Batches
+    from layers import Normalize
+    from utils.device import default_device
     from utils.quantization.codes import layer_facts
 
+    _, val = data.split(info.split_seed)
+    normalize = Normalize(info.mean, info.std)
+    batches = Batches(*val, normalize, EVALUATION_BATCH, default_device())
+    images = next(batches.first(EVALUATION_BATCH))
     layers = {}
     for precision, network in networks.items():
         if PRECISIONS[precision].int8:
             layers[precision] = layer_facts(network, images)
     return layers
+
+
+def require_quantized(checkpoint: Checkpoint) -> None:
+    """Raises UserError if a checkpoint has no network that was fine-tuned in INT8."""
+    if checkpoint.quantization is None:
+        raise UserError(
+            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
+        )
+
+
+def restored(
+    checkpoint: Checkpoint,
+    data: dataset.ImageData,
+    quantization: Quantization,
+    wanted: Sequence[str],
+) -> tuple[Quantization, dict[str, nn.Module]]:
+    """A checkpoint's networks by precision, and how they are quantized.
+
+    They are calibrated on the checkpoint's own train images where they must be, as far as there
+    are any.
+
+    Raises:
+        UserError: the checkpoint does not fit its networks.
+    """
+    from dataset.batches import Batches
+    from layers import Normalize
+    from utils.device import default_device
+    from utils.networks import restore
+
+    info = checkpoint.data
+    train_part, _ = data.split(info.split_seed)
+    if checkpoint.quantization is None:
+        images = min(quantization.calib_images, len(train_part[0]))
+        quantization = replace(quantization, calib_images=images)
+    normalize = Normalize(info.mean, info.std)
+    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
+    return quantization, restore(checkpoint, wanted, quantization, batches)
 
 
 def evaluate_in_pytorch(
@@ -595,6 +626,7 @@ def make_record(
     rows: list[Row],
     flags: dict[str, str] | None = None,
     engines: Sequence[Engine] = (),
+    sensitivity: Scan | None = None,
 ) -> Record:
     """A record of the PyTorch rows that an export holds, of `rows` and of `engines`.
 
@@ -613,6 +645,7 @@ def make_record(
         environment=environment,
         rows=torch_rows + rows,
         engines=list(engines),
+        sensitivity=sensitivity,
     )
 
 

@@ -18,4 +18,11 @@ def sqnr_db(exact: Any, rounded: Any) -> float:
     """Signal-to-quantization-noise ratio of `rounded` in decibels; infinite if nothing differs."""
     signal = float((exact**2).sum())
     noise = float(((rounded - exact) ** 2).sum())
-    return 10 * math.log10(signal / noise) if noise else math.inf
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Ratio of two sums of squares in decibels; infinite without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -102,6 +102,40 @@ class Engine:
     missed: list[str]
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What rounding some layers costs, on val images and by fake quantization.
+
+    Ratios are of the logits' signal to their noise, in decibels; None: nothing changes.
+
+    Args:
+        layers: name of one layer, or a pattern for all of a block, as `layer3.*`, or of all.
+        only_sqnr_db, only_accuracy_pct: with just these layers in INT8.
+        without_sqnr_db, without_accuracy_pct: with all but these layers in INT8.
+    """
+
+    layers: str
+    only_sqnr_db: float | None
+    only_accuracy_pct: float
+    without_sqnr_db: float | None
+    without_accuracy_pct: float
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The sensitivity of every quantized layer and block of a network.
+
+    Args:
+        precision: the network's, of `utils.manifest.PRECISIONS`.
+        images: how many val images it is of.
+        parts: layers, blocks and all; those that cost the most come first.
+    """
+
+    precision: str
+    images: int
+    parts: list[Sensitivity]
+
+
 @dataclass
 class Record:
     """An inference record: one checkpoint on the back ends of one machine.
@@ -111,6 +145,7 @@ class Record:
         commit: of this project; None: not in a checkout.
         environment: hardware and versions.
         engines: what an audit or a report looked into.
+        sensitivity: of the layers, where it was scanned.
     """
 
     model: str
@@ -124,6 +159,7 @@ class Record:
     quantization: Quantization | None = None
     engines: list[Engine] = field(default_factory=list)
     kind: str = "inference"
+    sensitivity: Scan | None = None
 
 
 PACKAGES = {

@@ -1,0 +1,345 @@
+"""Scans of the layers' sensitivity, and the choice of layers to quantize."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import Small, digits_cut_to, made
+
+import infer
+from utils import auto_quant, records
+from utils import checkpoint as ckpt
+from utils.backends.network import Layer, Network
+from utils.backends.onnxruntime import OnnxRuntimeNetwork
+from utils.manifest import read_export
+from utils.metrics import percent_equal, sqnr_db
+from utils.quantization import calibrate, quantize_modules, sensitivity
+from utils.quantization.sensitivity import Progress, parts_of, scan, switched
+from utils.records import Record, Scan, Sensitivity
+from utils.schema import parse
+
+OUTLIER = "layer1.0.conv2"
+LOUD = 3e4
+"""Times this, one channel drives the others of its tensor into the code 0."""
+
+
+@torch.no_grad()
+def add_outlier(before, after):
+    """Let the first of the channels between two layers be `LOUD`; the network computes the same."""
+    before.weight[0] *= LOUD
+    before.bias[0] *= LOUD
+    after.weight[:, 0] /= LOUD
+
+
+@pytest.fixture
+def outlier_network():
+    """A calibrated network of which `layer1.conv2` cannot be quantized, and its val batches."""
+    model = made(Small).eval()
+    add_outlier(model.layer1.bn1, model.layer1.conv2)
+    torch.manual_seed(1)
+    images = torch.randn(24, 3, 16, 16)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    quantize_modules(model, images[:2])
+    calibrate(model, [images], "max")
+    return model, list(zip(images.split(10), labels.split(10), strict=True))
+
+
+def scan_all(model, batches, progress=None, save=lambda _: None):
+    with switched(model) as network:
+        return scan(network, batches, "INT8-PTC", progress or Progress({}), save)
+
+
+def test_parts_are_all_layers_each_block_of_several_and_each_layer():
+    names = ["conv", "layer1.0.conv", "layer1.0.add", "layer1.1.conv", "layer2.0.a", "layer2.0.b"]
+    assert parts_of(names) == {
+        "*": names,
+        "layer1.*": names[1:4],
+        "layer1.0.*": names[1:3],
+        "layer2.*": names[4:],
+        **{name: [name] for name in names},
+    }
+
+
+def test_the_scan_names_the_layer_that_cannot_be_quantized(outlier_network):
+    found = scan_all(*outlier_network)
+    layers = [part.layers for part in found.parts]
+    assert set(layers) == set(parts_of(layers_of(outlier_network[0])))
+    single = [part for part in found.parts if not part.layers.endswith("*")]
+    assert single[0].layers == "layer1.conv2"
+    assert single[1].only_sqnr_db - single[0].only_sqnr_db > 10
+    # only without that layer is the rest any good
+    assert max(single, key=lambda part: part.without_sqnr_db) is single[0]
+    whole = next(part for part in found.parts if part.layers == "*")
+    assert (whole.without_sqnr_db, whole.without_accuracy_pct) == (None, 100)
+
+
+def layers_of(model):
+    with switched(model) as network:
+        return list(network.layers)
+
+
+def test_a_scan_measures_what_whole_runs_do(outlier_network):
+    model, batches = outlier_network
+    found = {part.layers: part for part in scan_all(model, batches).parts}
+    labels = torch.cat([labels for _, labels in batches])
+    with switched(model) as network:
+        names = set(network.layers)
+
+        def measured(int8):
+            exact = torch.cat([network(images, ()) for images, _ in batches])
+            logits = torch.cat([network(images, int8) for images, _ in batches])
+            return sqnr_db(exact.double(), logits.double()), percent_equal(logits.argmax(1), labels)
+
+        for part, members in parts_of(list(network.layers)).items():
+            if part != "*":
+                row = found[part]
+                assert (row.only_sqnr_db, row.only_accuracy_pct) == pytest.approx(measured(members))
+                without = (row.without_sqnr_db, row.without_accuracy_pct)
+                assert without == pytest.approx(measured(names - set(members)))
+
+
+def test_a_scan_computes_only_what_lies_behind_the_change(outlier_network, monkeypatch):
+    model, batches = outlier_network
+    calls = dict.fromkeys(layers_of(model), 0)
+    for name, layer in model.named_modules():
+        if name in calls:
+            cls = type(layer)
+
+            def forward(self, *args, name=name, cls=cls):
+                calls[name] += 1
+                return cls.forward(self, *args)
+
+            layer.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+    scan_all(model, batches[:1])
+    # twice in whole, and for all; then for each block and layer that does not come later
+    assert calls["conv"] == 2 + 2 * 2
+    assert calls["fc"] == 2 + 2 * len(parts_of(list(calls)))
+
+
+def test_afterwards_the_network_is_as_before(outlier_network):
+    model, batches = outlier_network
+    images = batches[0][0]
+    with torch.no_grad():
+        expected = model(images)
+        scan_all(model, batches)
+        assert torch.equal(model(images), expected)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_an_interrupted_scan_goes_on(outlier_network, tmp_path):
+    path = tmp_path / "scan.json"
+
+    def stop(progress):
+        records.write(path, progress)
+        if progress.batches == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan_all(*outlier_network, Progress({"data": "a"}), stop)
+    progress = auto_quant.read_progress(path, {"data": "a"})
+    assert progress.batches == 2
+    model, batches = outlier_network
+    # what was done already is not looked at
+    batches = [(None, labels) for _, labels in batches[:2]] + batches[2:]
+    assert scan_all(model, batches, progress) == scan_all(*outlier_network)
+
+    assert auto_quant.read_progress(path, {"data": "b"}) == Progress({"data": "b"})
+    path.write_text(path.read_text()[:-20])
+    assert auto_quant.read_progress(path, {"data": "a"}) == Progress({"data": "a"})
+
+
+# The search, with times and accuracies that are made up
+
+
+class Engine(Network):
+    """Layers a, b and c, and times in milliseconds."""
+
+    def __init__(self, times_ms, total_ms=None):
+        nodes = [f"/model/{name}/Conv + /model/{name}/relu/Relu" for name in times_ms]
+        self.layers = [Layer(node, "-", "-", "-") for node in nodes]
+        self.times_ms = list(times_ms.values())
+        self.total_ms = sum(self.times_ms) if total_ms is None else total_ms
+
+    def layer_times_ms(self):
+        return self.times_ms
+
+
+NAMES = ["a", "b", "c"]
+FLOAT_MS = {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+def scan_of(noise):
+    """A scan in which each layer's noise, as share of the signal, adds to the others'."""
+    parts = []
+    for name in NAMES:
+        left = sum(noise.values()) - noise[name]
+        values = [-10 * float(np.log10(value)) for value in (noise[name], left)]
+        parts.append(Sensitivity(name, values[0], 90.0, values[1], 90.0))
+    return Scan("INT8-PTC", 10, parts)
+
+
+def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS):
+    def engines(skip):
+        if skip == ["*"]:
+            return [Engine(float_ms, 9.0), Engine(float_ms)]
+        return [Engine({name: (float_ms if name in skip else int8_ms)[name] for name in NAMES})]
+
+    result = auto_quant.search(
+        scan_of(noise), NAMES, engines, lambda engine: engine.total_ms, accuracy, max_drop
+    )
+    return result[0]
+
+
+@pytest.mark.parametrize("max_drop", [0.1, 5.0])
+def test_what_cannot_be_quantized_stays_float_if_the_budget_says_so(max_drop):
+    int8_ms = {"a": 0.5, "b": 0.5, "c": 0.5}
+    noise = {"a": 1e-3, "b": 1e-1, "c": 1e-3}
+    skip = search(int8_ms, lambda skip: 96.0 if "b" in skip else 92.0, noise, max_drop)
+    assert skip == (["b"] if max_drop == 0.1 else [])
+
+
+def test_the_layer_that_loses_the_least_time_for_its_noise_goes_first():
+    int8_ms = {"a": 0.1, "b": 0.9, "c": 0.5}
+    noise = {"a": 2e-2, "b": 1e-2, "c": 1e-3}
+    assert search(int8_ms, lambda skip: 96.0 if skip else 90.0, noise) == ["b"]
+
+
+def test_a_layer_that_the_budget_does_not_need_is_put_back():
+    int8_ms = {"a": 1.0, "b": 0.5, "c": 0.5}
+    noise = {"a": 1e-2, "b": 1e-2, "c": 1e-3}
+    assert search(int8_ms, lambda skip: 96.0 if "b" in skip else 90.0, noise) == ["b"]
+
+
+def test_layers_that_are_slower_in_int8_stay_float():
+    int8_ms = {"a": 0.5, "b": 1.5, "c": 0.5}
+    assert search(int8_ms, lambda _: 96.0, dict.fromkeys(NAMES, 1e-3)) == ["b"]
+
+
+@pytest.mark.parametrize("int8_ms", [0.99, 1.5])
+def test_float_is_handed_over_unless_int8_is_2_percent_faster(int8_ms):
+    noise = dict.fromkeys(NAMES, 1e-3)
+    assert search(dict.fromkeys(NAMES, int8_ms), lambda _: 96.0, noise) == ["*"]
+
+
+def test_float_is_handed_over_where_nothing_keeps_the_budget():
+    def accuracy(skip):
+        return 96.0 if len(skip) == 3 else 90.0
+
+    noise = dict.fromkeys(NAMES, 1e-3)
+    assert search(dict.fromkeys(NAMES, 0.5), accuracy, noise) == ["*"]
+
+
+def test_time_that_is_not_known_decides_nothing():
+    engine = Engine({"a": None, "b": 2.0}, 2.0)
+    engine.layers[1] = Layer("/model/b/Conv + /model/c/add/Add", "-", "-", "-")
+    assert auto_quant.layer_times(engine, NAMES) == {"b": 1.0, "c": 1.0}
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def outlier_checkpoint(float_checkpoint, trained_network, digits, tmp_path_factory):
+    """A float checkpoint whose layer `OUTLIER` cannot be quantized."""
+    checkpoint = ckpt.load(float_checkpoint)
+    state = {key: value.clone() for key, value in checkpoint.state.items()}
+    for name in ("bn1.weight", "bn1.bias"):
+        state[f"layer1.0.{name}"][0] *= LOUD
+    state["layer1.0.conv2.weight"][:, 0] /= LOUD
+    path = tmp_path_factory.mktemp("outlier") / "ckpt_best"
+    ckpt.save(path, replace(checkpoint, state=state))
+    return path
+
+
+@pytest.fixture
+def few(digits):
+    with digits_cut_to(300, 40, digits):
+        yield
+
+
+def run(checkpoint, *flags, folder):
+    common = "--calibrator max --calib_images 128 --backend onnxruntime --record"
+    argv = ["--load_ckpt", checkpoint, *common.split(), folder / "record.json"]
+    infer.main([str(arg) for arg in [*argv, "--onnx_dir", folder / "onnx", *flags]])
+    return parse(Record, json.loads((folder / "record.json").read_text()), "record")
+
+
+@pytest.fixture(scope="module")
+def scanned(outlier_checkpoint, digits, tmp_path_factory):
+    """Folder with the record of a scan, and the export's folder."""
+    folder = tmp_path_factory.mktemp("scanned")
+    with digits_cut_to(300, 40, digits):
+        run(outlier_checkpoint, "--sensitivity", folder=folder)
+    return folder
+
+
+def test_the_command_scans_and_remembers(outlier_checkpoint, scanned, few, capsys, monkeypatch):
+    record = parse(Record, json.loads((scanned / "record.json").read_text()), "record")
+    single = [part for part in record.sensitivity.parts if not part.layers.endswith("*")]
+    assert single[0].layers == OUTLIER
+    assert record.rows == []
+    # nothing is computed again
+    monkeypatch.setattr(sensitivity, "before", None)
+    again = run(outlier_checkpoint, "--sensitivity", folder=scanned)
+    assert again.sensitivity == record.sensitivity
+    table = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(OUTLIER) for line in table)
+    # nor for other flags taken for known
+    with pytest.raises(TypeError):
+        run(outlier_checkpoint, "--sensitivity", "--skip_layers", "fc", folder=scanned)
+
+
+@pytest.mark.usefixtures("quick_latencies")
+@pytest.mark.parametrize("int8_ms", [1.0, 3.0])
+def test_the_command_chooses(
+    outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch, int8_ms
+):
+    shutil.copytree(scanned, tmp_path, dirs_exist_ok=True)
+
+    def latencies_ms(self, images):
+        return np.full(3, int8_ms if "int8" in self.path.name else 2.0)
+
+    monkeypatch.setattr(OnnxRuntimeNetwork, "latencies_ms", latencies_ms)
+    record = run(outlier_checkpoint, "--auto_quant", "--batch_size", 1, folder=tmp_path)
+    said = capsys.readouterr().out
+    manifest, _ = read_export(tmp_path / "onnx")
+    assert record.sensitivity is not None
+    if int8_ms > 2:
+        assert "the same by hand: --skip_layers '*' --FP32 --FP16" in said
+        assert manifest.int8_nodes.keys() == {"FP32"}
+        assert manifest.quantization.skip_layers == ["*"]
+    else:
+        assert f"the same by hand: --skip_layers {OUTLIER}\n" in said
+        assert manifest.quantization.skip_layers == [OUTLIER]
+        assert not any("layer1.0/conv2/" in node for node in manifest.int8_nodes["INT8-PTC"])
+        assert {row.precision for row in record.rows} >= {"FP32", "INT8-PTC"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--sensitivity", "--sensitivity needs torch and a checkpoint: name that by --load_ckpt"),
+        ("--sensitivity --onnx .", "--sensitivity needs torch and a checkpoint"),
+        ("--auto_quant --onnx . --batch_size 1", "--auto_quant needs torch and a checkpoint"),
+        ("--auto_quant --load_ckpt x", "name it by --batch_size"),
+        ("--auto_quant --load_ckpt x --batch_size 1 --export_only", "times engines"),
+        ("--auto_quant --load_ckpt x --batch_size 1 --INT8QAT", "drop --INT8QAT"),
+        ("--auto_quant --load_ckpt x --batch_size 1 --max_drop -1", "--max_drop: 0 to 100"),
+        ("--sensitivity --load_ckpt x --max_drop 1", "--max_drop is of --auto_quant"),
+        ("--sensitivity --load_ckpt x --FP32", "--sensitivity: the precisions named are all float"),
+        ("--sensitivity --load_ckpt x --audit", "--audit: --sensitivity runs no engine"),
+        ("--sensitivity --onnx . --predict a", "--sensitivity: --predict measures nothing"),
+    ],
+)
+def test_contradictions_are_one_line(error_line, flags, said):
+    assert said in error_line(infer.main, flags.split())
+
+
+def test_a_quantized_checkpoint_has_chosen_already(qat_checkpoint, few, tmp_path, error_line):
+    flags = ["--load_ckpt", qat_checkpoint, "--auto_quant", "--batch_size", 1]
+    line = error_line(infer.main, [*flags, "--onnx_dir", tmp_path / "onnx"])
+    assert "this checkpoint is quantized already" in line

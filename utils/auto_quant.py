@@ -1,0 +1,270 @@
+"""Which layers to quantize: what each one costs, and the fastest choice within a budget.
+
+1. Scan the sensitivity, and time the layers of two engines: all in INT8, and all in float.
+2. Leave layers in float, those first that take away the most noise for the time they lose, until
+   the accuracy on val images is within the budget. It is that of fake quantization. Put those
+   back that it does not need.
+3. Leave those in float, too, that alone were slower in INT8.
+4. Time the engines of 2 and 3 as a whole, and take the fastest, if it is 2 % faster than float.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+import dataset
+from dataset.batches import Batches
+from layers import Normalize
+from utils import compare, records
+from utils.backends.network import EVALUATION_BATCH, Network
+from utils.checkpoint import Checkpoint, load_weights
+from utils.compare import Comparison
+from utils.device import default_device
+from utils.errors import UserError
+from utils.manifest import PRECISIONS, graph_file
+from utils.networks import build_quantized
+from utils.quantization.export import export_onnx, layer_of
+from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
+from utils.records import Record, Scan
+from utils.schema import parse
+from utils.specs import Quantization
+
+FLOAT = ("FP32", "FP16")
+"""Precisions of a float graph; the faster one is what INT8 must beat."""
+
+SCAN_IMAGES = 500
+SCAN_BATCH = 32
+"""Images of which the results of all layers are in memory, twice."""
+
+SCAN_FILE = "sensitivity.json"
+"""In the export's folder: how far a scan has come."""
+
+MIN_SPEED_UP = 1.02
+"""Of INT8 over float, or it is not worth having."""
+
+ROUNDING = 1e-6
+"""Of a difference of two accuracies, in points."""
+
+NO_TIME = 1e-3
+"""Of an engine's time: what a layer in float loses at least, and where its times are not known."""
+
+
+class Tuner:
+    """A checkpoint's INT8 network, calibrated, and the val images that judge it.
+
+    Args:
+        checkpoint_digest: tells its file from any other.
+        comparison: says the precision, the back end and the batch size.
+        folder: of the export, locked; scans go on with what is found there.
+
+    Raises:
+        UserError: as `compare.restored`; INT8-QAT is named, and the checkpoint is float.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        checkpoint_digest: str,
+        data: dataset.ImageData,
+        quantization: Quantization,
+        comparison: Comparison,
+        folder: Path,
+    ):
+        # the network that is named, else the best one
+        named = [name for name in comparison.precisions if PRECISIONS[name].int8]
+        default = "INT8-QAT" if checkpoint.quantization else "INT8-PTC"
+        self.precision = [default, *named][-1]
+        if self.precision == "INT8-QAT":
+            compare.require_quantized(checkpoint)
+        self.quantization, networks = compare.restored(
+            checkpoint, data, quantization, [self.precision]
+        )
+        self.float_model, self.model = networks["FP32"], networks[self.precision]
+        self.checkpoint = checkpoint
+        self.comparison = comparison
+        self.folder = folder
+        self._val = data.split(checkpoint.data.split_seed)[1]
+        # what a scan depends on
+        self._key = {
+            "checkpoint": checkpoint_digest,
+            "data": data.digest(),
+            "quantization": json.dumps(asdict(self.quantization)),
+            "precision": self.precision,
+            "batches": f"{SCAN_IMAGES} by {SCAN_BATCH}",
+        }
+
+    def _batches(self, images: int | None, batch_size: int) -> Batches:
+        val_images, val_labels = (array[:images] for array in self._val)
+        normalize = Normalize(self.checkpoint.data.mean, self.checkpoint.data.std)
+        return Batches(val_images, val_labels, normalize, batch_size, default_device())
+
+    def scan(self) -> Scan:
+        """The sensitivity of each layer and block, on the first val images."""
+        path = self.folder / SCAN_FILE
+        batches = self._batches(SCAN_IMAGES, SCAN_BATCH)
+
+        def save(progress: Progress) -> None:
+            records.write(path, progress)
+
+        with switched(self.model) as network:
+            return scan(network, batches, self.precision, read_progress(path, self._key), save)
+
+    def record(self, found: Scan, flags: dict[str, str]) -> Record:
+        """A record of a scan, without rows."""
+        return Record(
+            model=self.checkpoint.network.name,
+            stem=self.checkpoint.network.stem,
+            dataset=self.checkpoint.data.dataset,
+            seed=self.checkpoint.recipe["seed"],
+            flags=flags,
+            commit=records.commit(),
+            environment=records.environment(["pytorch"]),
+            rows=[],
+            quantization=self.quantization,
+            sensitivity=found,
+        )
+
+    def choose(self, found: Scan, max_drop: float) -> tuple[list[str], str]:
+        """What to skip for the fastest engine within the budget, and why; `*` if that is float's.
+
+        The checkpoint is a float one.
+
+        Args:
+            max_drop: what val accuracy may lose, in points.
+
+        Raises:
+            UserError: the back end cannot be had.
+        """
+        val = self._batches(None, EVALUATION_BATCH)
+        with tempfile.TemporaryDirectory() as draft, switched(self.model) as network:
+            names = list(network.layers)
+
+            def accuracy(skip: Sequence[str]) -> float:
+                return accuracy_pct(network, val, set(names) - set(skip))
+
+            nothing = compare.random_images(self.checkpoint.data, 0)
+            backend = compare.choose_backend(Path(draft), self.comparison, nothing)
+
+            def engines(skip: Sequence[str]) -> list[Network]:
+                precisions = self._draft(Path(draft), skip)
+                return [backend(precision) for precision in precisions]
+
+            def milliseconds(engine: Network) -> float:
+                [batch_size] = self.comparison.batch_sizes
+                images = compare.random_images(self.checkpoint.data, batch_size)
+                return float(np.median(engine.latencies_ms(images)))
+
+            return search(found, names, engines, milliseconds, accuracy, max_drop)
+
+    def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
+        """Export the network without `skip` in INT8; the precisions that it can then run in."""
+        info = self.checkpoint.data
+        size = tuple(info.img_size)
+        if skip == [ALL]:
+            export_onnx(self.float_model, folder / graph_file("FP32"), size, info.mean, info.std)
+            return FLOAT
+        quantization = self.quantization
+        quantization = replace(quantization, skip_layers=[*quantization.skip_layers, *skip])
+        state = self.model.state_dict()
+        model = build_quantized(self.checkpoint.network, quantization, size, state)
+        own = model.state_dict()
+        load_weights(model, {key: value for key, value in state.items() if key in own})
+        export_onnx(model, folder / graph_file("INT8-PTC"), size, info.mean, info.std)
+        return ["INT8-PTC"]
+
+
+def search(
+    found: Scan,
+    names: Sequence[str],
+    engines: Callable[[Sequence[str]], list[Network]],
+    milliseconds: Callable[[Network], float],
+    accuracy: Callable[[Sequence[str]], float],
+    max_drop: float,
+) -> tuple[list[str], str]:
+    """What `Tuner.choose` returns.
+
+    Args:
+        names: of all layers that may be quantized.
+        engines: with the layers that it is given in float; of `*` one in FP32 and one in FP16.
+        accuracy: the same in percent.
+    """
+    timed = [(milliseconds(engine), engine) for engine in engines([ALL])]
+    float_ms, float_engine = min(timed, key=lambda pair: pair[0])
+    [int8_engine] = engines([])
+    float_times = layer_times(float_engine, names)
+    int8_times = layer_times(int8_engine, names)
+
+    # as few as keep the accuracy, by halves: with all layers in float nothing is lost
+    least_pct = accuracy(names) - max_drop - ROUNDING
+    lost = dict.fromkeys(names, 0.0)
+    for name in float_times.keys() & int8_times.keys():
+        lost[name] = float_times[name] - int8_times[name]
+    order = by_gain(found, lost, NO_TIME * float_ms)
+    count = bisect_left(
+        range(len(order)), True, key=lambda count: accuracy(order[:count]) >= least_pct
+    )
+    needed = [name for name in names if name in order[:count]]
+    # of these, not all may matter
+    for name in order[:count]:
+        others = [other for other in needed if other != name]
+        if accuracy(others) >= least_pct:
+            needed = others
+    with_slow = [name for name in names if name in needed or lost[name] < 0]
+
+    # whole engines; where all is float, there is none of INT8
+    best_ms, best = np.inf, [ALL]
+    for skip in [needed] if with_slow == needed else [needed, with_slow]:
+        if len(skip) < len(names) and accuracy(skip) >= least_pct:
+            [engine] = engines(skip) if skip else [int8_engine]
+            best_ms, best = min((best_ms, best), (milliseconds(engine), skip))
+    times = f"{best_ms:.3f} ms, float {float_ms:.3f} ms"
+    if best_ms * MIN_SPEED_UP > float_ms:
+        return [ALL], f"no INT8 within the budget is 2 % faster than float ({times}): all float"
+    return best, f"{times}; val accuracy {accuracy(best):.2f} %, at least {least_pct:.2f} %"
+
+
+def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
+    """Milliseconds of each of the layers `names` that the engine tells a time of.
+
+    The time of several that are one in the engine is divided among them.
+    """
+    times: dict[str, float] = {}
+    for layer, layer_ms in zip(engine.layers, engine.layer_times_ms(), strict=True):
+        modules = [f"{layer_of(node)}." for node in re.findall(r"/[\w./]+", layer.name)]
+        owners = [name for name in names if any(m.startswith(f"{name}.") for m in modules)]
+        for name in owners if layer_ms is not None else ():
+            times[name] = times.get(name, 0) + layer_ms / len(owners)
+    return times
+
+
+def by_gain(found: Scan, lost_ms: dict[str, float], least_ms: float) -> list[str]:
+    """Layers, those first that, left in float, take the most noise away for the time they lose.
+
+    Args:
+        lost_ms: of each layer, at least `least_ms`.
+    """
+    left = {}
+    for part in found.parts:
+        # noise that is left without this part in INT8, as share of the signal
+        sqnr_db = part.without_sqnr_db
+        left[part.layers] = 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10)
+    worst = max(left.values())
+    gain = {name: (worst - left[name]) / max(ms, least_ms) for name, ms in lost_ms.items()}
+    return sorted(gain, key=gain.__getitem__, reverse=True)
+
+
+def read_progress(path: Path, key: dict[str, str]) -> Progress:
+    """What a file says of a scan; nothing if it is damaged or of another one."""
+    try:
+        progress = parse(Progress, json.loads(path.read_text()), str(path))
+    except (OSError, ValueError, UserError):
+        return Progress(key)
+    return progress if progress.key == key else Progress(key)

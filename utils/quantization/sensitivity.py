@@ -1,0 +1,256 @@
+"""How much the rounding of each layer changes what a network computes.
+
+Layers are switched between INT8 and float in one calibrated network. For each layer and each block
+the network runs twice: with only that in INT8, and with all but that.
+
+What a run computes before the first layer that is switched is known. The network in float has
+computed it, or the one all in INT8. So the results of those two runs' layers are kept, and a run
+takes them for the layers before the first change. It computes what is behind, and between them
+what is cheap. To keep them for one batch only, a batch goes through all runs before the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layers.quantized import QuantizedLayer
+from layers.quantizers import Quantizer
+from utils.device import full_precision
+from utils.metrics import decibels
+from utils.quantization.calibrate import require_calibrated
+from utils.quantization.watch import evaluating
+from utils.records import Scan, Sensitivity, text_table
+
+Calls = list[tuple[str, Tensor]]
+"""Name and result of each call of a quantized layer, in order."""
+
+ALL = "*"
+"""The part that is the whole network: only it is INT8, all but it is float."""
+
+
+@dataclass
+class Progress:
+    """What is measured so far, to go on from there.
+
+    Args:
+        key: what it is of; it is worth nothing for anything else.
+        batches: how many went through all runs.
+        signal: sum of the squared logits in float.
+        sums: part of the network -> squared error of the logits and number of right classes, with
+            only that in INT8, and the two with all but that.
+    """
+
+    key: dict[str, str]
+    batches: int = 0
+    signal: float = 0.0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Switched:
+    """A calibrated network whose quantized layers can each run in INT8 or in float.
+
+    It is for evaluation, inside of `switched`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers: dict[str, QuantizedLayer] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLayer):
+                self.layers[name] = module
+        self._known: Calls = []
+        self._kept: Calls | None = None
+        self._count = 0
+
+    def __call__(
+        self,
+        images: Tensor,
+        int8: Collection[str],
+        known: Calls | None = None,
+        keep: Calls | None = None,
+    ) -> Tensor:
+        """Logits (B, classes) of normalised images (B, C, H, W).
+
+        Args:
+            int8: names of the layers that run in INT8.
+            known: the first calls of another run, up to which nothing differs.
+            keep: where this run's calls are appended to.
+        """
+        for name, layer in self.layers.items():
+            _switch(layer, name in int8)
+        self._known, self._kept, self._count = known or [], keep, 0
+        logits = self.model(images)
+        self._known, self._kept = [], None
+        return logits
+
+    def intercept(self, name: str) -> Callable[[], None]:
+        """Let each call of a layer be looked up first; returns what undoes that."""
+        layer = self.layers[name]
+        compute = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            index, self._count = self._count, self._count + 1
+            # copies, as what follows may work in place
+            if index < len(self._known):
+                return self._known[index][1].clone()
+            result = compute(*args, **kwargs)
+            if self._kept is not None:
+                self._kept.append((name, result.clone()))
+            return result
+
+        layer.forward = forward
+        return lambda: delattr(layer, "forward")
+
+
+def _switch(layer: nn.Module, int8: bool) -> None:
+    for module in layer.children():
+        if isinstance(module, Quantizer):
+            if int8:
+                module.enable_quant()
+            else:
+                module.disable_quant()
+
+
+@contextmanager
+def switched(model: nn.Module) -> Iterator[Switched]:
+    """Meanwhile the layers of `model` are switched at will; then it is all in INT8 again."""
+    require_calibrated(model)
+    network = Switched(model)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(full_precision())
+        for name, layer in network.layers.items():
+            stack.callback(network.intercept(name))
+            stack.callback(_switch, layer, True)
+        yield network
+
+
+def before(calls: Calls, changed: Collection[str]) -> Calls:
+    """The calls before the first of a layer that is `changed`."""
+    names = [name for name, _ in calls]
+    return calls[: next(index for index, name in enumerate(names) if name in changed)]
+
+
+def parts_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """All layers, each block of several and each layer: name or pattern -> names of its layers.
+
+    Of blocks with the same layers it is the outermost.
+    """
+    blocks = {ALL: list(names)}
+    for name in names:
+        words = name.split(".")
+        for count in range(1, len(words)):
+            blocks.setdefault(f"{'.'.join(words[:count])}.*", []).append(name)
+    parts: dict[str, list[str]] = {}
+    for pattern, members in blocks.items():
+        if len(members) > 1 and members not in parts.values():
+            parts[pattern] = members
+    return parts | {name: [name] for name in names}
+
+
+def accuracy_pct(
+    network: Switched, batches: Sequence[tuple[Tensor, Tensor]], int8: Collection[str]
+) -> float:
+    """Accuracy with the layers `int8` in INT8, in percent.
+
+    Args:
+        batches: normalised images (B, C, H, W) and labels (B,), served again for each call.
+    """
+    right = total = 0
+    for images, labels in batches:
+        logits = network(images, int8)
+        right += int((logits.argmax(1) == labels).sum())
+        total += len(labels)
+    return 100 * right / total
+
+
+def scan(
+    network: Switched,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    precision: str,
+    progress: Progress,
+    save: Callable[[Progress], None],
+) -> Scan:
+    """How sensitive the network is to the rounding of each layer and block.
+
+    Args:
+        batches: normalised images (B, C, H, W) and labels (B,).
+        precision: the network's name in the result.
+        progress: what is known already; it is gone on with, in place.
+        save: called with it after each batch.
+    """
+    parts = parts_of(list(network.layers))
+    steps = len(parts) * len(batches)
+    done = progress.batches * len(parts)
+    images = 0
+    with tqdm(total=steps, initial=done, desc="sensitivity", unit="part", leave=False) as bar:
+        for index, (batch, labels) in enumerate(batches):
+            images += len(labels)
+            if index < progress.batches:
+                continue
+            _add_batch(network, batch, labels, parts, progress, bar)
+            progress.batches += 1
+            save(progress)
+    return _result(progress, precision, images)
+
+
+def _add_batch(
+    network: Switched,
+    images: Tensor,
+    labels: Tensor,
+    parts: dict[str, list[str]],
+    progress: Progress,
+    bar: tqdm,
+) -> None:
+    """Let a batch go through all runs, and add what that measures to `progress`."""
+    in_float: Calls = []
+    in_int8: Calls = []
+    logits = network(images, (), keep=in_float).double()
+    network(images, network.layers, keep=in_int8)
+    progress.signal += float(logits.square().sum())
+    for part, members in parts.items():
+        others = network.layers.keys() - set(members)
+        only = network(images, members, before(in_float, members))
+        without = network(images, others, before(in_int8, members))
+        sums = progress.sums.get(part, [0.0] * 4)
+        found = [*_sums(only, logits, labels), *_sums(without, logits, labels)]
+        progress.sums[part] = [a + b for a, b in zip(sums, found, strict=True)]
+        bar.update()
+
+
+def _sums(logits: Tensor, reference: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Squared error, and number of right classes."""
+    error = (logits.double() - reference).square().sum()
+    return float(error), float((logits.argmax(1) == labels).sum())
+
+
+def _result(progress: Progress, precision: str, images: int) -> Scan:
+    rows = []
+    for part, sums in progress.sums.items():
+        sqnrs_db: list[float | None] = []
+        for noise in sums[::2]:
+            sqnr_db = decibels(progress.signal, noise)
+            sqnrs_db.append(sqnr_db if math.isfinite(sqnr_db) else None)
+        only, without = (100 * right / images for right in sums[1::2])
+        rows.append(Sensitivity(part, sqnrs_db[0], only, sqnrs_db[1], without))
+    # most noise first
+    rows.sort(key=lambda row: math.inf if row.only_sqnr_db is None else row.only_sqnr_db)
+    return Scan(precision, images, rows)
+
+
+def scan_table(scan: Scan) -> str:
+    """A scan as a table, the layers that cost the most first."""
+    lines = [["in INT8", "only these: dB", "accuracy %", "all but these: dB", "accuracy %"]]
+    for row in scan.parts:
+        cells = [row.layers]
+        for value in list(vars(row).values())[1:]:
+            cells.append("-" if value is None else f"{value:.2f}")
+        lines.append(cells)
+    return text_table(lines, names=1)
