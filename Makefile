@@ -10,7 +10,7 @@ PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-all lint reproduce tables install clean
 
-demo: install  ## float training, calibration, QAT, export and one table, on a CPU in two to three minutes
+demo: install  ## float training, calibration, QAT, export and one table, on a CPU in a minute or two
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --m resnet18 --stem imagenet --dataset digits --num_epochs 6 --batch_size 64 --od $(DEMO) --en float
 	$(BIN)/python train.py --m resnet18 --quantize --partial_ckpt --load_ckpt $(DEMO)/float/ckpt_best --num_epochs 2 --batch_size 64 \

@@ -262,7 +262,7 @@ def test_record_has_the_fixed_format(record, qat_checkpoint):
 @pytest.mark.parametrize(
     "path",
     [
-        "2026-11-25_cpu_onnxruntime-1.23.2/resnet18_imagenet_digits_seed0.json",
+        "2026-11-25_h100/mobilenet_v2_cifar_seed0.json",
         "2026-11-25_h100/resnet18_cifar_seed0.json",
     ],
 )

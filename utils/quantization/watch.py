@@ -60,7 +60,6 @@ class Watch(TorchFunctionMode):
     Attributes:
         operations: in the order of their calls.
         inputs: name of each module with children -> arguments of its first call.
-        made_by: name of each module -> the operation whose result its first call returned.
         value_reads: file and line of each place where Python reads a computed value.
         parameters_read: ids of the parameters that functions read, outside of their layers.
     """
@@ -69,7 +68,6 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.made_by: dict[str, Operation | None] = {}
         self.value_reads: list[str] = []
         self.parameters_read: set[int] = set()
         self._model = model
@@ -116,8 +114,6 @@ class Watch(TorchFunctionMode):
                 self._layers_deep -= 1
             else:
                 self._owners.pop()
-            made = [self._made.get(id(tensor)) for tensor in _tensors(out)]
-            self.made_by.setdefault(name, made[0] if made else None)
 
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
