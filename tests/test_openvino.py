@@ -146,7 +146,7 @@ def test_without_onnx_runtime_it_says_that_nothing_was_checked(small, monkeypatc
 
 def trained(name, digits):
     """A network of a few quick epochs, whose predictions are about as sure as trained ones."""
-    epochs = 5 if name in ("mobilenet_v2", "efficientnet_b0") else 3
+    epochs = 6
     stem = "cifar" if name == "vanilla_cnn" else "imagenet"
     torch.manual_seed(0)
     model = models.build(name, 10, stem)
