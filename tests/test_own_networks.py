@@ -427,7 +427,7 @@ AGREEMENT = dict.fromkeys(
 @pytest.mark.parametrize("name", ZOO)
 def test_a_network_of_the_libraries_goes_the_whole_way(name, tmp_path):
     torch.manual_seed(0)
-    check_whole_way(build(name), 64, tmp_path, ZOO[name], AGREEMENT.get(name, 0.99))
+    check_whole_way(build(name), 64, tmp_path, ZOO[name], AGREEMENT.get(name, 0.97))
     for stem in ("int8", "int8_fp16"):
         assert tensorrt_rtx_builds(tmp_path / f"{stem}.onnx")
 
