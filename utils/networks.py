@@ -87,12 +87,12 @@ def build_quantized(
     Args:
         state: weights and ranges that are to be loaded: additions round what these say.
     """
-    from utils.quantization.swap import follow_ranges, quantize_modules
+    from utils.quantization.swap import follow_ranges, swap_layers
     from utils.quantization.watch import example_images
 
     model = build_float(spec, size)
     example = example_images(*size)
-    quantize_modules(model, example, quantization.quant_layers, quantization.skip_layers)
+    swap_layers(model, example, quantization.quant_layers, quantization.skip_layers)
     follow_ranges(model, state or {})
     return model
 

@@ -92,6 +92,13 @@ def quantize_modules(
         UserError: a pattern matches nothing, or no layer is left.
     """
     modularize(model, example)
+    return swap_layers(model, example, quant_layers, skip_layers)
+
+
+def swap_layers(
+    model: nn.Module, example: Tensor, quant_layers: Sequence[str], skip_layers: Sequence[str]
+) -> list[str]:
+    """As `quantize_modules`, of a model whose functional operations are modules already."""
     called = {operation.name for operation in watch(model, example).operations}
     layers = {name: layer for name, layer in quantizable_modules(model).items() if name in called}
     selected = select(list(layers), quant_layers, skip_layers)
