@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -148,6 +150,16 @@ def randomise_batch_norm(model):
         norm.momentum = 0.1
         # or a channel that hardly moves becomes the loudest
         norm.running_var.clamp_(min=0.5 * norm.running_var.mean())
+
+
+def write_graph_of_another_kind(path):
+    """An ONNX file that turns feature maps into feature maps."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    node = helper.make_node("Relu", ["images"], ["logits"])
+    graph = helper.make_graph([node], "other", [images], [logits])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
 
 
 def digits_spec(digits, split_seed=0):

@@ -18,7 +18,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STEMMED, build, digits_cut_to, normalised
+from conftest import (
+    ROOT,
+    STEMMED,
+    build,
+    digits_cut_to,
+    normalised,
+    write_graph_of_another_kind,
+)
 
 import dataset
 import infer
@@ -908,16 +915,7 @@ def test_predictions_that_are_not_one_class_for_each_image_are_refused(
 
 
 def test_a_graph_of_another_kind_is_refused_where_it_is_loaded(tmp_path):
-    import onnx
-    from onnx import TensorProto, helper
-
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    node = helper.make_node("Relu", ["images"], ["logits"])
-    graph = helper.make_graph([node], "other", [images], [logits])
-    opset = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-    onnx.save(model, tmp_path / "fp32.onnx")
+    write_graph_of_another_kind(tmp_path / "fp32.onnx")
     with pytest.raises(UserError, match=r"it has \[\('images', 'tensor\(float\)', 4\)\]"):
         OnnxRuntimeNetwork(tmp_path / "fp32.onnx")
 

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, STEMMED, Small, made, normalised
+from conftest import ROOT, STEMMED, Small, made, normalised, write_graph_of_another_kind
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -329,12 +329,7 @@ def test_a_file_that_is_no_graph_is_one_line(tmp_path, content):
 
 
 def test_a_graph_of_another_kind_is_refused_where_it_is_loaded(tmp_path):
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    node = helper.make_node("Relu", ["images"], ["logits"])
-    graph = helper.make_graph([node], "other", [images], [logits])
-    opset = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "x.onnx")
+    write_graph_of_another_kind(tmp_path / "x.onnx")
     with pytest.raises(UserError, match=r"it has \[\('images', 'f32', 4\)\]"):
         OpenVinoNetwork(tmp_path / "x.onnx")
 
