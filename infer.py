@@ -33,7 +33,7 @@ from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
 from utils.records import Record, Scan
-from utils.specs import DataSpec, NetworkSpec, Quantization
+from utils.specs import NetworkSpec, Quantization
 
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
@@ -207,25 +207,6 @@ def measures(args: Flags) -> str:
     return flags.given(args, ("record", "plot", "report", "dataset", "data_dir", "img_size"))
 
 
-def load_data(
-    args: Flags,
-    known: DataSpec,
-    data_dir: str | None = None,
-    other_images: bool = False,
-    test_digest: str | None = None,
-) -> dataset.ImageData:
-    """The images that a checkpoint or an export was made with.
-
-    Args:
-        data_dir: where they were then.
-        other_images, test_digest: as `compare.load_data` takes them.
-    """
-    name, img_size = flags.agreed_images(args, known)
-    folder = flags.agreed_data_dir(args, data_dir)
-    mend = "export again"
-    return compare.load_data(name, folder, img_size, known, other_images, mend, test_digest)
-
-
 def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantization]:
     """The checkpoint, the images that it was made with, and what to quantize of it."""
     from utils import checkpoint as ckpt  # needs torch, as all that is done with it
@@ -234,16 +215,14 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     name, _ = flags.agreed_network(args, checkpoint.network)
     flags.require_named(name, args.model)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
-    data_dir = checkpoint.recipe.get("data_dir")
-    data = load_data(args, checkpoint.data, data_dir, other_images=True)
+    if "INT8-QAT" in (args.precisions or ()) and checkpoint.quantization is None:
+        mend = "fine-tune it with train.py --quantize first"
+        raise UserError(f"--INT8QAT: this is a float checkpoint; {mend}")
+
+    images, img_size = flags.agreed_images(args, checkpoint.data)
+    data_dir = flags.agreed_data_dir(args, checkpoint.recipe.get("data_dir"))
+    data = compare.load_data(images, data_dir, img_size, checkpoint.data, other_images=True)
     return checkpoint, data, quantization
-
-
-def export(args: Flags, comparison: Comparison, folder: Path) -> dataset.ImageData:
-    """Export the checkpoint to `folder`; the images that it was made with."""
-    checkpoint, data, quantization = read_checkpoint(args)
-    compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
-    return data
 
 
 def tune(args: Flags, comparison: Comparison, folder: Path) -> Record:
@@ -289,13 +268,15 @@ def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData | None:
         UserError: there are none, and accuracies alone are asked for.
     """
     require_network(args, manifest)
-    name, _ = flags.agreed_images(args, manifest.data)
-    missing = dataset.MISSING[name](flags.agreed_data_dir(args, None))
+    name, img_size = flags.agreed_images(args, manifest.data)
+    data_dir = flags.agreed_data_dir(args, None)
+    missing = dataset.MISSING[name](data_dir)
     # a folder that is named must have them
     if args.data_dir or not missing:
         # train images are for TensorRT's own calibration alone
         digest = None if args.ptc_mode == "implicit" else manifest.test_digest
-        return load_data(args, manifest.data, test_digest=digest)
+        known, mend = manifest.data, "export again"
+        return compare.load_data(name, data_dir, img_size, known, mend=mend, test_digest=digest)
     if not args.batch_sizes and not args.audit:
         raise UserError(f"{missing}: name their folder by --data_dir, or a --batch_size to time")
     print(f"{missing}: times are of random images, accuracies are left out (see --data_dir)")
@@ -317,17 +298,16 @@ def predict(args: Flags, comparison: Comparison) -> None:
     # one line for each image, as soon as it is predicted
     left_out: LeftOut = defaultdict(list)
     refused: list[str] = []
-    size = compare.image_size(manifest.data)
-    batches = read_batches(args.predict, size, network.evaluation_batch, left_out, refused)
+    size, batch_size = manifest.data.size, network.evaluation_batch
+    batches = read_batches(args.predict, size, batch_size, left_out, refused)
     classes = [printable(name) for name in manifest.data.classes]
     width = max(map(len, classes))
     count = 0
     for path, label, probability in compare.classified(network, batches, len(classes)):
         print(f"{classes[label]:{width}}  {probability:7.2%}  {printable(str(path))}")
         count += 1
-    print(
-        f"images predicted by {network.name} {precision}: {count}{describe(left_out)}", flush=True
-    )
+    used = f"{network.name} {precision}"
+    print(f"images predicted by {used}: {count}{describe(left_out)}", flush=True)
 
     # what cannot be used
     for line in refused:
@@ -342,8 +322,8 @@ def flag_values(args: Flags) -> dict[str, str]:
     """What a record says of the command line: every flag with a value, but for paths."""
     words = {}
     for name, value in vars(args).items():
-        nothing = value is False or value is None or value == [] or value == ()
-        if not nothing and not isinstance(value, Path):
+        # 0 is a value
+        if (value or value == 0) and value is not False and not isinstance(value, Path):
             words[name] = str(value)
     return words
 
@@ -375,13 +355,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             comparison, scan = Comparison.of(args), tuned.sensitivity
         if not args.onnx:
-            data = export(args, comparison, folder)
+            checkpoint, data, quantization = read_checkpoint(args)
+            compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
         manifest, predictions = read_export(folder)
         if args.onnx:
             data = load_exported(args, manifest)
         if not args.export_only:
-            found = compare.evaluate_export(folder, manifest, predictions, data, comparison)
-            rows, engines = found
+            rows, engines = compare.evaluate_export(folder, manifest, predictions, data, comparison)
         record = compare.make_record(manifest, rows, flag_values(args), engines, scan)
 
     # the table comes before the files, which may fail to be written

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset.batches import Batches
-from layers import Normalize
 from utils import checkpoint as ckpt
 from utils import compare, networks, records
-from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint
-from utils.device import default_device, full_precision
+from utils.device import full_precision
 from utils.errors import UserError, run
 from utils.flags import require_named
 from utils.metrics import percent_equal, sqnr_db
@@ -76,19 +74,17 @@ def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
     checkpoint = ckpt.load_whole(path)
     require_named(checkpoint.network.name, None)
     info = checkpoint.data
-    device = default_device()
 
     # the checkpoint's own split: it was never trained on the val part
     data = compare.load_data(info.dataset, data_dir, info.img_size, info)
     train_arrays, val_arrays = data.split(info.split_seed)
-    normalize = Normalize(info.mean, info.std)
-    train_part = Batches(*train_arrays, normalize, EVALUATION_BATCH, device)
-    val = Batches(*val_arrays, normalize, EVALUATION_BATCH, device)
+    train_part = networks.batches_of(*train_arrays, info)
+    val = networks.batches_of(*val_arrays, info)
 
     # what every calibrator is compared with
-    model = networks.build_float(checkpoint.network, tuple(info.img_size))
+    model = networks.build_float(checkpoint.network, info.size)
     ckpt.load_weights(model, checkpoint.state)
-    exact = logits_of(model.to(device), val)  # (N, classes)
+    exact = logits_of(model.to(val.device), val)  # (N, classes)
 
     for calibrator in CALIBRATORS:
         for count in counts:
@@ -108,9 +104,7 @@ def judge(
     Args:
         exact: (N, classes), of the N images of `val`.
     """
-    model = networks.build_quantized(
-        checkpoint.network, quantization, tuple(checkpoint.data.img_size)
-    )
+    model = networks.build_quantized(checkpoint.network, quantization, checkpoint.data.size)
     ckpt.load_weights(model, checkpoint.state, allow_missing_ranges=True)
     model.to(val.device)
     started = time.perf_counter()

@@ -238,7 +238,7 @@ def add_fine_tuned(onnx: Path, tuned: Path, draft: Path, data_dir: Path) -> None
     checkpoint = ckpt.load_whole(tuned)
     info = checkpoint.data
     data = compare.load_data(info.dataset, data_dir, info.img_size, info, other_images=True)
-    model = networks.build_float(checkpoint.network, tuple(info.img_size))
+    model = networks.build_float(checkpoint.network, info.size)
     ckpt.load_weights(model, checkpoint.state)
     model.to(default_device())
     rows, predictions = compare.evaluate_in_pytorch(

@@ -317,7 +317,7 @@ def ours(
 
     # the network; QAT always starts from another
     if mode == "qat" and not state:
-        state = networks.build_float(base.network, tuple(info.img_size)).state_dict()
+        state = networks.build_float(base.network, info.size).state_dict()
     start = Checkpoint(state) if state else None
     # what is printed of its layers and weights is of no interest here
     with contextlib.redirect_stdout(io.StringIO()):

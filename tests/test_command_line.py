@@ -727,7 +727,8 @@ def test_an_export_is_locked_until_it_is_evaluated(
         if "--onnx" not in source:
             argv += ["--onnx_dir", tmp_path / "onnx"]
         monkeypatch.setattr(infer, "load_exported", lambda *_: None)
-        monkeypatch.setattr(infer, "export", lambda *_: None)
+        monkeypatch.setattr(infer, "read_checkpoint", lambda _: (None, None, None))
+        monkeypatch.setattr(compare, "export_checkpoint", lambda *_: None)
         monkeypatch.setattr(infer, "read_export", lambda _: (None, None))
         with pytest.raises(UserError, match="as expected"):
             infer.main([str(arg) for arg in argv])

@@ -452,7 +452,7 @@ def test_train_images_are_needed_where_they_are_used_or_checked(
 
 
 def test_random_images_are_those_of_every_run_in_the_graphs_size():
-    info = SimpleNamespace(img_size=[8, 8])
+    info = SimpleNamespace(size=(8, 8))
     images = compare.random_images(info, 40)
     assert images.shape == (40, 8, 8, 3)
     assert images.dtype == np.uint8

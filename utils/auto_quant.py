@@ -15,23 +15,21 @@ import re
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import dataset
-from dataset.batches import Batches
-from layers import Normalize
 from utils import compare, records
-from utils.backends.network import EVALUATION_BATCH, Network
+from utils.backends.network import Network
 from utils.checkpoint import Checkpoint, load_weights
 from utils.compare import Comparison
-from utils.device import default_device
 from utils.errors import UserError
-from utils.manifest import PRECISIONS, graph_file
-from utils.networks import build_quantized
-from utils.quantization.export import export_onnx, layer_of
+from utils.manifest import PRECISIONS, graph_file, layer_of
+from utils.networks import batches_of, build_quantized, restore
+from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
 from utils.records import Record, Scan
 from utils.schema import parse
@@ -57,6 +55,7 @@ NO_TIME = 1e-3
 """Of an engine's time: what a layer in float loses at least, and where its times are not known."""
 
 
+@dataclass
 class Tuner:
     """A checkpoint's INT8 network, calibrated, and the val images that judge it.
 
@@ -66,56 +65,42 @@ class Tuner:
         folder: of the export, locked; scans go on with what is found there.
 
     Raises:
-        UserError: as `compare.restored`; INT8-QAT is named, and the checkpoint is float.
+        UserError: as `restore`.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        checkpoint_digest: str,
-        data: dataset.ImageData,
-        quantization: Quantization,
-        comparison: Comparison,
-        folder: Path,
-    ):
+    checkpoint: Checkpoint
+    checkpoint_digest: str
+    data: dataset.ImageData
+    quantization: Quantization
+    comparison: Comparison
+    folder: Path
+
+    def __post_init__(self) -> None:
         # the network that is named, else the best one
-        named = [name for name in comparison.precisions if PRECISIONS[name].int8]
-        default = "INT8-QAT" if checkpoint.quantization else "INT8-PTC"
+        named = [name for name in self.comparison.precisions if PRECISIONS[name].int8]
+        default = "INT8-QAT" if self.checkpoint.quantization else "INT8-PTC"
         self.precision = [default, *named][-1]
-        if self.precision == "INT8-QAT":
-            compare.require_quantized(checkpoint)
-        self.quantization, networks = compare.restored(
-            checkpoint, data, quantization, [self.precision]
-        )
+        found = restore(self.checkpoint, self.data, self.quantization, [self.precision])
+        self.quantization, networks = found
         self.float_model, self.model = networks["FP32"], networks[self.precision]
-        self.checkpoint = checkpoint
-        self.comparison = comparison
-        self.folder = folder
-        self._val = data.split(checkpoint.data.split_seed)[1]
+        _, self.val = self.data.split(self.checkpoint.data.split_seed)
+
+    def scan(self) -> Scan:
+        """The sensitivity of each layer and block, on the first val images."""
+        first = [array[:SCAN_IMAGES] for array in self.val]
+        batches = batches_of(*first, self.checkpoint.data, SCAN_BATCH)
         # what a scan depends on
-        self._key = {
-            "checkpoint": checkpoint_digest,
-            "data": data.digest(),
+        key = {
+            "checkpoint": self.checkpoint_digest,
+            "data": self.data.digest(),
             "quantization": json.dumps(asdict(self.quantization)),
             "precision": self.precision,
             "batches": f"{SCAN_IMAGES} by {SCAN_BATCH}",
         }
-
-    def _batches(self, images: int | None, batch_size: int) -> Batches:
-        val_images, val_labels = (array[:images] for array in self._val)
-        normalize = Normalize(self.checkpoint.data.mean, self.checkpoint.data.std)
-        return Batches(val_images, val_labels, normalize, batch_size, default_device())
-
-    def scan(self) -> Scan:
-        """The sensitivity of each layer and block, on the first val images."""
         path = self.folder / SCAN_FILE
-        batches = self._batches(SCAN_IMAGES, SCAN_BATCH)
-
-        def save(progress: Progress) -> None:
-            records.write(path, progress)
-
+        progress = read_progress(path, key)
         with switched(self.model) as network:
-            return scan(network, batches, self.precision, read_progress(path, self._key), save)
+            return scan(network, batches, self.precision, progress, partial(records.write, path))
 
     def record(self, found: Scan, flags: dict[str, str]) -> Record:
         """A record of a scan, without rows."""
@@ -143,15 +128,14 @@ class Tuner:
         Raises:
             UserError: the back end cannot be had.
         """
-        val = self._batches(None, EVALUATION_BATCH)
+        val = batches_of(*self.val, self.checkpoint.data)
         with tempfile.TemporaryDirectory() as draft, switched(self.model) as network:
             names = list(network.layers)
 
             def accuracy(skip: Sequence[str]) -> float:
                 return accuracy_pct(network, val, set(names) - set(skip))
 
-            nothing = compare.random_images(self.checkpoint.data, 0)
-            backend = compare.choose_backend(Path(draft), self.comparison, nothing)
+            backend = compare.choose_backend(Path(draft), self.comparison)
 
             def engines(skip: Sequence[str]) -> list[Network]:
                 precisions = self._draft(Path(draft), skip)
@@ -167,18 +151,18 @@ class Tuner:
     def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
         """Export the network without `skip` in INT8; the precisions that it can then run in."""
         info = self.checkpoint.data
-        size = tuple(info.img_size)
-        if skip == [ALL]:
-            export_onnx(self.float_model, folder / graph_file("FP32"), size, info.mean, info.std)
-            return FLOAT
-        quantization = self.quantization
-        quantization = replace(quantization, skip_layers=[*quantization.skip_layers, *skip])
-        state = self.model.state_dict()
-        model = build_quantized(self.checkpoint.network, quantization, size, state)
-        own = model.state_dict()
-        load_weights(model, {key: value for key, value in state.items() if key in own})
-        export_onnx(model, folder / graph_file("INT8-PTC"), size, info.mean, info.std)
-        return ["INT8-PTC"]
+        model, precisions = self.float_model, FLOAT
+        if skip != [ALL]:
+            skip = [*self.quantization.skip_layers, *skip]
+            quantization = replace(self.quantization, skip_layers=skip)
+            state = self.model.state_dict()
+            model = build_quantized(self.checkpoint.network, quantization, info.size, state)
+            own = model.state_dict()
+            load_weights(model, {key: value for key, value in state.items() if key in own})
+            precisions = ("INT8-PTC",)
+        # that in FP16 is written beside it
+        export_onnx(model, folder / graph_file(precisions[0]), info.size, info.mean, info.std)
+        return precisions
 
 
 def search(

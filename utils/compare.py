@@ -6,7 +6,7 @@ Only `export_checkpoint` needs torch: exported networks are evaluated where it i
 from __future__ import annotations
 
 import copy
-from collections import deque
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,22 +20,17 @@ from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, 
 from utils.errors import UserError
 from utils.files import sha256, staged
 from utils.flags import BACKENDS, PTC_MODES, Flags, Refusal
-from utils.manifest import (
-    IMPLICIT,
-    MANIFEST,
-    PRECISIONS,
-    PREDICTIONS,
-    Manifest,
-    graph_file,
-)
+from utils.manifest import IMPLICIT, MANIFEST, PRECISIONS, PREDICTIONS, Manifest, graph_file
 from utils.metrics import percent_equal
 from utils.records import Engine, Record, Row, Scan
-from utils.specs import DataSpec, LayerFacts, Quantization
+from utils.specs import DataSpec, Quantization
 
 if TYPE_CHECKING:
     from torch import nn
 
     from utils.checkpoint import Checkpoint
+
+NO_IMAGES = np.empty((0, 0, 0, 3), np.uint8)
 
 RANDOM_BATCHES = 8
 """Of the largest size: enough that a back end works on several at a time."""
@@ -78,11 +73,8 @@ class Comparison:
     @classmethod
     def of(cls, flags: Flags) -> Comparison:
         """What the flags say; where there is no such flag, the default."""
-        values = {}
-        for name in (entry.name for entry in fields(cls)):
-            value = getattr(flags, name, None)
-            if value is not None:
-                values[name] = value
+        given = {field.name: getattr(flags, field.name, None) for field in fields(cls)}
+        values = {name: value for name, value in given.items() if value is not None}
         # in the table's order, each once
         named = values.get("precisions", ())
         values["precisions"] = [name for name in PRECISIONS if name in named]
@@ -150,18 +142,14 @@ def load_data(
     if known is None:
         return data
     if list(data.classes) != known.classes:
-        raise UserError(
-            f"--data_dir {data_dir}: classes differ from those the network was trained on"
-        )
+        raise UserError(f"--data_dir {data_dir}: classes differ from those that were trained on")
     if test_digest is not None:
         same = test_digest == data.test_digest()
     else:
         same = other_images or known.digest in (None, data.digest())
     if not same:
-        raise UserError(
-            f"--data_dir {data_dir}: other images, or in another order, than the checkpoint or "
-            f"export was made with; name those{mend and f', or {mend}'}"
-        )
+        what = "other images, or in another order, than the checkpoint or export was made with"
+        raise UserError(f"--data_dir {data_dir}: {what}; name those{mend and f', or {mend}'}")
     return data
 
 
@@ -180,25 +168,27 @@ def export_checkpoint(
     """Evaluate a checkpoint's networks in PyTorch and export them to `folder`, which is locked.
 
     Raises:
-        UserError: as `restored`.
+        UserError: as `restore` in `utils/networks.py`.
     """
+    from utils.networks import batches_of, restore
+    from utils.quantization.codes import layer_facts
     from utils.quantization.export import export_onnx, int8_nodes
 
-    if "INT8-QAT" in comparison.precisions:
-        require_quantized(checkpoint)
     info = checkpoint.data
-    quantization, networks = restored(checkpoint, data, quantization, comparison.wanted)
-
-    # before an earlier export is touched: it may fail
+    quantization, networks = restore(checkpoint, data, quantization, comparison.wanted)
     rows, predictions = evaluate_in_pytorch(networks, data, info, comparison)
-    layers = int8_layers(networks, data, info)
 
+    # val images show how codes are used
+    _, val = data.split(info.split_seed)
+    images = next(batches_of(*val, info).first(EVALUATION_BATCH))
+    nodes, layers = {}, {}
     with staged(folder, MANIFEST) as draft:
-        nodes = {}
         for precision, network in networks.items():
             path = draft / graph_file(precision)
             export_onnx(network, path, data.train_images.shape[1:3], info.mean, info.std)
             nodes[precision] = int8_nodes(path, network)
+            if PRECISIONS[precision].int8:
+                layers[precision] = layer_facts(network, images)
         np.savez(draft / PREDICTIONS, **predictions)
         manifest = Manifest(
             model=checkpoint.network.name,
@@ -217,72 +207,8 @@ def export_checkpoint(
     print(f"exported to {folder}")
 
 
-def int8_layers(
-    networks: dict[str, nn.Module], data: dataset.ImageData, info: DataSpec
-) -> dict[str, list[LayerFacts]]:
-    """The layers of each network that has INT8 ones, and how val images use their codes.
-
-    Returns:
-        Precision -> its layers.
-    """
-    from dataset.batches import Batches
-    from layers import Normalize
-    from utils.device import default_device
-    from utils.quantization.codes import layer_facts
-
-    _, val = data.split(info.split_seed)
-    normalize = Normalize(info.mean, info.std)
-    batches = Batches(*val, normalize, EVALUATION_BATCH, default_device())
-    images = next(batches.first(EVALUATION_BATCH))
-    layers = {}
-    for precision, network in networks.items():
-        if PRECISIONS[precision].int8:
-            layers[precision] = layer_facts(network, images)
-    return layers
-
-
-def require_quantized(checkpoint: Checkpoint) -> None:
-    """Raises UserError if a checkpoint has no network that was fine-tuned in INT8."""
-    if checkpoint.quantization is None:
-        raise UserError(
-            "--INT8QAT: this is a float checkpoint; fine-tune it with train.py --quantize first"
-        )
-
-
-def restored(
-    checkpoint: Checkpoint,
-    data: dataset.ImageData,
-    quantization: Quantization,
-    wanted: Sequence[str],
-) -> tuple[Quantization, dict[str, nn.Module]]:
-    """A checkpoint's networks by precision, and how they are quantized.
-
-    They are calibrated on the checkpoint's own train images where they must be, as far as there
-    are any.
-
-    Raises:
-        UserError: the checkpoint does not fit its networks.
-    """
-    from dataset.batches import Batches
-    from layers import Normalize
-    from utils.device import default_device
-    from utils.networks import restore
-
-    info = checkpoint.data
-    train_part, _ = data.split(info.split_seed)
-    if checkpoint.quantization is None:
-        images = min(quantization.calib_images, len(train_part[0]))
-        quantization = replace(quantization, calib_images=images)
-    normalize = Normalize(info.mean, info.std)
-    batches = Batches(*train_part, normalize, EVALUATION_BATCH, default_device())
-    return quantization, restore(checkpoint, wanted, quantization, batches)
-
-
 def evaluate_in_pytorch(
-    networks: dict[str, nn.Module],
-    data: dataset.ImageData,
-    info: DataSpec,
-    comparison: Comparison,
+    networks: dict[str, nn.Module], data: dataset.ImageData, info: DataSpec, comparison: Comparison
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Rows and test predictions of the networks, by precision, as PyTorch runs them.
 
@@ -318,27 +244,24 @@ def evaluate_in_pytorch(
         predicted = predict(network, data.test_images, batch_size, f"{backend} {title}")
         # torch.compile's FP16 comes after eager's
         predictions.setdefault(title, predicted)
-        row = Row(backend, title, **accuracies(predicted, data.test_labels, predictions["FP32"]))
+        fp32 = predictions["FP32"]
+        row = Row(backend, title, **accuracies(predicted, data.test_labels, fp32, fp32))
         rows += timed_rows(row, network, data.test_images, batch_sizes)
     return rows, predictions
 
 
 def accuracies(
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    fp32: np.ndarray,
-    reference: np.ndarray | None = None,
+    predicted: np.ndarray, labels: np.ndarray, fp32: np.ndarray, reference: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy, what it is above that of FP32's predictions, and agreement, all in percent.
+    """Accuracy, what it is above that of FP32's predictions, and agreement with the reference's.
 
-    Args:
-        reference: the predictions to agree with; None: FP32's.
+    All are in percent.
     """
     accuracy_pct = percent_equal(predicted, labels)
     return {
         "accuracy_pct": accuracy_pct,
         "delta_pct": accuracy_pct - percent_equal(fp32, labels),
-        "agreement_pct": percent_equal(predicted, fp32 if reference is None else reference),
+        "agreement_pct": percent_equal(predicted, reference),
     }
 
 
@@ -356,7 +279,7 @@ def timed_rows(
 
 
 def choose_backend(
-    folder: Path, comparison: Comparison, calibration: np.ndarray
+    folder: Path, comparison: Comparison, calibration: np.ndarray = NO_IMAGES
 ) -> Callable[[str], Network]:
     """A function from a precision to its network.
 
@@ -382,9 +305,8 @@ def choose_backend(
             from utils.backends.openvino import checked_network
         except ImportError as error:
             if wanted == "openvino":
-                raise UserError(
-                    f"--backend openvino: {error}; pip install -r requirements.txt"
-                ) from None
+                mend = "pip install -r requirements.txt"
+                raise UserError(f"--backend openvino: {error}; {mend}") from None
             print(f"OpenVINO is not used: {error}")
         else:
             return lambda precision: checked_network(folder / graph_file(precision))
@@ -405,15 +327,11 @@ def _tensorrt(
 
     require_gpu()
     # without latencies an engine is needed all the same
-    sizes = set(comparison.batch_sizes or [EVALUATION_BATCH])
+    sizes = tuple(sorted(set(comparison.batch_sizes or [EVALUATION_BATCH])))
 
     def build(precision: str) -> Network:
         options = EngineOptions(
-            precision,
-            batch_sizes=tuple(sorted(sizes)),
-            remainder=comparison.remainder,
-            workspace_gb=comparison.workspace_gb,
-            level=comparison.opt_level,
+            precision, sizes, comparison.remainder, comparison.workspace_gb, comparison.opt_level
         )
         return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
 
@@ -442,8 +360,9 @@ def evaluate_network(
     if labels is not None:
         predicted = predict(network, images, batch_size, f"{network.name} {precision}")
         in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
-        reference = predictions.get(in_pytorch)
-        row = replace(row, **accuracies(predicted, labels, predictions["FP32"], reference))
+        fp32 = predictions["FP32"]
+        reference = predictions.get(in_pytorch, fp32)
+        row = replace(row, **accuracies(predicted, labels, fp32, reference))
     if network.layers:
         row.layers = len(network.layers)
         row.int8_layers = sum(layer.precision == "INT8" for layer in network.layers)
@@ -511,7 +430,7 @@ def _calibration_images(
     Without that there are none.
     """
     if comparison.ptc_mode != "implicit":
-        return random_images(manifest.data, 0)
+        return NO_IMAGES
     if data is None:
         raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
     train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
@@ -520,13 +439,7 @@ def _calibration_images(
 
 def random_images(info: DataSpec, count: int) -> np.ndarray:
     """Noise (count, H, W, 3) uint8 of an export's size, the same in every run."""
-    shape = (count, *image_size(info), 3)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def image_size(info: DataSpec) -> tuple[int, int]:
-    """Height and width in pixels of what an exported graph takes."""
-    return tuple(info.img_size)
+    return np.random.default_rng(0).integers(0, 256, (count, *info.size, 3), dtype=np.uint8)
 
 
 def _require_predictions(
@@ -556,8 +469,7 @@ def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tu
     """
     _require_precisions(folder, manifest, comparison.precisions)
     [precision] = comparison.precisions or [_best_precision(folder, manifest)]
-    backend = choose_backend(folder, comparison, random_images(manifest.data, 0))
-    return backend(precision), precision
+    return choose_backend(folder, comparison)(precision), precision
 
 
 def _best_precision(folder: Path, manifest: Manifest) -> str:
@@ -581,24 +493,16 @@ def classified(
         UserError: the network has other than `num_classes` classes.
     """
     # a back end may take a batch before it is done with the one before
-    waiting: deque[list[Path]] = deque()
-
-    def images() -> Iterator[np.ndarray]:
-        for files, batch in batches:
-            waiting.append(files)
-            yield batch
-
-    for logits in network.stream(images()):
+    read, named = itertools.tee(batches)
+    logits_of_batches = network.stream(images for _, images in read)
+    for logits, (files, _) in zip(logits_of_batches, named, strict=True):
         if logits.shape[1] != num_classes:
-            raise UserError(
-                f"{network.path} has {logits.shape[1]} classes, not {num_classes}: export it again"
-            )
+            there = f"{network.path} has {logits.shape[1]} classes"
+            raise UserError(f"{there}, not {num_classes}: export it again")
         # less the largest, so that no exponential overflows
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = exponentials.max(1) / exponentials.sum(1)
-        yield from zip(
-            waiting.popleft(), logits.argmax(1).tolist(), probabilities.tolist(), strict=True
-        )
+        yield from zip(files, logits.argmax(1).tolist(), probabilities.tolist(), strict=True)
 
 
 def engine_of(network: Network, precision: str, nodes: Sequence[str]) -> Engine:
@@ -607,9 +511,8 @@ def engine_of(network: Network, precision: str, nodes: Sequence[str]) -> Engine:
     Args:
         nodes: of its graph, those that are meant to run in INT8.
     """
-    layers = []
-    for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
-        layers.append(replace(layer, ms=ms))
+    timed = zip(network.layers, network.layer_times_ms(), strict=True)
+    layers = [replace(layer, ms=ms) for layer, ms in timed]
     missed = network.float_nodes(nodes)
     return Engine(network.name, precision, network.evaluation_batch, layers, missed)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import dataset
 import models
+from dataset.batches import Batches
+from layers import Normalize
 from models import foreign
+from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
+from utils.device import default_device
 from utils.errors import UserError, mendable
-from utils.specs import OWN_STEM, NetworkSpec, Quantization, is_foreign
-
-if TYPE_CHECKING:
-    from dataset.batches import Batches
+from utils.specs import OWN_STEM, DataSpec, NetworkSpec, Quantization, is_foreign
 
 
 def require_known(name: str, stem: str) -> None:
@@ -56,31 +59,27 @@ def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None
     Args:
         images: (N, 3, H, W), normalised.
     """
-    training = model.training
+    from utils.quantization.watch import evaluating
+
     try:
-        with torch.no_grad():
-            logits = model.eval()(images)
+        with evaluating(model):
+            logits = model(images)
     except Exception as error:  # it is anyone's code
         if mendable(error):
             raise
-        height, width = images.shape[2:]
-        text = f"--m {spec.name}: it fails on images of {height}x{width}"
-        raise UserError(f"{text}: {type(error).__name__}: {error}") from None
-    model.train(training)
+        size = "x".join(map(str, images.shape[2:]))
+        what = f"it fails on images of {size}: {type(error).__name__}: {error}"
+        raise UserError(f"--m {spec.name}: {what}") from None
     expected = (len(images), spec.num_classes)
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != expected:
-        raise UserError(
-            f"--m {spec.name}: of {len(images)} images it makes {found}, not logits {expected}: "
-            "it must obey num_classes= and return a single tensor"
-        )
+        what = f"of {len(images)} images it makes {found}, not logits {expected}"
+        mend = "it must obey num_classes= and return a single tensor"
+        raise UserError(f"--m {spec.name}: {what}: {mend}")
 
 
 def build_quantized(
-    spec: NetworkSpec,
-    quantization: Quantization,
-    size: tuple[int, int],
-    state: State | None = None,
+    spec: NetworkSpec, quantization: Quantization, size: tuple[int, int], state: State | None = None
 ) -> nn.Module:
     """The same with the selected layers in their training forms, ranges not calibrated.
 
@@ -119,17 +118,15 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
         weights = get_model_weights(name.removeprefix("torchvision/")).DEFAULT
     except ValueError:
         known = ", ".join(model for model in models.MODELS if model in list_models())
-        raise UserError(
-            f"--pretrain: torchvision has no ImageNet weights for {name}, but for {known}"
-        ) from None
+        what = f"torchvision has no ImageNet weights for {name}, but for {known}"
+        raise UserError(f"--pretrain: {what}") from None
     try:
         pretrained = weights.get_state_dict(progress=True)
     except Exception as error:  # the network's errors, and whatever torch.load raises on damage
         reason = getattr(error, "reason", error)
-        raise UserError(
-            f"--pretrain: cannot download {weights.url} or read what was downloaded ({reason}); "
-            f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
-        ) from None
+        what = f"cannot download {weights.url} or read what was downloaded ({reason})"
+        mend = f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
+        raise UserError(f"--pretrain: {what}; {mend}") from None
     try:
         load_weights(model, pretrained, new_classifier=True)
     except UserError as error:
@@ -137,43 +134,52 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
         raise UserError(f"--pretrain: {error}{hint}") from None
 
 
+def batches_of(
+    images: np.ndarray, labels: np.ndarray, info: DataSpec, batch_size: int = EVALUATION_BATCH
+) -> Batches:
+    """Images (N, H, W, 3) uint8 and labels (N,) in batches, as a network sees them."""
+    normalize = Normalize(info.mean, info.std)
+    return Batches(images, labels, normalize, batch_size, default_device())
+
+
 def restore(
     checkpoint: Checkpoint,
-    wanted: Sequence[str],
+    data: dataset.ImageData,
     quantization: Quantization,
-    batches: Batches,
-) -> dict[str, nn.Module]:
-    """The networks, by precision, that a checkpoint holds or that calibration makes of it.
+    wanted: Sequence[str],
+) -> tuple[Quantization, dict[str, nn.Module]]:
+    """A checkpoint's networks by precision, and how they are quantized.
 
-    A float checkpoint gives FP32 and, calibrated here, INT8-PTC. A quantized one holds the float
-    weights and ranges it started from, and so gives all three.
+    A float checkpoint gives FP32 and INT8-PTC, which is calibrated here on the checkpoint's own
+    train images, as far as there are any. A quantized one holds the float weights and ranges it
+    started from, and so gives all three.
 
     Args:
         wanted: precisions; FP32 comes in any case.
-        batches: of the train part, which also say the device.
+
+    Raises:
+        UserError: the checkpoint does not fit its networks.
     """
     quantized = checkpoint.quantization is not None
     start = checkpoint.ptq_state if quantized else checkpoint.state
-    spec = checkpoint.network
+    spec, info, device = checkpoint.network, checkpoint.data, default_device()
+    train_part, _ = data.split(info.split_seed)
+    if not quantized:
+        images = min(quantization.calib_images, len(train_part[0]))
+        quantization = replace(quantization, calib_images=images)
 
-    size = tuple(checkpoint.data.img_size)
+    model = build_float(spec, info.size)
+    load_weights(model, without_ranges(start))
+    networks = {"FP32": model.to(device)}
 
-    networks = {"FP32": build_float(spec, size)}
-    load_weights(networks["FP32"], without_ranges(start))
-
-    if "INT8-PTC" in wanted:
-        model = build_quantized(spec, quantization, size, start)
-        load_weights(model, start, allow_missing_ranges=not quantized)
-        model.to(batches.device)
-        if not quantized:
-            calibrate_model(model, quantization, batches)
-        networks["INT8-PTC"] = model
-
-    if "INT8-QAT" in wanted and quantized:
-        model = build_quantized(spec, quantization, size, checkpoint.state)
-        load_weights(model, checkpoint.state)
-        networks["INT8-QAT"] = model
-
-    for network in networks.values():
-        network.to(batches.device)
-    return networks
+    states = {"INT8-PTC": start}
+    if quantized:
+        states["INT8-QAT"] = checkpoint.state
+    for precision, state in states.items():
+        if precision in wanted:
+            model = build_quantized(spec, quantization, info.size, state)
+            load_weights(model, state, allow_missing_ranges=not quantized)
+            networks[precision] = model.to(device)
+            if not quantized:
+                calibrate_model(model, quantization, batches_of(*train_part, info))
+    return quantization, networks

@@ -87,6 +87,11 @@ class DataSpec:
         if not 0 <= self.split_seed <= MAX_SEED:
             raise ValueError(f"split_seed {self.split_seed} cannot be")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return tuple(self.img_size)
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -107,7 +112,8 @@ class Quantization:
         if self.calibrator not in CALIBRATORS:
             raise ValueError(f"there is no calibrator {self.calibrator!r}")
         if not 1 <= self.calib_images <= MOST_IMAGES:
-            raise ValueError(f"calib_images: at least 1, at most {MOST_IMAGES}")
+            shown = str(self.calib_images)[:20]
+            raise ValueError(f"calib_images {shown}: at least 1, at most {MOST_IMAGES}")
 
 
 @dataclass(frozen=True)
