@@ -20,16 +20,16 @@ import argparse
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dataset
 from dataset.folder import LeftOut, describe, printable, read_batches
 from utils import compare, flags, records, report
-from utils.compare import COMPARISON_REFUSALS, Comparison, tensorrt_flag
+from utils.compare import Comparison, comparison_refusals, tensorrt_flag
 from utils.files import locked, real_path, sha256, user_path
-from utils.flags import Flags, Refusal
+from utils.flags import Flags
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
 from utils.records import Record, Scan
@@ -84,127 +84,78 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-REFUSALS: tuple[Refusal, ...] = (
-    *COMPARISON_REFUSALS,
-    (
-        lambda args: args.predict and not args.onnx,
-        "--predict uses an export: name its folder with --onnx",
-    ),
-    (
-        lambda args: args.predict and measures(args),
-        "{0}: --predict measures nothing and reads no data set; drop it",
-    ),
-    (
-        lambda args: args.predict and len(set(args.precisions or ())) > 1,
-        "--predict uses one network: name one precision",
-    ),
-    (
-        lambda args: args.load_ckpt is None and tunes(args),
-        "{0} needs torch and a checkpoint: name that by --load_ckpt",
-    ),
-    (
-        lambda args: (args.onnx is None) == (args.load_ckpt is None),
-        "name a checkpoint with --load_ckpt, or files exported earlier with --onnx",
-    ),
-    (
-        lambda args: not 1 <= min(sizes(args)) <= max(sizes(args)) <= LARGEST_BATCH,
-        f"--batch_size and --torch_compile: at least 1, at most {LARGEST_BATCH}",
-    ),
-    (
-        lambda args: args.onnx and not args.onnx.is_dir(),
-        "--onnx names no folder; make an export with infer.py --load_ckpt",
-    ),
-    (
-        lambda args: args.export_only and (args.onnx or args.audit or tensorrt_flag(args)),
-        "--export_only runs no engine: drop it, or --onnx, --audit and what only TensorRT obeys",
-    ),
-    (
-        lambda args: args.onnx and args.torch_compile,
-        "--torch_compile: PyTorch runs before the export; name the checkpoint with --load_ckpt",
-    ),
-    (
-        lambda args: len({*map(real_path, outputs(args))}) < len(outputs(args)),
-        "--record, --plot and --report: two name one file; name another",
-    ),
-    (
-        lambda args: not 0 < args.workspace_gb <= 1024,
-        "--workspace_gb: more than 0, at most 1024",
-    ),
-    (
-        lambda args: next((path for path in outputs(args) if path.is_dir()), 0),
-        "{0} is a folder: name a file in it",
-    ),
-    (
-        lambda args: args.onnx and flags.given(args, (*flags.QUANTIZATION, "onnx_dir")),
-        "{0}: decided when the files were exported; drop it or export again",
-    ),
-    (
-        lambda args: args.precisions and not named_int8(args) and wants_int8(args),
-        "{0}: the precisions named are all float; name --INT8PTC or --INT8QAT, or drop it",
-    ),
-    (
-        lambda args: args.sensitivity and not args.auto_quant and runs_engines(args),
-        "{0}: --sensitivity runs no engine; drop one of them, or add --auto_quant",
-    ),
-    (
-        lambda args: args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1),
-        "--auto_quant times engines of one batch size: name it by --batch_size",
-    ),
-    (
-        lambda args: args.auto_quant and "INT8-QAT" in (args.precisions or ()),
-        "--auto_quant chooses layers before QAT: drop --INT8QAT",
-    ),
-    (
-        lambda args: args.max_drop is not None and not args.auto_quant,
-        "--max_drop is of --auto_quant: add that, or drop it",
-    ),
-    (
-        lambda args: not 0 <= (args.max_drop or 0) <= 100,
-        "--max_drop: 0 to 100 points",
-    ),
-)
+def predict_refusals(args: Flags) -> Iterator[str]:
+    if not args.predict:
+        return
+    if not args.onnx:
+        yield "--predict uses an export: name its folder with --onnx"
+    measures = ("audit", "auto_quant", "sensitivity", "record", "plot", "report")
+    found = flags.given(args, (*measures, "dataset", "data_dir", "img_size"))
+    if args.ptc_mode == "implicit":
+        found = "--ptc_mode implicit"
+    if found:
+        yield f"{found}: --predict measures nothing and reads no data set; drop it"
+    if len(set(args.precisions or ())) > 1:
+        yield "--predict uses one network: name one precision"
+
+
+def run_refusals(args: Flags) -> Iterator[str]:
+    sizes = [*args.batch_sizes, *args.torch_compile, 1]
+    if not 1 <= min(sizes) <= max(sizes) <= LARGEST_BATCH:
+        yield f"--batch_size and --torch_compile: at least 1, at most {LARGEST_BATCH}"
+    if not 0 < args.workspace_gb <= 1024:
+        yield "--workspace_gb: more than 0, at most 1024"
+    outputs = [path for path in (args.record, args.plot, args.report) if path]
+    if len({*map(real_path, outputs)}) < len(outputs):
+        yield "--record, --plot and --report: two name one file; name another"
+    for path in outputs:
+        if path.is_dir():
+            yield f"{path} is a folder: name a file in it"
+    if args.export_only and (args.onnx or args.audit or tensorrt_flag(args)):
+        yield "--export_only runs no engine: drop it, or --onnx, --audit and what is TensorRT's"
+
+
+def source_refusals(args: Flags) -> Iterator[str]:
+    if args.load_ckpt is None and tunes(args):
+        yield f"{tunes(args)} needs torch and a checkpoint: name that by --load_ckpt"
+    if (args.onnx is None) == (args.load_ckpt is None):
+        yield "name a checkpoint with --load_ckpt, or files exported earlier with --onnx"
+    if not args.onnx:
+        return
+    if not args.onnx.is_dir():
+        yield "--onnx names no folder; make an export with infer.py --load_ckpt"
+    if args.torch_compile:
+        yield "--torch_compile: PyTorch runs before the export; name the checkpoint by --load_ckpt"
+    if found := flags.given(args, (*flags.QUANTIZATION, "onnx_dir")):
+        yield f"{found}: decided when the files were exported; drop it or export again"
+
+
+def choice_refusals(args: Flags) -> Iterator[str]:
+    named = args.precisions or ()
+    wants_int8 = tunes(args) or flags.given(args, ["quantize"])
+    if named and wants_int8 and not any(PRECISIONS[name].int8 for name in named):
+        mend = "name --INT8PTC or --INT8QAT, or drop it"
+        yield f"{wants_int8}: the precisions named are all float; {mend}"
+    runs_engine = flags.given(args, ["audit", "plot"]) or tensorrt_flag(args)
+    if args.sensitivity and not args.auto_quant and runs_engine:
+        yield f"{runs_engine}: --sensitivity runs no engine; drop one of them, or add --auto_quant"
+    if args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1):
+        yield "--auto_quant times engines of one batch size: name it by --batch_size"
+    if args.auto_quant and "INT8-QAT" in named:
+        yield "--auto_quant chooses layers before QAT: drop --INT8QAT"
+    if args.max_drop is not None and not args.auto_quant:
+        yield "--max_drop is of --auto_quant: add that, or drop it"
+    if not 0 <= (args.max_drop or 0) <= 100:
+        yield "--max_drop: 0 to 100 points"
+
+
+REFUSALS = (comparison_refusals, predict_refusals, run_refusals, source_refusals, choice_refusals)
 """What infer.py's flags may not say, checked in this order."""
 
 
-def sizes(args: Flags) -> list[int]:
-    return [*args.batch_sizes, *args.torch_compile, 1]
-
-
-def outputs(args: Flags) -> list[Path]:
-    return [path for path in (args.record, args.plot, args.report) if path]
-
-
 def tunes(args: Flags) -> str:
-    """The flag given that looks at single layers of a checkpoint's network."""
-    if args.auto_quant:
-        return "--auto_quant"
-    return "--sensitivity" if args.sensitivity else ""
-
-
-def wants_int8(args: Flags) -> str:
-    return tunes(args) or ("--quantize" if args.quantize else "")
-
-
-def runs_engines(args: Flags) -> str:
-    """The flags given that are of no use without an engine, or rows."""
-    if args.audit:
-        return "--audit"
-    return "--plot" if args.plot else tensorrt_flag(args)
-
-
-def named_int8(args: Flags) -> bool:
-    return any(PRECISIONS[name].int8 for name in args.precisions)
-
-
-def measures(args: Flags) -> str:
-    """The flags given that are for measuring alone."""
-    if args.audit:
-        return "--audit"
-    if tunes(args):
-        return tunes(args)
-    if args.ptc_mode == "implicit":
-        return "--ptc_mode implicit"
-    return flags.given(args, ("record", "plot", "report", "dataset", "data_dir", "img_size"))
+    """The flags given that look at single layers of a checkpoint's network."""
+    return flags.given(args, ["auto_quant", "sensitivity"])
 
 
 def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantization]:

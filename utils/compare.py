@@ -19,7 +19,7 @@ from utils import records
 from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
 from utils.errors import UserError
 from utils.files import sha256, staged
-from utils.flags import BACKENDS, PTC_MODES, Flags, Refusal
+from utils.flags import BACKENDS, PTC_MODES, Flags
 from utils.manifest import IMPLICIT, MANIFEST, PRECISIONS, PREDICTIONS, Manifest, graph_file
 from utils.metrics import percent_equal
 from utils.records import Engine, Record, Row, Scan
@@ -98,23 +98,16 @@ def tensorrt_flag(options: Any) -> str:
 
 NO_AUDIT = "--audit: ONNX Runtime does not tell what it runs; that needs TensorRT or OpenVINO"
 
-COMPARISON_REFUSALS: tuple[Refusal, ...] = (
-    (
-        lambda flags: (
-            flags.ptc_mode == "implicit" and flags.precisions and "INT8-PTC" not in flags.precisions
-        ),
-        "--ptc_mode implicit is a second --INT8PTC: name that too, or drop it",
-    ),
-    (
-        lambda flags: flags.backend in ("openvino", "onnxruntime") and tensorrt_flag(flags),
-        "{0} is TensorRT's: drop it or --backend",
-    ),
-    (
-        # train.py has no --audit
-        lambda flags: flags.backend == "onnxruntime" and getattr(flags, "audit", False),
-        NO_AUDIT,
-    ),
-)
+
+def comparison_refusals(flags: Flags) -> Iterator[str]:
+    implicit = flags.ptc_mode == "implicit"
+    if implicit and flags.precisions and "INT8-PTC" not in flags.precisions:
+        yield "--ptc_mode implicit is a second --INT8PTC: name that too, or drop it"
+    if flags.backend in ("openvino", "onnxruntime") and tensorrt_flag(flags):
+        yield f"{tensorrt_flag(flags)} is TensorRT's: drop it or --backend"
+    # train.py has no --audit
+    if flags.backend == "onnxruntime" and getattr(flags, "audit", False):
+        yield NO_AUDIT
 
 
 def load_data(

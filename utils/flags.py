@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,6 @@ from utils.files import user_path
 from utils.manifest import PRECISIONS
 from utils.specs import (
     CALIBRATORS,
-    MOST_IMAGES,
     OWN_STEM,
     STEMS,
     DataSpec,
@@ -35,8 +34,8 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 QUANTIZATION = tuple(field.name for field in fields(Quantization))
 """The flags that say how to quantize."""
 
-Refusal = tuple[Callable[[Flags], Any], str]
-"""A contradiction: what finds it in the flags, and a line that says it, `{0}` for the find."""
+Refusal = Callable[[Flags], Iterator[str]]
+"""Looks for contradictions of one topic in the flags, and says each in a line."""
 
 
 def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentParser:
@@ -90,16 +89,18 @@ def make_parser(description: str, datasets: Sequence[str]) -> argparse.ArgumentP
 
 
 def given(flags: Flags, names: Sequence[str]) -> str:
-    """Those of the flags `names` that have a value, as the user writes them."""
-    return ", ".join(f"--{name}" for name in names if getattr(flags, name, None) is not None)
+    """Those of the flags `names` that have a value or are set, as the user writes them."""
+    # 0 is a value, and equals False
+    values = {name: getattr(flags, name, None) for name in names}
+    there = [name for name, value in values.items() if value is not None and value is not False]
+    return ", ".join(f"--{name}" for name in there)
 
 
 def refuse(refusals: Sequence[Refusal], flags: Flags) -> None:
     """Raises UserError with the line of the first contradiction that the flags have."""
-    for find, text in refusals:
-        found = find(flags)
-        if found:
-            raise UserError(text.format(found))
+    for refusal in refusals:
+        for line in refusal(flags):
+            raise UserError(line)
 
 
 def agreed(flag: str, value: T | None, known: T | None, default: T | None = None) -> T:
@@ -109,10 +110,8 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
         UserError: the command line contradicts the checkpoint, or nobody knows.
     """
     if value is not None and known is not None and value != known:
-        raise UserError(
-            f"{flag} {_words(value)} contradicts the checkpoint, which says {_words(known)}; "
-            "drop the flag or change the file"
-        )
+        said = f"{flag} {_words(value)} contradicts the checkpoint, which says {_words(known)}"
+        raise UserError(f"{said}; drop the flag or change the file")
     for choice in (value, known, default):
         if choice is not None:
             return choice
@@ -143,10 +142,8 @@ def require_named(name: str, named: str | None) -> None:
         named: by the user.
     """
     if ":" in name and name != named:
-        raise UserError(
-            f"the checkpoint's network is made by {name}, and importing that runs its code: if "
-            f"you trust it, add --m {name}"
-        )
+        why = f"the checkpoint's network is made by {name}, and importing that runs its code"
+        raise UserError(f"{why}: if you trust it, add --m {name}")
 
 
 def agreed_images(
@@ -167,10 +164,8 @@ def agreed_images(
         default = known.img_size if known else [32, 32]
         return dataset, agreed("--img_size", size, decided and decided.img_size, default)
     if size not in (None, [32, 32]):
-        raise UserError(
-            f"--img_size {_words(flags.img_size)}: the images of {dataset} are 32 pixels wide; it "
-            "is for --dataset folder"
-        )
+        what = f"the images of {dataset} are 32 pixels wide"
+        raise UserError(f"--img_size {_words(flags.img_size)}: {what}; drop the flag")
     return dataset, None
 
 
@@ -182,13 +177,10 @@ def agreed_normalization(
     if mean is None:
         return (known.mean, known.std) if known else (None, None)
     if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-        raise UserError(
-            "--mean and --std are in units of the full range, 0 to 1: divide those of bytes by 255"
-        )
-    return (
-        agreed("--mean", mean, known and known.mean),
-        agreed("--std", std, known and known.std),
-    )
+        mend = "divide those of bytes by 255"
+        raise UserError(f"--mean and --std are in units of the full range, 0 to 1: {mend}")
+    mean = agreed("--mean", mean, known and known.mean)
+    return mean, agreed("--std", std, known and known.std)
 
 
 def agreed_data_dir(flags: Flags, known: str | None) -> Path:
@@ -204,14 +196,11 @@ def agreed_quantization(flags: Flags, known: Quantization | None) -> Quantizatio
     Raises:
         UserError: a contradiction, or no image to calibrate with.
     """
-    default = Quantization()
     values = {}
-    for name in QUANTIZATION:
+    for name, default in vars(Quantization()).items():
         value = getattr(flags, name)
-        values[name] = agreed(
-            f"--{name}", value, getattr(known, name, None), getattr(default, name)
-        )
-    images = values["calib_images"]
-    if not 1 <= images <= MOST_IMAGES:
-        raise UserError(f"--calib_images {str(images)[:20]}: at least 1, at most {MOST_IMAGES}")
-    return Quantization(**values)
+        values[name] = agreed(f"--{name}", value, getattr(known, name, None), default)
+    try:
+        return Quantization(**values)
+    except ValueError as error:  # its own check; the line begins with the field
+        raise UserError(f"--{error}") from None

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import models
+from utils import flags
 from utils.checkpoint import Checkpoint, has_ranges
-from utils.compare import COMPARISON_REFUSALS, Comparison
+from utils.compare import Comparison, comparison_refusals
 from utils.errors import UserError
-from utils.flags import (
-    QUANTIZATION,
-    Flags,
-    Refusal,
-    agreed,
-    agreed_data_dir,
-    agreed_images,
-    agreed_network,
-    agreed_normalization,
-    agreed_quantization,
-    given,
-    refuse,
-    require_named,
-)
+from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
 from utils.schema import parse, parse_fields
@@ -52,10 +40,6 @@ class Defaults:
     cpu_optimizer: str
     peak_lr: Mapping[str, float]
     last_third: str = ""
-
-    def __post_init__(self) -> None:
-        if self.last_third not in ("", SAM, FROZEN_BATCH_NORM):
-            raise ValueError(f"there is no last third {self.last_third!r}")
 
 
 @dataclass(frozen=True)
@@ -111,10 +95,9 @@ class Recipe:
     def flags(self) -> dict[str, Any]:
         """Its fields as plain values by the names of flags: a checkpoint stores them."""
         content = asdict(self)
-        quantization = content.pop("quantization") or {}
-        comparison = content.pop("comparison") or {}
-        content |= {"quantize": self.quantize, "test_trt": bool(comparison)}
-        content |= quantization | comparison
+        content |= {"quantize": self.quantize, "test_trt": self.comparison is not None}
+        for name in ("quantization", "comparison"):
+            content |= content.pop(name) or {}
         for name, value in content.items():
             if isinstance(value, Path):
                 content[name] = str(value.resolve())
@@ -138,10 +121,8 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
     default = defaults.optimizer if device_type == "cuda" else defaults.cpu_optimizer
     optimizer = values.setdefault("optimizer", default)
     if optimizer not in defaults.peak_lr:
-        raise UserError(
-            f"--optimizer {optimizer} sets the length of every kernel, so it trains from scratch "
-            f"only: use {' or '.join(defaults.peak_lr)}"
-        )
+        why = "sets the length of every kernel, so it trains from scratch only"
+        raise UserError(f"--optimizer {optimizer} {why}: use {' or '.join(defaults.peak_lr)}")
     values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
     # Muon's runs end with SAM. With SGD it cost accuracy on digits, and in QAT, where the
     # statistics are frozen, nothing cancels the perturbation
@@ -151,73 +132,61 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
     return parse(Recipe, values, "the recipe")
 
 
-RESUME_REFUSALS: tuple[Refusal, ...] = (
-    (
-        lambda flags: flags.resume and flags.load_ckpt,
-        "--resume and --load_ckpt both name a checkpoint to start from: drop one",
-    ),
-    (
-        lambda flags: (
-            flags.resume and (flags.pretrain or flags.partial_ckpt or flags.new_classifier)
-        ),
-        "--resume goes on with a run as it began: drop --pretrain, --partial_ckpt and "
-        "--new_classifier",
-    ),
-    (
-        lambda flags: (flags.mean is None) != (flags.std is None),
-        "--mean and --std belong together: name both",
-    ),
-    (
-        lambda flags: flags.normalization and flags.mean,
-        "--normalization and --mean both say how images are normalised: drop one",
-    ),
-    (
-        lambda flags: flags.resume and given(flags, ("output_dir", "exp_name")),
-        "{0}: a resumed run stays in its folder; drop it",
-    ),
-)
+def resume_refusals(args: Flags) -> Iterator[str]:
+    if not args.resume:
+        return
+    if args.load_ckpt:
+        yield "--resume and --load_ckpt both name a checkpoint to start from: drop one"
+    if found := flags.given(args, ("pretrain", "partial_ckpt", "new_classifier")):
+        yield f"{found}: --resume goes on with a run as it began; drop it"
+    if found := flags.given(args, ("output_dir", "exp_name")):
+        yield f"{found}: a resumed run stays in its folder; drop it"
+
+
+def normalization_refusals(args: Flags) -> Iterator[str]:
+    if (args.mean is None) != (args.std is None):
+        yield "--mean and --std belong together: name both"
+    if args.normalization and args.mean:
+        yield "--normalization and --mean both say how images are normalised: drop one"
+
+
+RESUME_REFUSALS: tuple[Refusal, ...] = (resume_refusals, normalization_refusals)
 """What train.py's command line may not say, before a resumed run's own flags fill it."""
 
-REFUSALS: tuple[Refusal, ...] = (
-    (
-        lambda flags: flags.quantize and not (flags.load_ckpt or flags.resume or flags.list_layers),
-        "--quantize starts from a trained network: name it with --load_ckpt",
-    ),
-    (
-        lambda flags: flags.partial_ckpt and not flags.quantize,
-        "--partial_ckpt: this run trains in float; add --quantize, or drop it",
-    ),
-    (
-        lambda flags: flags.new_classifier and (flags.quantize or not flags.load_ckpt),
-        "--new_classifier: in float training, from the network that --load_ckpt names",
-    ),
-    (
-        lambda flags: (
-            not (flags.quantize or flags.test_trt or flags.list_layers)
-            and given(flags, QUANTIZATION)
-        ),
-        "{0}: this run trains in float; add --quantize, or drop it",
-    ),
-    (
-        lambda flags: not flags.test_trt and _engine_flags(flags),
-        "{0}: nothing is exported here; add --test_trt, or drop it",
-    ),
-    (
-        lambda flags: not flags.quantize and "INT8-QAT" in (flags.precisions or ()),
-        "--INT8QAT: this run trains in float; fine-tune its checkpoint with --quantize, and "
-        "build that engine then",
-    ),
-    (
-        lambda flags: flags.pretrain and flags.load_ckpt and not flags.resume,
-        "--pretrain and --load_ckpt both name weights to start from: drop one",
-    ),
-    (
-        lambda flags: flags.pretrain and _not_torchvisions(flags.model),
-        "--pretrain: torchvision has no weights for {0}; name a file with --load_ckpt, and add "
-        "--new_classifier if it is of other classes",
-    ),
-    *COMPARISON_REFUSALS,
-)
+
+def start_refusals(args: Flags) -> Iterator[str]:
+    if args.quantize and not (args.load_ckpt or args.resume or args.list_layers):
+        yield "--quantize starts from a trained network: name it with --load_ckpt"
+    if args.partial_ckpt and not args.quantize:
+        yield "--partial_ckpt: this run trains in float; add --quantize, or drop it"
+    if args.new_classifier and (args.quantize or not args.load_ckpt):
+        yield "--new_classifier: in float training, from the network that --load_ckpt names"
+    if args.pretrain and args.load_ckpt and not args.resume:
+        yield "--pretrain and --load_ckpt both name weights to start from: drop one"
+    name = args.model or ""
+    if args.pretrain and is_foreign(name) and not name.startswith("torchvision/"):
+        mend = "name a file with --load_ckpt, and add --new_classifier if it is of other classes"
+        yield f"--pretrain: torchvision has no weights for {name}; {mend}"
+
+
+def engine_refusals(args: Flags) -> Iterator[str]:
+    quantizes = args.quantize or args.test_trt or args.list_layers
+    if not quantizes and (found := flags.given(args, flags.QUANTIZATION)):
+        yield f"{found}: this run trains in float; add --quantize, or drop it"
+    precisions = args.precisions or ()
+    engines = [f"--{PRECISIONS[name].flag}" for name in precisions]
+    if args.backend != "auto":
+        engines.append("--backend")
+    if args.ptc_mode != "explicit":
+        engines.append("--ptc_mode")
+    if engines and not args.test_trt:
+        yield f"{', '.join(engines)}: nothing is exported here; add --test_trt, or drop it"
+    if not args.quantize and "INT8-QAT" in precisions:
+        mend = "fine-tune its checkpoint with --quantize, and build that engine then"
+        yield f"--INT8QAT: this run trains in float; {mend}"
+
+
+REFUSALS: tuple[Refusal, ...] = (start_refusals, engine_refusals, comparison_refusals)
 """What train.py's flags may not say, checked in this order."""
 
 LIMITS = {
@@ -231,23 +200,6 @@ LIMITS = {
     "seed": (0, MAX_SEED),
 }
 """Field of a recipe -> its lowest and highest value."""
-
-
-def _engine_flags(flags: Flags) -> str:
-    """Those flags that only matter for engines, as the user writes them."""
-    words = [f"--{PRECISIONS[name].flag}" for name in flags.precisions or ()]
-    if flags.backend != "auto":
-        words.append("--backend")
-    if flags.ptc_mode != "explicit":
-        words.append("--ptc_mode")
-    return ", ".join(words)
-
-
-def _not_torchvisions(name: str | None) -> str:
-    """The name of a network if it comes from elsewhere than from here or torchvision."""
-    if name and is_foreign(name) and not name.startswith("torchvision/"):
-        return name
-    return ""
 
 
 def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -267,10 +219,7 @@ def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def resolve(
-    flags: Flags,
-    checkpoint: Checkpoint | None,
-    defaults: Mapping[str, Defaults],
-    device_type: str,
+    args: Flags, checkpoint: Checkpoint | None, defaults: Mapping[str, Defaults], device_type: str
 ) -> Recipe:
     """The recipe that train.py's flags mean.
 
@@ -282,41 +231,32 @@ def resolve(
     Raises:
         UserError: the flags contradict each other or the checkpoint, or a value cannot be.
     """
-    refuse(REFUSALS, flags)
-    _refuse_start(flags, checkpoint)
-    kind = _kind(flags)
+    flags.refuse(REFUSALS, args)
+    known = checkpoint or Checkpoint({})
+    _refuse_start(args, known)
+    kind = _kind(args)
 
     # what a checkpoint decides too
-    network = checkpoint.network if checkpoint else None
-    has_weights = flags.pretrain and flags.model not in models.STEMLESS
-    model, stem = agreed_network(flags, network, "imagenet" if has_weights else "cifar")
+    has_weights = args.pretrain and args.model not in models.STEMLESS
+    stem = "imagenet" if has_weights else "cifar"
+    model, stem = flags.agreed_network(args, known.network, stem)
     require_known(model, stem)
-    require_named(model, flags.model)
-    known = checkpoint.data if checkpoint else None
-    other_images = flags.new_classifier and not flags.resume
-    dataset, img_size = agreed_images(flags, known, other_images)
-    mean, std = agreed_normalization(flags, known)
+    flags.require_named(model, args.model)
+    other_images = args.new_classifier and not args.resume
+    dataset, img_size = flags.agreed_images(args, known.data, other_images)
+    mean, std = flags.agreed_normalization(args, known.data)
+    data_dir = flags.agreed_data_dir(args, (known.recipe or {}).get("data_dir"))
     quantization = None
-    if flags.quantize or flags.test_trt or flags.list_layers:
-        decided = checkpoint.quantization if checkpoint else None
-        quantization = agreed_quantization(flags, decided)
-
-    known_data_dir = None
-    if checkpoint and checkpoint.recipe:
-        known_data_dir = checkpoint.recipe.get("data_dir")
+    if args.quantize or args.test_trt or args.list_layers:
+        quantization = flags.agreed_quantization(args, known.quantization)
 
     # everything else is as the flags say, or a default
-    chosen = {}
-    for name in (field.name for field in fields(Recipe)):
-        chosen[name] = getattr(flags, name, None)
+    chosen = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
-    chosen |= {"mean": mean, "std": std}
-    chosen |= {"quantization": quantization, "comparison": None}
-    chosen["data_dir"] = agreed_data_dir(flags, known_data_dir)
-    if flags.test_trt:
-        chosen["comparison"] = Comparison.of(flags)
+    chosen |= {"mean": mean, "std": std, "data_dir": data_dir, "quantization": quantization}
+    chosen["comparison"] = Comparison.of(args) if args.test_trt else None
     # before a default is computed of them
-    _check_limits(chosen, flags.quantize)
+    _check_limits(chosen, args.quantize)
     recipe = make_recipe(kind, defaults[kind], device_type, **chosen)
     if recipe.compile and device_type != "cuda":
         raise UserError("--compile is for a GPU, and there is none here: use --no_compile")
@@ -341,37 +281,33 @@ def fit_to_images(recipe: Recipe, defaults: Defaults, images: int) -> Recipe:
     return replace(recipe, batch_size=images, lr=lr)
 
 
-def _kind(flags: Flags) -> str:
+def _kind(args: Flags) -> str:
     """Which row of the table of defaults."""
-    if flags.quantize:
+    if args.quantize:
         return "QAT"
-    if flags.pretrain or flags.new_classifier:
+    if args.pretrain or args.new_classifier:
         return "pretrained"
-    return "fine-tuning" if flags.load_ckpt else "scratch"
+    return "fine-tuning" if args.load_ckpt else "scratch"
 
 
-def _refuse_start(flags: Flags, checkpoint: Checkpoint | None) -> None:
+def _refuse_start(args: Flags, checkpoint: Checkpoint) -> None:
     """Raises UserError where the flags ask of the checkpoint what it cannot be."""
-    if checkpoint is None:
-        return
-    if flags.resume:
-        if flags.quantize != (checkpoint.quantization is not None):
-            raise UserError(
-                "--resume goes on with a run as it was; QAT starts with --load_ckpt, --quantize "
-                "and --partial_ckpt"
-            )
+    quantized = checkpoint.quantization is not None
+    if args.resume:
+        if args.quantize != quantized:
+            mend = "QAT starts with --load_ckpt, --quantize and --partial_ckpt"
+            raise UserError(f"--resume goes on with a run as it was; {mend}")
         # the optimizer's state is of no use to another
-        agreed("--optimizer", flags.optimizer, checkpoint.recipe.get("optimizer"))
-    if not flags.quantize and has_ranges(checkpoint.state):
-        raise UserError(
-            f"--load_ckpt {flags.load_ckpt} is a quantized network, and this run trains in float: "
-            "add --quantize, or load a float checkpoint"
-        )
-    if flags.quantize and checkpoint.quantization is None and has_ranges(checkpoint.state):
-        raise UserError(
-            f"--load_ckpt {flags.load_ckpt}: ranges, but not what they are of; load train.py's "
-            "checkpoint itself"
-        )
+        flags.agreed("--optimizer", args.optimizer, checkpoint.recipe.get("optimizer"))
+    if not has_ranges(checkpoint.state):
+        return
+    start = f"--load_ckpt {args.load_ckpt}"
+    if not args.quantize:
+        mend = "add --quantize, or load a float checkpoint"
+        raise UserError(f"{start} is a quantized network, and this run trains in float: {mend}")
+    if not quantized:
+        mend = "load train.py's checkpoint itself"
+        raise UserError(f"{start}: ranges, but not what they are of; {mend}")
 
 
 def _check_limits(values: Mapping[str, Any], quantize: bool) -> None:
@@ -380,10 +316,4 @@ def _check_limits(values: Mapping[str, Any], quantize: bool) -> None:
             low = 0  # calibrates only
         value = values[name]
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {_short(value)}: at least {low}, at most {high:g}")
-
-
-def _short(value: float) -> str:
-    """A number as the user wrote it, unless that is very long."""
-    text = str(value)
-    return text if len(text) < 20 else f"{text[:16]}..."
+            raise UserError(f"--{name} {str(value)[:20]}: at least {low}, at most {high:g}")
