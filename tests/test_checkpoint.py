@@ -224,7 +224,7 @@ def test_what_is_whole_but_of_another_kind_is_called_by_its_name(tmp_path):
     path = tmp_path / "ckpt_1"
     model = torch.nn.Linear(2, 2)
     torch.jit.script(model).save(path)
-    assert "is a TorchScript archive" in load_error(path)
+    assert "not a checkpoint; use an earlier one, or save model.state_dict()" in load_error(path)
     for content in (model, {"args": argparse.Namespace(lr=1), "w": torch.ones(1)}):
         torch.save(content, path)
         assert "holds Python objects besides tensors" in load_error(path)

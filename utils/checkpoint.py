@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UNREADABLE, UserError
+from utils.errors import UserError, mendable
 from utils.files import atomic_path
 from utils.manifest import PRECISIONS
 from utils.schema import parse
@@ -108,14 +109,14 @@ def load(path: Path) -> Checkpoint:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # torch does not look at its own checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # torch's unpickler raises anything on bytes of another kind
         # it cannot be read now: nothing is said of the file
-        unreadable = isinstance(error, OSError) and error.errno in UNREADABLE
-        if unreadable or "can't allocate memory" in str(error):
+        if mendable(error):
             raise
-        raise UserError(f"{path} {_what_else(path, error)}") from None
+        what = "is truncated, damaged or not a checkpoint; use an earlier one"
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            what = "holds Python objects besides tensors, which could run code; use another file"
+        raise UserError(f"{path} {what}, or save model.state_dict() with torch.save") from None
 
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and 1 <= found <= FORMAT:
@@ -127,10 +128,7 @@ def load(path: Path) -> Checkpoint:
         if checkpoint.quantization and checkpoint.ptq_state is None:
             raise UserError(f"{path} lacks 'ptq_state', what QAT started from")
         return checkpoint
-    state = unwrapped(content, path)
-    if state is not None:
-        return Checkpoint(state)
-    raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+    return Checkpoint(unwrapped(content, path))
 
 
 def _require_file(path: Path) -> None:
@@ -141,18 +139,6 @@ def _require_file(path: Path) -> None:
     there = sorted(p.name for p in folder.glob("ckpt_*"))
     hint = f"; {folder} holds {', '.join(there)}" if there else ""
     raise UserError(f"no checkpoint at {path}{hint}")
-
-
-def _what_else(path: Path, error: Exception) -> str:
-    """What a file is that is no checkpoint and no state dict, and what to do."""
-    mend = "save model.state_dict() with torch.save and load that"
-    if zipfile.is_zipfile(path) and not isinstance(error, zipfile.BadZipFile):
-        names = zipfile.ZipFile(path).namelist()
-        if any(name.endswith("/constants.pkl") for name in names):
-            return f"is a TorchScript archive: {mend}"
-    if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-        return f"holds Python objects besides tensors, which could run code: {mend}"
-    return "is truncated, damaged or not a checkpoint; train again or use an earlier one"
 
 
 def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +185,7 @@ def load_whole(path: Path) -> Checkpoint:
     """As `load`, but raises UserError for a bare state dict."""
     checkpoint = load(path)
     if not checkpoint.whole:
-        raise UserError(
-            f"{path} is a bare state dict: a checkpoint that train.py wrote is needed here"
-        )
+        raise UserError(f"{path} is a bare state dict: name a checkpoint that train.py wrote")
     return checkpoint
 
 
@@ -241,10 +225,7 @@ def without_ranges(state: State) -> State:
 
 
 def load_weights(
-    model: nn.Module,
-    state: State,
-    allow_missing_ranges: bool = False,
-    new_classifier: bool = False,
+    model: nn.Module, state: State, allow_missing_ranges: bool = False, new_classifier: bool = False
 ) -> str:
     """Load `state` so that every float weight lands exactly once; returns a line that says so.
 
@@ -282,41 +263,42 @@ def load_weights(
     return f"{line}; fresh: {', '.join(sorted(fresh))}" if fresh else line
 
 
-def _problems(expected: set[str], own: State, state: State) -> dict[str, set[str]]:
+def _problems(expected: set[str], own: State, state: State) -> defaultdict[str, set[str]]:
     """What is wrong with `state` -> the names of which.
 
     Args:
         expected: what should be there of the model's `own` tensors.
     """
     missing = {key for key in expected - state.keys() if not key.endswith(COUNTER_SUFFIX)}
-    problems: dict[str, set[str]] = {
-        "missing": missing,
-        "unexpected": state.keys() - expected,
-        "of another shape": set(),
-        "of another type": set(),
-        "not finite": set(),
-        "not above 0": set(),
-        "below 0": set(),
-    }
+    problems = defaultdict(set, {"missing": missing, "unexpected": state.keys() - expected})
     for key in expected & state.keys():
-        value = state[key]
-        if own[key].shape != value.shape:
-            problems["of another shape"].add(key)
-        # integers, booleans, complex numbers and sparse tensors would be turned into floats
-        elif not _is_like(value, own[key]):
-            problems["of another type"].add(key)
-        # as the model will hold it: a float64 may be too large for that
-        elif not (value := value.to(own[key].dtype)).isfinite().all():
-            problems["not finite"].add(key)
-        # a scale is a range / 127, and must not become 0 either
-        elif key.endswith(RANGE_SUFFIX) and not (value / 127 >= TINY).all():
-            problems["not above 0"].add(key)
-        elif key.endswith(VARIANCE_SUFFIX) and not (value >= 0).all():
-            problems["below 0"].add(key)
+        if what := _fault(key, state[key], own[key]):
+            problems[what].add(key)
     return problems
 
 
-def _hint(model: nn.Module, state: State, problems: dict[str, set[str]]) -> str:
+def _fault(key: str, value: Tensor, own: Tensor) -> str:
+    """What is wrong with a tensor that is to replace the model's own; "" if nothing is."""
+    if own.shape != value.shape:
+        return "of another shape"
+    # integers, booleans, complex numbers and sparse tensors would be turned into floats
+    floats = value.is_floating_point() == own.is_floating_point() and not value.is_complex()
+    dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    if not floats or not dense:
+        return "of another type"
+    # as the model will hold it: a float64 may be too large for that
+    value = value.to(own.dtype)
+    if not value.isfinite().all():
+        return "not finite"
+    # a scale is a range / 127, and must not become 0 either
+    if key.endswith(RANGE_SUFFIX) and not (value / 127 >= TINY).all():
+        return "not above 0"
+    if key.endswith(VARIANCE_SUFFIX) and not (value >= 0).all():
+        return "below 0"
+    return ""
+
+
+def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) -> str:
     """What may be the reason of the problems, and what to do."""
     missing, shapes = problems["missing"], problems["of another shape"]
     if missing and all(key.endswith(RANGE_SUFFIX) for key in missing):
@@ -354,12 +336,6 @@ def classifier_keys(model: nn.Module, state: State) -> set[str]:
     for prefix in heads:
         keys |= {f"{prefix}{name}" for name, _ in layers[prefix].named_parameters(recurse=False)}
     return keys
-
-
-def _is_like(value: Tensor, own: Tensor) -> bool:
-    floats = value.is_floating_point() == own.is_floating_point()
-    dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    return floats and dense and not value.is_complex()
 
 
 def _listed(problems: dict[str, set[str]]) -> str:

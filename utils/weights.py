@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, mendable
 
 State = dict[str, Tensor]
 
@@ -31,8 +31,6 @@ SAFETENSORS_TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MOST_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, as its specification says."""
 
 
 def is_state(content: Any) -> bool:
@@ -42,23 +40,22 @@ def is_state(content: Any) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
-def unwrapped(content: Any, path: Path) -> State | None:
+def unwrapped(content: Any, path: Path) -> State:
     """The state dict in a file's content, alone or in a dictionary; prints what is left aside.
 
     Raises:
-        UserError: a dictionary holds several.
+        UserError: there is none, or a dictionary holds several.
     """
     if is_state(content):
         return content
-    if not isinstance(content, dict):
-        return None
-    found = [key for key in CONTAINERS if is_state(content.get(key))]
-    if len(found) > 1:
-        raise UserError(
-            f"{path} holds several state dicts ({', '.join(found)}): save the one by torch.save"
-        )
+    found = []
+    if isinstance(content, dict):
+        found = [key for key in CONTAINERS if is_state(content.get(key))]
     if not found:
-        return None
+        raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+    if len(found) > 1:
+        what = f"several state dicts ({', '.join(found)})"
+        raise UserError(f"{path} holds {what}: save the one by torch.save")
     others = [str(key) for key in content if key != found[0]]
     more = ", ..." if len(others) > 5 else ""
     beside = f"; left aside: {', '.join(others[:5])}{more}" if others else ""
@@ -99,57 +96,39 @@ def read_safetensors(path: Path) -> State:
         UserError: the header is damaged, or the tensors do not fill the file without gap or
             overlap.
     """
+    state = {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            if length > MOST_HEADER_BYTES:
-                raise ValueError("the header is too long")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            spans = _spans(header)
-            # each begins where the one before it ended, and the last at the file's end
-            end = 0
-            for begin, stop, *_ in spans:
-                if begin != end:
-                    raise ValueError("tensors overlap or leave a gap")
-                end = stop
-            if 8 + length + end != path.stat().st_size:
-                raise ValueError("it is shorter or longer than its header says")
-        # JSON of another kind has no such keys and methods
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            # each begins where the one before it ended, and the last ends where the file does
+            begins = [entry["data_offsets"][0] for _, entry in entries]
+            ends = [entry["data_offsets"][1] for _, entry in entries]
+            if [*begins, path.stat().st_size - 8 - length] != [0, *ends]:
+                raise ValueError("tensors overlap or leave a gap, or end elsewhere than the file")
+            for name, entry in entries:
+                state[name] = _read_tensor(file, name, **entry)
+        # JSON of another kind has no such keys and methods, and torch makes no such shape
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if mendable(error):
+                raise
             raise UserError(f"{path} is a damaged safetensors file ({error})") from None
-        state = {}
-        for _, _, name, kind, shape in spans:
-            state[name] = _read_tensor(file, kind, shape)
     print(f"{path}: a safetensors file of {len(state)} tensors")
     return state
 
 
-def _spans(header: dict[str, Any]) -> list[tuple[int, int, str, torch.dtype, list[int]]]:
-    """First byte, end, name, type and shape of each tensor, in the order of their bytes.
-
-    Raises ValueError, KeyError or TypeError where the header is none.
-    """
-    spans = []
-    for name, entry in header.items():
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]
-        shown = repr(name[:60])
-        if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{shown} is of type {str(entry['dtype'])[:20]}")
-        kind = SAFETENSORS_TYPES[entry["dtype"]]
-        if not all(type(n) is int and 0 <= n < 2**40 for n in [begin, end, *shape]):
-            raise ValueError(f"{shown} has a shape or place that cannot be")
-        # a tensor without elements may have any shape, but for torch's 63 bits
-        if math.prod(max(n, 1) for n in shape) >= 2**60:
-            raise ValueError(f"{shown} has a shape that cannot be")
-        if end - begin != math.prod(shape) * kind.itemsize:
-            raise ValueError(f"{shown} has another number of bytes than its shape")
-        spans.append((begin, end, name, kind, shape))
-    return sorted(spans, key=lambda span: span[:2])
-
-
-def _read_tensor(file: BinaryIO, kind: torch.dtype, shape: list[int]) -> Tensor:
+def _read_tensor(
+    file: BinaryIO, name: str, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Tensor:
     """The next tensor of a file. That it is long enough is known."""
+    if dtype not in SAFETENSORS_TYPES:
+        raise ValueError(f"{name[:60]!r} is of type {dtype[:20]}")
+    kind = SAFETENSORS_TYPES[dtype]
+    begin, end = data_offsets
+    if end - begin != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"{name[:60]!r} has another number of bytes than its shape")
     tensor = torch.empty(shape, dtype=kind)
     file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
     return tensor
