@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path, small_disk
     ckpt.save(path, Checkpoint({"w": torch.ones(3)}))
     large = Checkpoint({"w": torch.ones(1_000_000)})
     line = error_line(lambda _: ckpt.save(path, large), [])
-    assert line.startswith("error: cannot write ")
+    assert line.startswith("error: cannot read or write ")
     assert str(path) in line
     assert torch.equal(ckpt.load(path).state["w"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
@@ -151,7 +151,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(
     start = f"--quantize --partial_ckpt --load_ckpt {float_checkpoint} --od {tmp_path}"
     quick = "--num_epochs 0 --calib_images 16 --calibrator max"
     line = error_line(train.main, f"{start} {quick}".split())
-    assert line.startswith("error: cannot write ")
+    assert line.startswith("error: cannot read or write ")
     assert "ckpt_0" in line
     assert list(tmp_path.iterdir()) == []
 

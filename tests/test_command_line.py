@@ -994,8 +994,8 @@ def test_an_export_interrupted_leaves_the_one_before_or_none(
         full = OSError(errno.ENOSPC, "No space left on device")
         patch.setattr(compare.np, "savez", Mock(side_effect=full))
         line = error_line(infer.main, argv)
-    said = f"error: cannot write {export_copy}: No space left on device; "
-    assert line == f"{said}free space or name another folder"
+    said = f"error: cannot read or write {export_copy}: No space left on device; "
+    assert line == f"{said}give access, free space or name another"
     read_export(export_copy)
 
     # as the files are renamed: none
@@ -1058,7 +1058,7 @@ def test_output_that_cannot_be_written_is_one_line(
     argv = f"--onnx {exported}/onnx {flags} {flag} {tmp_path / below}".split()
     said = f"{tmp_path} is a folder: name a file"
     if below:
-        said = f"cannot write {tmp_path}/file: "
+        said = f"cannot read or write {tmp_path}/file: "
     assert error_line(infer.main, argv).startswith(f"error: {said}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # the table is there, whatever becomes of the file

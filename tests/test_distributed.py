@@ -49,7 +49,7 @@ def two_ranks(rank, ports, folder, data):
         assert (ranks.rank, ranks.world_size, ranks.device.type) == (rank, 2, "cpu")
         assert distributed.from_first(lambda: f"rank {rank}") == "rank 0"
         # what fails on the first alone is no riddle to the others
-        with pytest.raises(UserError, match="cannot write /x"):
+        with pytest.raises(UserError, match="cannot read or write /x"):
             distributed.from_first(lambda: cannot_write(rank))
         batch_norm_equals_torchs(rank)
         steps_equal_the_textbook_loop(rank)
@@ -308,7 +308,7 @@ def test_a_mistake_of_all_ranks_or_of_the_first_is_said_once(tmp_path, data):
     flags = ["--model", "vanilla_cnn", "--data_dir", data, *FLAGS]
     for wrong, said in (
         (["--load_ckpt", "/nowhere"], "error: no checkpoint at /nowhere"),
-        (["--od", tmp_path / "file"], f"error: cannot write {tmp_path}/file: File exists"),
+        (["--od", tmp_path / "file"], f"error: cannot read or write {tmp_path}/file: File exists"),
     ):
         process = start_torchrun(*flags, *wrong)
         _, stderr = process.communicate(timeout=120)

@@ -14,33 +14,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
-UNREADABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ENODEV,
-    errno.ELOOP,
-)
-"""What a file that cannot be read now answers: nothing is said of its content."""
-
-UNWRITABLE = (
-    errno.EROFS,
-    # no room
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    # no such place for a file
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.ENAMETOOLONG,
-    # a FIFO or a socket that nobody reads
-    errno.ENXIO,
-)
-"""What a place that cannot be written to answers."""
+OWN_FAULTS = (errno.EBADF, errno.EINVAL)
+"""What the system answers to a wrong program. All else that it refuses can be mended."""
 
 TOO_LITTLE_MEMORY = (
     "the machine is out of memory: use a smaller --batch_size or --img_size, or a file of another "
@@ -134,12 +109,9 @@ def mendable(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name!r} is missing: pip install -r requirements.txt"
-    if isinstance(error, OSError):
-        what = error.filename or "a file"
-        if error.errno in UNREADABLE:
-            return f"cannot read or write {what}: {error.strerror}; give access or name another"
-        if error.errno in UNWRITABLE:
-            return f"cannot write {what}: {error.strerror}; free space or name another folder"
+    if isinstance(error, OSError) and error.errno not in (None, *OWN_FAULTS):
+        mend = "give access, free space or name another"
+        return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; {mend}"
     # torch's own error on a CPU is a RuntimeError
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return TOO_LITTLE_MEMORY
