@@ -46,6 +46,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _draft_folder(parent: Path, name: str) -> tempfile.TemporaryDirectory:
+    """A folder that no other process has the name of, so that no planted link is in it."""
+    prefix = f".{name[:99]}."
+    return tempfile.TemporaryDirectory(PARTIAL, prefix, parent, ignore_cleanup_errors=True)
+
+
 @contextmanager
 def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds, deleted if it fails.
@@ -63,23 +69,12 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
         path = real_path(path)
         if path.exists() and not path.is_file() and not path.is_dir():
             # a FIFO that nobody reads fails here, where plain opening would wait for ever
-            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb"):
                 yield path
-            finally:
-                os.close(handle)
             return
     try:
-        if path.is_dir() and not path.is_symlink():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a folder of its own: no other process has its name, and no planted link is in it
-        with tempfile.TemporaryDirectory(
-            prefix=f".{path.name[:99]}.",
-            suffix=PARTIAL,
-            dir=path.parent,
-            ignore_cleanup_errors=True,
-        ) as draft:
+        with _draft_folder(path.parent, path.name) as draft:
             partial = Path(draft, path.name)
             yield partial
             partial.replace(path)
@@ -93,11 +88,10 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
 def remove_partial(folder: Path) -> None:
     """Delete what killed processes left in `folder`, which must be locked."""
     for path in folder.glob(f".*{PARTIAL}"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+        # a file, of an earlier version, or a planted link; else a folder
+        with suppress(OSError):
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -114,10 +108,8 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         OSError: a file cannot be written.
     """
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=".export.", suffix=PARTIAL, dir=folder, ignore_cleanup_errors=True
-        ) as name:
-            draft = Path(name)
+        with _draft_folder(folder, "export") as draft_name:
+            draft = Path(draft_name)
             yield draft
             (folder / last).unlink(missing_ok=True)
             for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
@@ -148,9 +140,8 @@ def locked(folder: Path, make: bool = False) -> Iterator[None]:
             # the system gives up a killed process's lock
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {folder}: wait for it, or name another folder"
-            ) from None
+            what = f"another process is at work in {folder}"
+            raise UserError(f"{what}: wait for it, or name another folder") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -170,8 +161,7 @@ def new_folder(parent: Path, name: str) -> Path:
     number = 0
     while True:
         folder = parent / (f"{name}_{number}" if number else name)
-        try:
+        number += 1
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            number += 1
