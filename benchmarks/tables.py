@@ -28,7 +28,7 @@ from utils import records
 from utils.errors import UserError, run
 from utils.files import atomic_path
 from utils.recipe import Recipe, make_recipe
-from utils.records import ROOT, markdown_table
+from utils.records import ROOT
 from utils.specs import CALIBRATORS
 
 if TYPE_CHECKING:
@@ -227,6 +227,12 @@ def _accuracies(group: Sequence[Record], backend: str, precisions: Iterable[str]
 
 
 # Tables of a study: many records as one
+
+
+def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Lines of cells in Markdown, titles first: `names` columns to the left, others right."""
+    ruler = [":--" if index < names else "--:" for index in range(len(lines[0]))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ruler, *lines[1:]))
 
 
 def headline_table(groups: Groups) -> str:

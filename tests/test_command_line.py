@@ -841,8 +841,6 @@ def test_a_field_of_a_manifest_that_is_missing_or_of_another_type_is_named(tmp_p
     ("place", "value"),
     [
         (["stem"], "vgg"),
-        (["seed"], -1),
-        (["seed"], 10**30),
         (["data", "classes"], []),
         (["data", "classes"], ["a", "a"]),
         (["data", "std"], [0.5, 0.5, 0.0]),
@@ -861,8 +859,6 @@ def test_a_field_of_a_manifest_that_is_missing_or_of_another_type_is_named(tmp_p
         (["files", "predictions.npz"], "00"),
         (["rows", 0], None),
         (["rows", 0, "latency_ms"], {}),
-        (["rows", 0, "accuracy_pct"], 1e308),
-        (["rows", 0, "accuracy_pct"], -1),
         (["rows", 0, "agreement_pct"], float("nan")),
     ],
 )

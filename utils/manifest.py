@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import regular, sha256
 from utils.records import Row
 from utils.schema import parse
-from utils.specs import MAX_SEED, DataSpec, LayerFacts, NetworkSpec, Quantization
+from utils.specs import DataSpec, LayerFacts, NetworkSpec, Quantization
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 """Names of a graph's input (batch, height, width, 3) uint8, its output (batch, classes) float32,
@@ -112,8 +112,6 @@ class Manifest:
 
     def __post_init__(self) -> None:
         NetworkSpec(self.model, self.stem, len(self.data.classes))  # raises if it cannot be
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed {self.seed} cannot be")
         described = {PREDICTIONS, *(graph_file(name) for name in self.int8_nodes)}
         if missing := described - self.files.keys():
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
@@ -139,6 +137,5 @@ def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         raise
     except Exception as error:  # json, zipfile and NumPy raise anything on damaged files
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(
-            f"{folder} is no complete export ({kind}{error}); make one with infer.py --load_ckpt"
-        ) from None
+        what = f"{folder} is no complete export ({kind}{error})"
+        raise UserError(f"{what}; make one with infer.py --load_ckpt") from None

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,6 @@ class Row:
     def __post_init__(self) -> None:
         if self.latency_ms.keys() != {"p50", "p99"}:
             raise ValueError("latency_ms has not just p50 and p99")
-        for percent in (self.accuracy_pct, self.agreement_pct):
-            if percent is not None and not 0 <= percent <= 100:
-                raise ValueError(f"{percent} is no share in percent")
 
     def timed(self, batch_size: int, p50_ms: float, p99_ms: float) -> Row:
         """This row with the latency of a batch."""
@@ -179,12 +177,7 @@ def environment(backends: Iterable[str]) -> dict[str, str | None]:
         loaded = [sys.modules[name] for name in modules if name in sys.modules]
         used = backend in ran and loaded
         versions[package] = getattr(loaded[0], "__version__", None) if used else None
-    return {
-        "gpu": _gpu_name(),
-        "cpu": _cpu_name(),
-        **versions,
-        "python": platform.python_version(),
-    }
+    return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
 
 
 def merge_environment(
@@ -225,18 +218,13 @@ def commit() -> str | None:
     """
     # GIT_DIR and the like name another repository, as a hook's environment does
     own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
+    # a repository above is another one: this project was copied into it
+    own["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), *describe]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
         return done.stdout.strip()
-
-    try:
-        # a folder below the top is another repository's: this project was copied into it
-        if git("rev-parse", "--show-prefix") == "":
-            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        pass  # no git, or no checkout
     return os.environ.get("GIT_COMMIT")
 
 
@@ -296,9 +284,3 @@ def text_table(lines: Sequence[Sequence[str]], names: int) -> str:
         align = str.ljust if index < names else str.rjust
         columns.append([align(cell, width) for cell in column])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
-
-
-def markdown_table(lines: Sequence[Sequence[str]], names: int = 1) -> str:
-    """The same as a Markdown table, the first line its titles."""
-    ruler = [":--" if index < names else "--:" for index in range(len(lines[0]))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ruler, *lines[1:]))

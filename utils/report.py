@@ -50,17 +50,13 @@ def write(
     for name in INT8:
         if name in manifest.layers:
             tables[name] = layer_rows(manifest.layers[name], record.engines, name)
-    jinja = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    lines = {"trim_blocks": True, "lstrip_blocks": True}
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **lines)
     page = jinja.get_template("report.html.j2").render(
         record=record,
         cells=cells_of(record.rows),
-        sensitivity=getattr(record, "sensitivity", None),
+        sensitivity=record.sensitivity,
         tables=tables,
         floats=float_engines(record.engines),
         plot=speedup_plot(speedups(record.rows)),
@@ -95,13 +91,11 @@ def speedups(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
             timed[row.backend, row.precision, row.batch_size] = row
     points = []
     for (backend, precision, batch_size), row in timed.items():
-        for reference in ("FP16", "FP32"):
-            base = timed.get((backend, reference, batch_size))
-            if precision.startswith("INT8") and base:
-                ratio = base.latency_ms["p50"] / row.latency_ms["p50"]
-                label = f"{precision}, batch {batch_size}, over {backend}'s {reference}"
-                points.append((label, ratio, -row.delta_pct))
-                break
+        base = timed.get((backend, "FP16", batch_size)) or timed.get((backend, "FP32", batch_size))
+        if precision.startswith("INT8") and base:
+            ratio = base.latency_ms["p50"] / row.latency_ms["p50"]
+            label = f"{precision}, batch {batch_size}, over {backend}'s {base.precision}"
+            points.append((label, ratio, -row.delta_pct))
     return points
 
 
@@ -114,10 +108,8 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
     from matplotlib import pyplot
 
     # text stays text, in grey, which is read on white and on black
-    grey = dict.fromkeys(
-        ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "grey"
-    )
-    look = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.color": "grey", **grey}
+    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    look = {"svg.fonttype": "none", "svg.hashsalt": "report", **dict.fromkeys(parts, "grey")}
     with pyplot.rc_context(look):
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         for index, (label, ratio, lost_pct) in enumerate(points):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def parse(cls: type[T], content: Any, what: str) -> T:
             names it.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{what}: {_shown(content)} stands where {cls.__name__} should")
+        raise UserError(f"{what}: {reprlib.repr(content)} stands where {cls.__name__} should")
     values = parse_fields(cls, content, what)
     for field in fields(cls):
         if field.name in values:
@@ -82,13 +83,4 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if isinstance(value, origin or hint) and not other and not nan:
         return value
     expected = getattr(hint, "__name__", hint)
-    raise UserError(f"{what}: {name} is {_shown(value)}, not of type {expected}")
-
-
-def _shown(value: Any) -> str:
-    """A few characters of any value."""
-    try:
-        text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        text = "a very large number"
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    raise UserError(f"{what}: {name} is {reprlib.repr(value)}, not of type {expected}")
