@@ -61,19 +61,16 @@ class Switched:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.layers: dict[str, QuantizedLayer] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedLayer):
-                self.layers[name] = module
-        self._known: Calls = []
+        modules = model.named_modules()
+        self.layers = {name: layer for name, layer in modules if isinstance(layer, QuantizedLayer)}
+        self._known: Iterator[tuple[str, Tensor]] = iter(())
         self._kept: Calls | None = None
-        self._count = 0
 
     def __call__(
         self,
         images: Tensor,
         int8: Collection[str],
-        known: Calls | None = None,
+        known: Sequence[tuple[str, Tensor]] = (),
         keep: Calls | None = None,
     ) -> Tensor:
         """Logits (B, classes) of normalised images (B, C, H, W).
@@ -85,10 +82,8 @@ class Switched:
         """
         for name, layer in self.layers.items():
             _switch(layer, name in int8)
-        self._known, self._kept, self._count = known or [], keep, 0
-        logits = self.model(images)
-        self._known, self._kept = [], None
-        return logits
+        self._known, self._kept = iter(known), keep
+        return self.model(images)
 
     def intercept(self, name: str) -> Callable[[], None]:
         """Let each call of a layer be looked up first; returns what undoes that."""
@@ -96,10 +91,10 @@ class Switched:
         compute = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            index, self._count = self._count, self._count + 1
             # copies, as what follows may work in place
-            if index < len(self._known):
-                return self._known[index][1].clone()
+            known = next(self._known, None)
+            if known is not None:
+                return known[1].clone()
             result = compute(*args, **kwargs)
             if self._kept is not None:
                 self._kept.append((name, result.clone()))
@@ -188,12 +183,12 @@ def scan(
     """
     parts = parts_of(list(network.layers))
     steps = len(parts) * len(batches)
-    done = progress.batches * len(parts)
     images = 0
-    with tqdm(total=steps, initial=done, desc="sensitivity", unit="part", leave=False) as bar:
+    with tqdm(total=steps, desc="sensitivity", unit="part", leave=False) as bar:
         for index, (batch, labels) in enumerate(batches):
             images += len(labels)
             if index < progress.batches:
+                bar.update(len(parts))
                 continue
             _add_batch(network, batch, labels, parts, progress, bar)
             progress.batches += 1
