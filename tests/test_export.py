@@ -29,6 +29,7 @@ from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.backends.pytorch import TorchNetwork
 from utils.checkpoint import load_weights
 from utils.errors import UserError
+from utils.manifest import layer_of
 from utils.metrics import percent_equal, sqnr_db
 from utils.networks import build_float, build_quantized
 from utils.quantization import calibrate, export_onnx, quantize_modules
@@ -58,8 +59,8 @@ class Graph:
         self.maker = {name: node for node in self.nodes for name in node.output}
         self.layers = {}
         for node in self.nodes:
-            if node.op_type in COMPUTING and layer_name(node) and not self.is_silu(node):
-                self.layers[layer_name(node)] = node
+            if node.op_type in COMPUTING and layer_of(node.name) and not self.is_silu(node):
+                self.layers[layer_of(node.name)] = node
 
     def count(self, *kinds):
         return sum(node.op_type in kinds for node in self.nodes)
@@ -99,19 +100,6 @@ class Graph:
         assert len(axes) == 2 * scale.ndim
         assert len(set(axes)) == scale.ndim
         return quantize.input[0], scale, axes[0] if axes else None
-
-
-def layer_name(node):
-    """Module of a node: "/model/layer1/layer1.0/conv1/Conv" is of layer1.0.conv1.
-
-    "" for those that normalise the images.
-    """
-    parts = []
-    for part in node.name.strip("/").split("/")[1:-1]:
-        if parts and part.startswith(parts[-1] + "."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)
 
 
 def batch_norm_of(model, name):
