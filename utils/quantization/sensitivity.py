@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,8 @@ class Switched:
         self.layers = {name: layer for name, layer in modules if isinstance(layer, QuantizedLayer)}
         self._known: Iterator[tuple[str, Tensor]] = iter(())
         self._kept: Calls | None = None
+        for name, layer in self.layers.items():
+            layer.forward = self._looked_up(name, layer.forward)
 
     def __call__(
         self,
@@ -85,10 +87,8 @@ class Switched:
         self._known, self._kept = iter(known), keep
         return self.model(images)
 
-    def intercept(self, name: str) -> Callable[[], None]:
-        """Let each call of a layer be looked up first; returns what undoes that."""
-        layer = self.layers[name]
-        compute = layer.forward
+    def _looked_up(self, name: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The `forward` of a layer, which takes a call's result from those that are known."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             # copies, as what follows may work in place
@@ -100,8 +100,7 @@ class Switched:
                 self._kept.append((name, result.clone()))
             return result
 
-        layer.forward = forward
-        return lambda: delattr(layer, "forward")
+        return forward
 
 
 def _switch(layer: nn.Module, int8: bool) -> None:
@@ -118,13 +117,13 @@ def switched(model: nn.Module) -> Iterator[Switched]:
     """Meanwhile the layers of `model` are switched at will; then it is all in INT8 again."""
     require_calibrated(model)
     network = Switched(model)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(full_precision())
-        for name, layer in network.layers.items():
-            stack.callback(network.intercept(name))
-            stack.callback(_switch, layer, True)
-        yield network
+    try:
+        with evaluating(model), full_precision():
+            yield network
+    finally:
+        for layer in network.layers.values():
+            del layer.forward
+            _switch(layer, int8=True)
 
 
 def before(calls: Calls, changed: Collection[str]) -> Calls:
