@@ -17,6 +17,7 @@ import numpy as np
 import dataset
 from utils import records
 from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
+from utils.engine_layers import audit_lines
 from utils.errors import UserError
 from utils.files import sha256, staged
 from utils.flags import BACKENDS, PTC_MODES, Flags, Refusal
@@ -499,7 +500,10 @@ def evaluate_export(
         if comparison.audit or comparison.report and network.layers:
             engines.append(engine_of(network, precision, nodes))
         if comparison.audit:
-            print_engine(engines[-1])
+            print(f"{precision}, batch size {engines[-1].batch_size}, each layer timed alone")
+            # float networks have the layers of the INT8 ones
+            layers = manifest.layers.get(precision) or next(iter(manifest.layers.values()), [])
+            print(*audit_lines(engines[-1], layers), sep="\n")
     return rows, engines
 
 
@@ -612,13 +616,6 @@ def engine_of(network: Network, precision: str, nodes: Sequence[str]) -> Engine:
         layers.append(replace(layer, ms=ms))
     missed = network.float_nodes(nodes)
     return Engine(network.name, precision, network.evaluation_batch, layers, missed)
-
-
-def print_engine(engine: Engine) -> None:
-    print(f"{engine.precision}, batch size {engine.batch_size}; ms of each layer alone")
-    for layer in engine.layers:
-        time = "-" if layer.ms is None else f"{layer.ms:.4f}"
-        print(f"{time:>8} {layer}")
 
 
 def make_record(
