@@ -126,14 +126,8 @@ class OnnxParser:
 
 
 class ParserError:
-    def desc(self):
-        return ("No importer registered\nfor op: Nonsense", "Failed to parse")[self._index]
-
-    def node_operator(self):
-        return ("Nonsense", "")[self._index]
-
-    def node_name(self):
-        return ("odd", "")[self._index]
+    def __str__(self):
+        return ("In node 0 (odd):\nNo importer for Nonsense", "Failed to parse")[self._index]
 
 
 class IBuilderConfig:
@@ -324,7 +318,7 @@ def fake_tensorrt(generation):
         if name in ("ILogger", "IInt8EntropyCalibrator2"):
             made = type(name, (BaseOfPython,), {key: key for key in attributes if key.isupper()})
         else:
-            known = {"__init__", *attributes}
+            known = {"__init__", "__str__", *attributes}
             behaviour = {
                 k: v
                 for k, v in behaviours.get(name, {}).items()
@@ -406,7 +400,7 @@ class FakeMemory:
 
 
 class FakeGraph:
-    """In place of `utils.backends.tensorrt_run._CudaGraph`."""
+    """In place of `utils.backends.tensorrt_run.cuda_graph`."""
 
     def __init__(self, stream, enqueue):
         self.stream, stream.captured = stream, []

@@ -339,7 +339,8 @@ def one_node_graph(operation):
 def test_an_unsupported_node_is_named_in_the_parsers_own_words(rtx):
     line = line_of(parsed, rtx, one_node_graph("Nonsense"))
     assert line.startswith(f"TensorRT {rtx.__version__} rejects the graph: ")
-    assert "Nonsense odd_one: " in line
+    assert "Nonsense" in line
+    assert "odd_one" in line
     assert "Plugin not found" in line
     assert parsed(rtx, one_node_graph("Relu"))
 
@@ -597,9 +598,8 @@ def test_a_tensorrt_that_cannot_start_says_why(trt, timing):
 def test_a_rejected_graph_quotes_every_error_of_the_parser(trt, timing):
     trt._fails = "parse"
     line = line_of(built, trt, EngineOptions("FP32", (1,)), timing)
-    said = "No importer registered for op: Nonsense; Failed to parse"
-    node = "" if trt._generation == "8.6" else "Nonsense odd: "
-    assert line == f"TensorRT {trt.__version__} rejects the graph: {node}{said}"
+    said = "In node 0 (odd): No importer for Nonsense; Failed to parse"
+    assert line == f"TensorRT {trt.__version__} rejects the graph: {said}"
 
 
 def test_a_failed_build_ends_with_tensorrts_last_error_and_stores_nothing(trt, timing):
@@ -1152,7 +1152,7 @@ def load(tmp_path, monkeypatch):
         trt, cuda = fake_tensorrt(generation), FakeCuda(eager=eager)
         trt._fails, trt._cuda, trt._inspect, cuda.free = fails, cuda, inspect, memory
         monkeypatch.setattr(tensorrt_run, "require_gpu", lambda: (trt, cuda))
-        monkeypatch.setattr(tensorrt_run, "_CudaGraph", FakeGraph)
+        monkeypatch.setattr(tensorrt_run, "cuda_graph", FakeGraph)
         (tmp_path / "fp32.onnx").write_bytes(b"graph")
         network = TensorRTNetwork(
             tmp_path, EngineOptions("FP32", sizes), np.zeros((1, *IMAGE), np.uint8)
