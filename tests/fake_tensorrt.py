@@ -104,16 +104,58 @@ class INetworkDefinition:
     def num_inputs(self):
         return len(self._inputs)
 
+    def get_layer(self, index):
+        return self._layers[index]
+
+    @property
+    def num_layers(self):
+        return len(self._layers)
+
+
+class ILayer:
+    def __init__(self, kind, inputs, output):
+        self._inputs, self._output, self._type = inputs, output, self._trt.LayerType[kind]
+
+    @property
+    def type(self):
+        return self._type
+
+    @property
+    def num_inputs(self):
+        return len(self._inputs)
+
+    def get_input(self, index):
+        return self._inputs[index]
+
+    def set_input(self, index, tensor):
+        self._inputs[index] = tensor
+
+    def get_output(self, index):
+        return [self._output][index]
+
 
 class OnnxParser:
     def __init__(self, network, log):
         self._network, self._failed = network, self._trt._fails == "parse"
 
     def parse(self, graph):
-        images = self._trt.ITensor()
-        images.name, images.shape = "images", (-1, *IMAGE)
+        images, cast, transposed, scale, scaled = map(
+            self._tensor, ("images", "cast", "transposed", "scale", "scaled")
+        )
+        images.shape = (-1, *IMAGE)
         self._network._graph, self._network._inputs = graph, [images] if graph else []
+        self._network._layers = [
+            self._trt.ILayer("CAST", [images], cast),
+            self._trt.ILayer("SHUFFLE", [cast, None], transposed),
+            self._trt.ILayer("SHUFFLE", [scale], scale),
+            self._trt.ILayer("ELEMENTWISE", [transposed, scale], scaled),
+        ]
         return not self._failed
+
+    def _tensor(self, name):
+        tensor = self._trt.ITensor()
+        tensor.name = name
+        return tensor
 
     @property
     def num_errors(self):
@@ -218,7 +260,8 @@ class ICudaEngine:
         return context
 
     def get_tensor_shape(self, name):
-        return (-1, *IMAGE) if name == "images" else (-1, CLASSES)
+        # in the format HWC
+        return (-1, IMAGE[2], *IMAGE[:2]) if name == "images" else (-1, CLASSES)
 
 
 class EngineInspector:
@@ -279,6 +322,7 @@ class IExecutionContext:
 BEHAVIOURS = (
     Builder,
     INetworkDefinition,
+    ILayer,
     OnnxParser,
     ParserError,
     IBuilderConfig,

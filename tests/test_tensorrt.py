@@ -211,6 +211,8 @@ def test_every_graph_builds_strongly_typed(rtx, export, stem):
         rtx.float32,
         (-1, 10),
     )
+    tensorrt_build.use_hwc_format(rtx, network)
+    assert tuple(images.shape) == (-1, 3, 32, 32)
     config = tensorrt_build.configure(
         rtx, builder, network, EngineOptions(precision, (8,), level=2)
     )
@@ -512,12 +514,20 @@ def test_options_reach_the_builder_by_the_versions_own_numbers(trt, precision, t
     assert config.builder_optimization_level == 4
     assert config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
     assert config._profiles == [
-        {"images": ((1, *IMAGE), (size, *IMAGE), (size, *IMAGE))} for size in (1, 32, 128)
+        {"images": ((1, 3, 4, 4), (size, 3, 4, 4), (size, 3, 4, 4))} for size in (1, 32, 128)
     ]
     shared = {"PROFILE_SHARING_0806": True} if trt._generation in WITH_CALIBRATORS else {}
     assert config._features == shared
     assert not hasattr(config, "_calibrator")
     assert not hasattr(config, "_calibration_profile")
+
+
+def test_images_are_read_as_they_lie_and_not_transposed(trt, timing):
+    network, _ = built(trt, EngineOptions("INT8-QAT", (2,)), timing)
+    images, scaling = network.get_input(0), network.get_layer(3)
+    assert images.shape == (-1, 3, 4, 4)
+    assert images.allowed_formats == 1 << int(trt.TensorFormat.HWC)
+    assert [scaling.get_input(index).name for index in range(2)] == ["cast", "scale"]
 
 
 def test_the_timing_cache_is_read_and_written(trt, timing):

@@ -318,6 +318,26 @@ def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any,
     return builder, network
 
 
+def use_hwc_format(trt: ModuleType, network: Any) -> None:
+    """Let a parsed graph's images be (N, 3, H, W) in the format HWC: their bytes stay the same.
+
+    The graph itself takes images (N, H, W, 3), casts them and transposes them. Whoever reads the
+    transposed ones now reads the cast ones, and TensorRT drops the transpose.
+    """
+    images = network.get_input(0)
+    batch, height, width, channels = images.shape
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    transpose = next(layer for layer in layers if layer.type == trt.LayerType.SHUFFLE)
+    for layer in layers:
+        for index in range(layer.num_inputs):
+            tensor = layer.get_input(index)
+            # layers have inputs that are not used
+            if tensor is not None and tensor.name == transpose.get_output(0).name:
+                layer.set_input(index, transpose.get_input(0))
+    images.shape = (batch, channels, height, width)
+    images.allowed_formats = 1 << int(trt.TensorFormat.HWC)
+
+
 def configure(
     trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None
 ) -> Any:
@@ -374,6 +394,9 @@ def build_plan(
     log = make_logger(trt)
     what = f"{options.precision} engine"
     builder, network = parse(trt, log, graph, options.precision)
+    # calibrators feed the layout of the graph
+    if calibrator is None:
+        use_hwc_format(trt, network)
     config = configure(trt, builder, network, options, calibrator)
     # False: times that were measured elsewhere do not count
     config.set_timing_cache(config.create_timing_cache(timing.read() or b""), False)

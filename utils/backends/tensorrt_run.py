@@ -14,6 +14,7 @@ logits: batch 2 may overwrite what batch 0 used once the host has its result.
 from __future__ import annotations
 
 import ctypes
+import math
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -72,8 +73,10 @@ class _Buffers:
     def __init__(self, cuda: ModuleType, context: Any, stream: Any):
         self._context = context
         self._stream = stream
+        # an engine that reads (N, 3, H, W) in the format HWC takes the bytes of (N, H, W, 3)
+        batch_size, *image_shape = context.get_tensor_shape(INPUT)
         # pinned host memory: copies from and to it run beside the host's own work
-        self.images = cuda.pagelocked_empty(tuple(context.get_tensor_shape(INPUT)), np.uint8)
+        self.images = cuda.pagelocked_empty((batch_size, math.prod(image_shape)), np.uint8)
         self.logits = cuda.pagelocked_empty(tuple(context.get_tensor_shape(OUTPUT)), np.float32)
         self.device_images = cuda.mem_alloc(self.images.nbytes)
         self.device_logits = cuda.mem_alloc(self.logits.nbytes)
@@ -133,7 +136,7 @@ class _BatchContext:
 
     def start(self, buffers: _Buffers, images: np.ndarray) -> None:
         """Enqueue a batch of at most this context's size: copy in, run, copy out."""
-        buffers.images[: len(images)] = images
+        buffers.images[: len(images)] = images.reshape(len(images), -1)
         self._cuda.memcpy_htod_async(buffers.device_images, buffers.images, self._copies)
         # the engine waits for the images, on the device: the host goes on
         buffers.copied.record(self._copies)
