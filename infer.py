@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workspace_gb", type=float, default=DEFAULT.workspace_gb, help=scratch)
     level = "of the builder (default: %(default)s)"
     add("--opt_level", type=int, choices=range(6), default=DEFAULT.opt_level, help=level)
+    tiling = "search for tiles that stay in the L2 cache, from TensorRT 10.8 on (default: 0, none)"
+    add("--tiling_level", type=int, choices=range(4), default=DEFAULT.tiling_level, help=tiling)
+    add("--l2_limit_mb", type=float, help="of the L2 cache for --tiling_level (default: all)")
     timings = "kernel timings to share between exports (default: each its own)"
     add("--timing_cache", type=user_path, metavar="DIR", help=timings)
     return parser
@@ -129,6 +132,13 @@ REFUSALS: tuple[Refusal, ...] = (
     (
         lambda args: not 0 < args.workspace_gb <= 1024,
         "--workspace_gb: more than 0, at most 1024",
+    ),
+    (
+        lambda args: (
+            args.l2_limit_mb is not None
+            and not (args.tiling_level and 0 < args.l2_limit_mb <= 1024)
+        ),
+        "--l2_limit_mb: more than 0, at most 1024, and only with --tiling_level",
     ),
     (
         lambda args: next((path for path in outputs(args) if path.is_dir()), 0),

@@ -65,6 +65,7 @@ PRECISION = {"fp32": "FP32", "fp16": "FP16", "int8_ptc": "INT8-PTC", "int8_qat":
 INT8_GRAPHS = ("int8_ptc", "int8_ptc_fp16", "int8_qat", "int8_qat_fp16")
 STATISTICS = ([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
 WITH_CALIBRATORS = ("8.6", "10", "10.16")
+WITH_TILING = ("10.16", "11", "rtx")
 
 
 def line_of(action, *arguments, **options):
@@ -415,6 +416,7 @@ def test_a_fake_does_not_deny_what_the_real_one_has(trt):
         ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", WITH_CALIBRATORS),
         ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", ("10", "10.16", "11", "rtx")),
         ("PreviewFeature", "PROFILE_SHARING_0806", WITH_CALIBRATORS),
+        (None, "TilingOptimizationLevel", WITH_TILING),
         ("TacticSource", "CUDNN", WITH_CALIBRATORS),
         (None, "IInt8EntropyCalibrator2", WITH_CALIBRATORS),
         (None, "ComputeCapability", ("rtx",)),
@@ -520,6 +522,17 @@ def test_options_reach_the_builder_by_the_versions_own_numbers(trt, precision, t
     assert config._features == shared
     assert not hasattr(config, "_calibrator")
     assert not hasattr(config, "_calibration_profile")
+
+
+def test_tiling_is_set_where_it_is_known_and_refused_elsewhere(trt, timing):
+    options = EngineOptions("FP16", (1,), tiling_level=2, l2_limit_mb=1.5)
+    if trt._generation not in WITH_TILING:
+        line = line_of(built, trt, options, timing)
+        assert line.startswith(f"--tiling_level: TensorRT {trt.__version__} has no tiling")
+        return
+    _, config = built(trt, options, timing)
+    assert config.tiling_optimization_level is trt.TilingOptimizationLevel.MODERATE
+    assert config.l2_limit_for_tiling == 1_572_864
 
 
 def test_images_are_read_as_they_lie_and_not_transposed(trt, timing):
@@ -864,12 +877,14 @@ CHANGES = {
     "remainder": "fp32",
     "workspace_gb": 2.0,
     "level": 4,
+    "tiling_level": 1,
+    "l2_limit_mb": 8.0,
 }
 
 
 @pytest.mark.parametrize("option", CHANGES)
 def test_another_option_means_another_engine(cuda, exported, few_images, option):
-    trt, options = fake_tensorrt("10"), EngineOptions("FP16", (1, 8))
+    trt, options = fake_tensorrt("11"), EngineOptions("FP16", (1, 8))
     assert plan_of(trt, cuda, exported, options, few_images) == b"plan 1 of graph"
     changed = replace(options, **{option: CHANGES[option]})
     assert plan_of(trt, cuda, exported, changed, few_images) == b"plan 2 of graph"

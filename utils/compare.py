@@ -54,6 +54,7 @@ class Comparison:
         remainder: "fp16" or "fp32", what TensorRT computes the unquantized layers in.
         workspace_gb: TensorRT's limit of scratch memory.
         opt_level: of TensorRT's builder, 0 to 5.
+        tiling_level, l2_limit_mb: as TensorRT's `EngineOptions` has them.
         timing_cache: a folder of kernel timings to share between exports.
         audit: whether to list engine layers, and to fail if one meant for INT8 is not.
         report: a page that shows engine layers; None: there is none.
@@ -67,6 +68,8 @@ class Comparison:
     remainder: str = "fp16"
     workspace_gb: float = 4.0
     opt_level: int = 3
+    tiling_level: int = 0
+    l2_limit_mb: float | None = None
     timing_cache: Path | None = None
     audit: bool = False
     report: Path | None = None
@@ -415,6 +418,8 @@ def _tensorrt(
             remainder=comparison.remainder,
             workspace_gb=comparison.workspace_gb,
             level=comparison.opt_level,
+            tiling_level=comparison.tiling_level,
+            l2_limit_mb=comparison.l2_limit_mb,
         )
         return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
 

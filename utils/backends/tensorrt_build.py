@@ -8,6 +8,7 @@ lacks is asked with `hasattr`, never by its number:
     builder flags INT8 and FP16, calibrators        yes   yes    -     -
     the creation flag EXPLICIT_BATCH                yes   yes    -     -
     profiles that several contexts share (preview)  yes   yes    -     -
+    tiling for the L2 cache                          -    10.8   yes   yes
     REQUIRE_USER_ALLOCATION                          -     -     -    yes
 
 Where networks are strongly typed, the graph's types are the engine's: what an INT8 engine does not
@@ -56,6 +57,9 @@ class EngineOptions:
         remainder: "fp16" or "fp32", what an INT8 network computes in where it is not quantized.
         workspace_gb: memory that a layer may use for scratch space, in GiB.
         level: the builder's optimization level, 0 (quick) to 5 (thorough).
+        tiling_level: how long to search for tiles of layers that stay in the L2 cache, 0 (not at
+            all) to 3.
+        l2_limit_mb: what these tiles may take of the L2 cache, in MiB; None: all.
     """
 
     precision: str
@@ -63,6 +67,8 @@ class EngineOptions:
     remainder: str = "fp16"
     workspace_gb: float = 4.0
     level: int = 3
+    tiling_level: int = 0
+    l2_limit_mb: float | None = None
 
     @property
     def int8(self) -> bool:
@@ -341,13 +347,25 @@ def use_hwc_format(trt: ModuleType, network: Any) -> None:
 def configure(
     trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None
 ) -> Any:
-    """The builder's configuration."""
+    """The builder's configuration.
+
+    Raises:
+        UserError: tiling is asked for, and this version has none.
+    """
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
     config.set_tactic_sources(_bits(trt.TacticSource, OWN_KERNELS))
     config.builder_optimization_level = options.level
     # the inspector then names types and kernels
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    if options.tiling_level:
+        if not hasattr(trt, "TilingOptimizationLevel"):
+            version = f"TensorRT {trt.__version__} has no tiling"
+            raise UserError(f"--tiling_level: {version}, 10.8 and later have; drop it")
+        config.tiling_optimization_level = trt.TilingOptimizationLevel(options.tiling_level)
+        if options.l2_limit_mb is not None:
+            config.l2_limit_for_tiling = int(options.l2_limit_mb * 2**20)
 
     # without it, 8.6 runs only one batch size in each profile
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
@@ -388,8 +406,8 @@ def build_plan(
     """A serialized engine; the kernel times that were measured for it are added to `timing`.
 
     Raises:
-        UserError: the parser rejects the graph or the builder fails; the line holds TensorRT's
-            own words.
+        UserError: the parser rejects the graph or the builder fails, and the line holds TensorRT's
+            own words; or as `configure`.
     """
     log = make_logger(trt)
     what = f"{options.precision} engine"
