@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workspace_gb", type=float, default=DEFAULT.workspace_gb, help=scratch)
     level = "of the builder (default: %(default)s)"
     add("--opt_level", type=int, choices=range(6), default=DEFAULT.opt_level, help=level)
+    tiling = "search for tiles that stay in the L2 cache, from TensorRT 10.8 on (default: 0, none)"
+    add("--tiling_level", type=int, choices=range(4), default=DEFAULT.tiling_level, help=tiling)
+    add("--l2_limit_mb", type=float, help="of the L2 cache for --tiling_level (default: all)")
     timings = "kernel timings to share between exports (default: each its own)"
     add("--timing_cache", type=user_path, metavar="DIR", help=timings)
     return parser
@@ -105,6 +108,9 @@ def run_refusals(args: Flags) -> Iterator[str]:
         yield f"--batch_size and --torch_compile: at least 1, at most {LARGEST_BATCH}"
     if not 0 < args.workspace_gb <= 1024:
         yield "--workspace_gb: more than 0, at most 1024"
+    limit = args.l2_limit_mb
+    if limit is not None and not (args.tiling_level and 0 < limit <= 1024):
+        yield "--l2_limit_mb: more than 0, at most 1024, and only with --tiling_level"
     outputs = [path for path in (args.record, args.plot, args.report) if path]
     if len({*map(real_path, outputs)}) < len(outputs):
         yield "--record, --plot and --report: two name one file; name another"

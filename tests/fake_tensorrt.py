@@ -104,16 +104,58 @@ class INetworkDefinition:
     def num_inputs(self):
         return len(self._inputs)
 
+    def get_layer(self, index):
+        return self._layers[index]
+
+    @property
+    def num_layers(self):
+        return len(self._layers)
+
+
+class ILayer:
+    def __init__(self, kind, inputs, output):
+        self._inputs, self._output, self._type = inputs, output, self._trt.LayerType[kind]
+
+    @property
+    def type(self):
+        return self._type
+
+    @property
+    def num_inputs(self):
+        return len(self._inputs)
+
+    def get_input(self, index):
+        return self._inputs[index]
+
+    def set_input(self, index, tensor):
+        self._inputs[index] = tensor
+
+    def get_output(self, index):
+        return [self._output][index]
+
 
 class OnnxParser:
     def __init__(self, network, log):
         self._network, self._failed = network, self._trt._fails == "parse"
 
     def parse(self, graph):
-        images = self._trt.ITensor()
-        images.name, images.shape = "images", (-1, *IMAGE)
+        images, cast, transposed, scale, scaled = map(
+            self._tensor, ("images", "cast", "transposed", "scale", "scaled")
+        )
+        images.shape = (-1, *IMAGE)
         self._network._graph, self._network._inputs = graph, [images] if graph else []
+        self._network._layers = [
+            self._trt.ILayer("CAST", [images], cast),
+            self._trt.ILayer("SHUFFLE", [cast, None], transposed),
+            self._trt.ILayer("SHUFFLE", [scale], scale),
+            self._trt.ILayer("ELEMENTWISE", [transposed, scale], scaled),
+        ]
         return not self._failed
+
+    def _tensor(self, name):
+        tensor = self._trt.ITensor()
+        tensor.name = name
+        return tensor
 
     @property
     def num_errors(self):
@@ -126,14 +168,8 @@ class OnnxParser:
 
 
 class ParserError:
-    def desc(self):
-        return ("No importer registered\nfor op: Nonsense", "Failed to parse")[self._index]
-
-    def node_operator(self):
-        return ("Nonsense", "")[self._index]
-
-    def node_name(self):
-        return ("odd", "")[self._index]
+    def __str__(self):
+        return ("In node 0 (odd):\nNo importer for Nonsense", "Failed to parse")[self._index]
 
 
 class IBuilderConfig:
@@ -224,7 +260,8 @@ class ICudaEngine:
         return context
 
     def get_tensor_shape(self, name):
-        return (-1, *IMAGE) if name == "images" else (-1, CLASSES)
+        # in the format HWC
+        return (-1, IMAGE[2], *IMAGE[:2]) if name == "images" else (-1, CLASSES)
 
 
 class EngineInspector:
@@ -285,6 +322,7 @@ class IExecutionContext:
 BEHAVIOURS = (
     Builder,
     INetworkDefinition,
+    ILayer,
     OnnxParser,
     ParserError,
     IBuilderConfig,
@@ -324,7 +362,7 @@ def fake_tensorrt(generation):
         if name in ("ILogger", "IInt8EntropyCalibrator2"):
             made = type(name, (BaseOfPython,), {key: key for key in attributes if key.isupper()})
         else:
-            known = {"__init__", *attributes}
+            known = {"__init__", "__str__", *attributes}
             behaviour = {
                 k: v
                 for k, v in behaviours.get(name, {}).items()
@@ -406,7 +444,7 @@ class FakeMemory:
 
 
 class FakeGraph:
-    """In place of `utils.backends.tensorrt_run._CudaGraph`."""
+    """In place of `utils.backends.tensorrt_run.cuda_graph`."""
 
     def __init__(self, stream, enqueue):
         self.stream, stream.captured = stream, []

@@ -1032,6 +1032,8 @@ def test_what_one_run_held_out_is_not_trained_on_by_the_next(
         (["--workspace_gb", "-1"], "--workspace_gb: more than 0, at most 1024"),
         (["--workspace_gb", "nan"], "--workspace_gb: more than 0, at most 1024"),
         (["--workspace_gb", "inf"], "--workspace_gb: more than 0, at most 1024"),
+        (["--l2_limit_mb", "8"], "--l2_limit_mb: more than 0, at most 1024, and only with"),
+        (["--l2_limit_mb", "nan", "--tiling_level", "1"], "--l2_limit_mb: more than 0"),
         (["--stem", "cifar"], "--stem cifar contradicts"),
         (["--img_size", "64"], "--img_size 64: the images of digits are 32 pixels wide"),
         (

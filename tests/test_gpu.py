@@ -218,7 +218,7 @@ def test_an_engine_file_is_a_plan_that_any_tensorrt_runtime_loads(export, precis
     trt = load_tensorrt()
     log = tensorrt_build.make_logger(trt)
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    assert engine is not None, log.errors[-1]
+    assert engine is not None, log.last_error
     assert engine.num_optimization_profiles == len(SIZES)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from layers.quantized import QuantLinear
 from utils import report
-from utils.engine_layers import layer_rows, spent_by
+from utils.engine_layers import audit_lines, layer_rows, spent_by
 from utils.manifest import Manifest
 from utils.quantization import calibrate, quantize_modules
 from utils.quantization.codes import layer_facts
@@ -214,8 +214,29 @@ def test_quantizers_are_their_layers_and_other_versions_names_are_understood():
     quantize = Layer(f"{BLOCK}/conv1/input_quantizer/QuantizeLinear", "Scale", "FP16", "x", 0.5)
     openvino = Layer("Conv_7 /model/conv1/Conv /model/relu/Relu", "Convolution", "INT8", "-", None)
     spent = spent_by(engine("INT8-QAT", [quantize, openvino]), NETWORK)
-    assert spent["layer1.0.conv1"].ms == 0.5
+    assert (spent["layer1.0.conv1"].ms, spent["layer1.0.conv1"].tops) == (0.5, None)
     assert (spent["conv1"].ms, spent["conv1"].tops, spent["conv1"].generation) == (None, None, "-")
+
+
+def test_an_audit_lists_what_each_engine_layer_reaches():
+    layers = [
+        Layer("Reformatting CopyNode for /model/conv1/Conv", "Reformat", "FP16", "copy", 0.5),
+        Layer("/model/conv1/Conv", "Convolution", "INT8", "sm80_xmma_i8", 0.00025),
+        Layer("/model/conv1/Conv", "Convolution", "-", "brgconv_avx512_core_vnni", 0.00025),
+        Layer("/model/pool/Pool", "Pool", "INT8", "-", None),
+    ]
+    titles, *lines = audit_lines(engine("INT8-QAT", layers), NETWORK)
+    assert titles.split()[:3] == ["ms", "TFLOP/s", "GB/s"]
+    # 10 images of 1000 multiply-adds, and of 300 values beside 50 weights, in 250 ns
+    assert [line.split()[:4] for line in lines] == [
+        ["0.5000", "-", "-", "-"],
+        ["0.0003", "0.08", "12.2", "sm80"],
+        ["0.0003", "0.08", "-", "avx512_core_vnni"],
+        ["-", "-", "-", "-"],
+    ]
+    # an export without INT8 does not know its layers
+    [_, line] = audit_lines(engine("FP32", layers[1:2]), [])
+    assert line.split()[:4] == ["0.0003", "-", "-", "sm80"]
 
 
 def test_times_of_other_fusions_are_not_compared():

@@ -17,6 +17,7 @@ import numpy as np
 import dataset
 from utils import records
 from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
+from utils.engine_layers import audit_lines
 from utils.errors import UserError
 from utils.files import sha256, staged
 from utils.flags import BACKENDS, PTC_MODES, Flags
@@ -48,6 +49,7 @@ class Comparison:
         remainder: "fp16" or "fp32", what TensorRT computes the unquantized layers in.
         workspace_gb: TensorRT's limit of scratch memory.
         opt_level: of TensorRT's builder, 0 to 5.
+        tiling_level, l2_limit_mb: as TensorRT's `EngineOptions` has them.
         timing_cache: a folder of kernel timings to share between exports.
         audit: whether to list engine layers, and to fail if one meant for INT8 is not.
         report: a page that shows engine layers; None: there is none.
@@ -61,6 +63,8 @@ class Comparison:
     remainder: str = "fp16"
     workspace_gb: float = 4.0
     opt_level: int = 3
+    tiling_level: int = 0
+    l2_limit_mb: float | None = None
     timing_cache: Path | None = None
     audit: bool = False
     report: Path | None = None
@@ -324,7 +328,13 @@ def _tensorrt(
 
     def build(precision: str) -> Network:
         options = EngineOptions(
-            precision, sizes, comparison.remainder, comparison.workspace_gb, comparison.opt_level
+            precision,
+            batch_sizes=tuple(sorted(sizes)),
+            remainder=comparison.remainder,
+            workspace_gb=comparison.workspace_gb,
+            level=comparison.opt_level,
+            tiling_level=comparison.tiling_level,
+            l2_limit_mb=comparison.l2_limit_mb,
         )
         return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
 
@@ -411,7 +421,10 @@ def evaluate_export(
         if comparison.audit or comparison.report and network.layers:
             engines.append(engine_of(network, precision, nodes))
         if comparison.audit:
-            print_engine(engines[-1])
+            print(f"{precision}, batch size {engines[-1].batch_size}, each layer timed alone")
+            # float networks have the layers of the INT8 ones
+            layers = manifest.layers.get(precision) or next(iter(manifest.layers.values()), [])
+            print(*audit_lines(engines[-1], layers), sep="\n")
     return rows, engines
 
 
@@ -508,13 +521,6 @@ def engine_of(network: Network, precision: str, nodes: Sequence[str]) -> Engine:
     layers = [replace(layer, ms=ms) for layer, ms in timed]
     missed = network.float_nodes(nodes)
     return Engine(network.name, precision, network.evaluation_batch, layers, missed)
-
-
-def print_engine(engine: Engine) -> None:
-    print(f"{engine.precision}, batch size {engine.batch_size}; ms of each layer alone")
-    for layer in engine.layers:
-        time = "-" if layer.ms is None else f"{layer.ms:.4f}"
-        print(f"{time:>8} {layer}")
 
 
 def make_record(

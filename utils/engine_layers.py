@@ -1,11 +1,15 @@
-"""Layers of a network beside what engines run: who computes which, in what time. No torch."""
+"""Layers of a network beside what engines run: who computes which, in what time. No torch.
+
+`layer_rows` is for the page of a run, layer of the network by layer; `audit_lines` lists an
+engine's own layers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from utils.manifest import layer_of
 from utils.records import Engine, Layer
@@ -28,7 +32,7 @@ class Spent:
     Args:
         main: the engine layer that computes it; None: there is none but copies.
         ms: of that and of the copies for it; None: not known.
-        tops, gb_s: multiply-adds, counted twice, and values moved, in 10^12 and 10^9 a second.
+        tops, gb_s, generation: of the former alone, as `rates` and `generation` find them.
         fused: other layers of the network that the engine layer holds.
     """
 
@@ -36,12 +40,8 @@ class Spent:
     ms: float | None
     tops: float | None
     gb_s: float | None
+    generation: str
     fused: list[str]
-
-    @property
-    def generation(self) -> str:
-        found = GENERATION.search(self.main.tactic.lower())
-        return found[0] if found else "-"
 
 
 @dataclass
@@ -52,13 +52,14 @@ class LayerRow:
         spent: by its INT8 engine; None: nothing, or another layer's engine layer holds it.
         fused_into: that layer.
         floats: what each float engine does for it.
+        odd: what a user should look at.
     """
 
     facts: LayerFacts
     spent: Spent | None
     fused_into: str
     floats: list[Spent | None]
-    odd: list[str] = field(default_factory=list)
+    odd: list[str]
 
 
 def float_engines(engines: Sequence[Engine]) -> list[Engine]:
@@ -70,37 +71,31 @@ def layer_rows(
 ) -> list[LayerRow]:
     """Every layer of the network, with what the engines spend on it and what is odd."""
     found = {engine.precision: spent_by(engine, layers) for engine in engines}
-    missed: set[str] = set()
-    for engine in engines:
-        if engine.precision == precision:
-            # a layer without a node has its own name there
-            missed |= {*map(layer_of, engine.missed), *engine.missed}
     spent = found.get(precision, {})
     fused_into = {part: name for name, at in spent.items() for part in at.fused}
+    nodes = {engine.precision: engine.missed for engine in engines}.get(precision, [])
+    # a layer without a node has its own name there
+    missed = {*nodes, *map(layer_of, nodes)}
 
     rows = []
     for facts in layers:
-        floats = [found[engine.precision].get(facts.name) for engine in float_engines(engines)]
         own, host = spent.get(facts.name), fused_into.get(facts.name, "")
-        row = LayerRow(facts, own, host, floats)
-        row.odd = odd_things(row, facts.name in missed)
-        rows.append(row)
+        floats = [found[engine.precision].get(facts.name) for engine in float_engines(engines)]
+        odd = odd_things(facts, own, floats, facts.name in missed)
+        rows.append(LayerRow(facts, own, host, floats, odd))
     return rows
 
 
-def odd_things(row: LayerRow, missed: bool) -> list[str]:
+def odd_things(
+    facts: LayerFacts, spent: Spent | None, floats: Sequence[Spent | None], missed: bool
+) -> list[str]:
     """What a user should look at."""
-    odd = []
-    if missed:
-        odd.append("meant for INT8, but not run in it")
+    odd = ["meant for INT8, but not run in it"] if missed else []
     # an addition may be fused here into one convolution and there into another
-    spent = row.spent
-    times_ms = [at.ms for at in row.floats if spent and at and at.ms and at.fused == spent.fused]
-    if row.facts.int8 and times_ms and spent.ms:
-        ratio = spent.ms / min(times_ms)
-        if ratio > SLOWER:
-            odd.append(f"{ratio:.2f} × the time of the float engine")
-    for use in row.facts.ranges:
+    times_ms = [at.ms for at in floats if spent and at and at.ms and at.fused == spent.fused]
+    if facts.int8 and times_ms and spent.ms and spent.ms > SLOWER * min(times_ms):
+        odd.append(f"{spent.ms / min(times_ms):.2f} × the time of the float engine")
+    for use in facts.ranges:
         if use.clipped_pct > LARGEST_CLIPPED_PCT:
             odd.append(f"{use.operand}: {use.clipped_pct:.1f} % beyond the range")
         if use.used_pct < LEAST_USED_PCT:
@@ -116,8 +111,9 @@ def spent_by(engine: Engine, layers: Sequence[LayerFacts]) -> dict[str, Spent]:
     known = {facts.name: facts for facts in layers}
     at: dict[str, list[tuple[Layer, list[LayerFacts]]]] = defaultdict(list)
     for layer in engine.layers:
-        if parts := held(layer, known):
-            at[max(parts, key=lambda part: part.macs).name].append((layer, parts))
+        computed, prepared = held(layer, known)
+        if parts := computed or prepared:
+            at[max(parts, key=lambda part: part.macs).name].append((layer, computed))
 
     spent = {}
     for name, pairs in at.items():
@@ -125,13 +121,15 @@ def spent_by(engine: Engine, layers: Sequence[LayerFacts]) -> dict[str, Spent]:
         ms = sum(times_ms) if times_ms else None
         main, parts = max(pairs, key=lambda pair: (pair[0].kind not in COPIES, pair[0].ms or 0))
         fused = [part.name for part in parts if part.name != name]
-        rates = _rates(engine.batch_size, main, parts)
-        spent[name] = Spent(main, ms, *rates, fused)
+        per_s = rates(engine.batch_size, main, parts)
+        spent[name] = Spent(main, ms, *per_s, generation(main), fused)
     return spent
 
 
-def held(layer: Layer, known: Mapping[str, LayerFacts]) -> list[LayerFacts]:
-    """The layers of the network that an engine layer computes or, if none, prepares."""
+def held(
+    layer: Layer, known: Mapping[str, LayerFacts]
+) -> tuple[list[LayerFacts], list[LayerFacts]]:
+    """The layers of the network that an engine layer computes, and those that it prepares."""
     computed, prepared = {}, {}
     for node in re.findall(r"/[^\s\],]+", layer.name):
         name = layer_of(node)
@@ -141,22 +139,49 @@ def held(layer: Layer, known: Mapping[str, LayerFacts]) -> list[LayerFacts]:
         above = name.rpartition(".")[0]
         if above in known:
             prepared[above] = known[above]
-    return list((computed or prepared).values())
+    return list(computed.values()), list(prepared.values())
 
 
-def _rates(
+def rates(
     batch_size: int, layer: Layer, parts: Sequence[LayerFacts]
 ) -> tuple[float | None, float | None]:
-    """10^12 operations and 10^9 bytes a second of an engine layer; None: not known."""
-    if not layer.ms or layer.kind in COPIES:
+    """10^12 operations and 10^9 bytes a second of an engine layer; None: not known.
+
+    A multiply-add is two operations. Values are moved once, in the engine layer's precision.
+
+    Args:
+        parts: what it computes.
+    """
+    if not layer.ms or not parts or layer.kind in COPIES:
         return None, None
     seconds = layer.ms / 1000
     tops = 2 * batch_size * sum(part.macs for part in parts) / seconds / 1e12
-    size = VALUE_BYTES.get(layer.precision)
-    if size is None:
-        return tops or None, None
     # what one part writes and the next reads never leaves the kernel
-    inside = sum(part.writes for part in parts) - parts[-1].writes
-    moved = sum(part.reads for part in parts) - inside + parts[-1].writes
-    weights = sum(part.parameters for part in parts)
-    return tops or None, size * (batch_size * max(moved, 0) + weights) / seconds / 1e9
+    inside = sum(part.writes for part in parts[:-1])
+    moved = max(0, sum(part.reads for part in parts) - inside + parts[-1].writes)
+    values = batch_size * moved + sum(part.parameters for part in parts)
+    size = VALUE_BYTES.get(layer.precision)
+    return tops or None, size and size * values / seconds / 1e9
+
+
+def generation(layer: Layer) -> str:
+    """The hardware that an engine layer's kernel was written for, as far as its name tells."""
+    found = GENERATION.search(layer.tactic.lower())
+    return found[0] if found else "-"
+
+
+def audit_lines(engine: Engine, layers: Sequence[LayerFacts]) -> Iterator[str]:
+    """A table of the engine's layers, each timed alone.
+
+    Args:
+        layers: of the network; without them no rate is known.
+    """
+    known = {facts.name: facts for facts in layers}
+    yield f"{'ms':>8} {'TFLOP/s':>8} {'GB/s':>7}  {'kernel of':16} type  {'kind':24} name  kernel"
+    for layer in engine.layers:
+        computed, _ = held(layer, known)
+        tops, gb_s = rates(engine.batch_size, layer, computed)
+        cells = []
+        for value, form in ((layer.ms, "8.4f"), (tops, "8.2f"), (gb_s, "7.1f")):
+            cells.append(format("-", ">" + form[0]) if value is None else format(value, form))
+        yield f"{' '.join(cells)}  {generation(layer):16} {layer}"

@@ -29,7 +29,7 @@ CLASSES = """Builder IBuilderConfig INetworkDefinition OnnxParser ParserError IC
 ENUMS = """NetworkDefinitionCreationFlag BuilderFlag OnnxParserFlag LayerInformationFormat
     MemoryPoolType TacticSource ProfilingVerbosity DataType TensorIOMode LayerType ComputeCapability
     HardwareCompatibilityLevel RuntimePlatform QuantizationFlag PreviewFeature
-    DynamicShapesKernelSpecializationStrategy"""
+    DynamicShapesKernelSpecializationStrategy TensorFormat TilingOptimizationLevel"""
 
 
 def public(thing: object) -> list[str]:

@@ -8,6 +8,7 @@ lacks is asked with `hasattr`, never by its number:
     builder flags INT8 and FP16, calibrators        yes   yes    -     -
     the creation flag EXPLICIT_BATCH                yes   yes    -     -
     profiles that several contexts share (preview)  yes   yes    -     -
+    tiling for the L2 cache                          -    10.8   yes   yes
     REQUIRE_USER_ALLOCATION                          -     -     -    yes
 
 Where networks are strongly typed, the graph's types are the engine's: what an INT8 engine does not
@@ -21,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.manifest import ENGINES, IMPLICIT, PRECISIONS, graph_file
+from utils.manifest import ENGINES, IMPLICIT, graph_file
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 """Python packages of TensorRT; the first that is installed is used."""
@@ -44,7 +44,6 @@ no version."""
 CALIBRATION_BATCH = 128
 
 INSTALL = "pip install -r requirements-gpu.txt"
-NO_GPU = "run on a GPU machine or use --backend onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,9 @@ class EngineOptions:
         remainder: "fp16" or "fp32", what an INT8 network computes in where it is not quantized.
         workspace_gb: memory that a layer may use for scratch space, in GiB.
         level: the builder's optimization level, 0 (quick) to 5 (thorough).
+        tiling_level: how long to search for tiles of layers that stay in the L2 cache, 0 (not at
+            all) to 3.
+        l2_limit_mb: what these tiles may take of the L2 cache, in MiB; None: all.
     """
 
     precision: str
@@ -65,11 +67,13 @@ class EngineOptions:
     remainder: str = "fp16"
     workspace_gb: float = 4.0
     level: int = 3
+    tiling_level: int = 0
+    l2_limit_mb: float | None = None
 
     @property
     def int8(self) -> bool:
         """Whether layers may run in INT8."""
-        return self.precision == IMPLICIT or PRECISIONS[self.precision].int8
+        return self.precision.startswith("INT8")
 
     @property
     def fp16(self) -> bool:
@@ -86,16 +90,14 @@ def load_tensorrt() -> ModuleType:
     Raises:
         UserError: none is, or its libraries cannot be loaded.
     """
-    installed = [name for name in MODULES if importlib.util.find_spec(name)]
-    if not installed:
+    name = next(filter(importlib.util.find_spec, MODULES), None)
+    if name is None:
         raise UserError(f"the Python package tensorrt is missing (on a GPU machine: {INSTALL})")
     try:
-        return importlib.import_module(installed[0])
+        return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"{installed[0]} cannot be loaded ({error}); "
-            "it wants an NVIDIA driver and its own libraries"
-        ) from None
+        needs = "it wants an NVIDIA driver and its own libraries"
+        raise UserError(f"{name} cannot be loaded ({error}); {needs}") from None
 
 
 def load_cuda(trt: ModuleType) -> ModuleType:
@@ -110,22 +112,17 @@ def load_cuda(trt: ModuleType) -> ModuleType:
     except ModuleNotFoundError:
         raise UserError(f"the Python package pycuda is missing ({INSTALL})") from None
     except Exception as error:  # no driver: ImportError; no GPU: PyCUDA's own, known only to it
-        raise UserError(f"there is no usable NVIDIA GPU here ({error}); {NO_GPU}") from None
-    if trt.__name__.startswith("tensorrt_rtx"):
-        _require_rtx_gpu(trt, cuda.Context.get_device())
-    return cuda
-
-
-def _require_rtx_gpu(trt: ModuleType, device: Any) -> None:
-    """Raise UserError if TensorRT-RTX does not run on the GPU."""
+        mend = "run on a GPU machine or use --backend onnxruntime"
+        raise UserError(f"there is no usable NVIDIA GPU here ({error}); {mend}") from None
+    device = cuda.Context.get_device()
     major, minor = device.compute_capability()
-    # it knows Turing (7.5) too, but only engines that are built for Turing alone run there
-    if major >= 8 and f"SM{major}{minor}" in trt.ComputeCapability.__members__:
-        return
-    raise UserError(
-        f"TensorRT-RTX {trt.__version__} does not run on {device.name()} "
-        f"(compute capability {major}.{minor}); install tensorrt there: {INSTALL}"
-    )
+    is_rtx = trt.__name__.startswith("tensorrt_rtx")
+    # RTX knows Turing (7.5) too, but only engines that are built for Turing alone run there
+    if is_rtx and (major < 8 or f"SM{major}{minor}" not in trt.ComputeCapability.__members__):
+        gpu = f"{device.name()} (compute capability {major}.{minor})"
+        line = f"TensorRT-RTX {trt.__version__} does not run on {gpu}"
+        raise UserError(f"{line}; install tensorrt there: {INSTALL}")
+    return cuda
 
 
 def require_gpu() -> tuple[ModuleType, ModuleType]:
@@ -135,8 +132,7 @@ def require_gpu() -> tuple[ModuleType, ModuleType]:
         UserError: one line that says what is missing and how to get it.
     """
     trt = load_tensorrt()
-    cuda = load_cuda(trt)
-    return trt, cuda
+    return trt, load_cuda(trt)
 
 
 def strongly_typed(trt: ModuleType, precision: str) -> bool:
@@ -165,47 +161,34 @@ class CacheFile:
     """
 
     def __init__(self, folder: Path, name: str, key: dict[str, Any]):
-        text = json.dumps(key)
-        # as it comes back from a file: JSON has no tuples
-        self._key = json.loads(text)
+        self._key = key
         stem, suffix = name.rsplit(".", 1)
-        self.path = folder / f"{stem}-{_sha256(text.encode())[:12]}.{suffix}"
+        self.path = folder / f"{stem}-{_sha256(json.dumps(key).encode())[:12]}.{suffix}"
         self._sidecar = folder / f"{self.path.name}.json"
 
     def read(self) -> bytes | None:
         """The content, None if there is none that counts."""
         try:
-            found = json.loads(self._sidecar.read_text())
             content = self.path.read_bytes()
-        except (OSError, ValueError):
+            counts = self._sidecar.read_bytes() == self._description(content)
+        except OSError:
             return None
-        return content if found == self._description(content) else None
+        return content if counts else None
 
     def write(self, content: bytes) -> None:
         # a process that is killed on the way leaves no file that counts: the sidecar goes first
         # and comes last
         self._sidecar.unlink(missing_ok=True)
-        with atomic_path(self.path) as partial:
-            partial.write_bytes(content)
-        with atomic_path(self._sidecar) as partial:
-            partial.write_text(json.dumps(self._description(content), indent=1))
+        for path, whole in ((self.path, content), (self._sidecar, self._description(content))):
+            with atomic_path(path) as partial:
+                partial.write_bytes(whole)
 
-    def _description(self, content: bytes) -> dict[str, Any]:
-        return {"key": self._key, "sha256": _sha256(content)}
+    def _description(self, content: bytes) -> bytes:
+        return json.dumps({"key": self._key, "sha256": _sha256(content)}, indent=1).encode()
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _platform(trt: ModuleType, cuda: ModuleType) -> dict[str, Any]:
-    """What any engine depends on, and any kernel's time."""
-    device = cuda.Context.get_device()
-    return {
-        "tensorrt": f"{trt.__name__} {trt.__version__}",
-        "gpu": device.name(),
-        "compute_capability": device.compute_capability(),
-    }
 
 
 def cached_plan(
@@ -234,7 +217,12 @@ def cached_plan(
 
     # three keys, each with what its file depends on: kernel times on the platform, ranges on the
     # graph and the images too, the engine on everything
-    platform = _platform(trt, cuda)
+    device = cuda.Context.get_device()
+    platform = {
+        "tensorrt": f"{trt.__name__} {trt.__version__}",
+        "gpu": device.name(),
+        "compute_capability": device.compute_capability(),
+    }
     implicit = options.precision == IMPLICIT
     images_sha256 = _sha256(calibration.tobytes()) if implicit else None
     source = {"graph_sha256": _sha256(graph), "calibration_sha256": images_sha256, **platform}
@@ -256,16 +244,14 @@ def cached_plan(
 
 
 def make_logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that prints nothing and keeps the errors: the last explains a failure."""
+    """A TensorRT logger that prints nothing and keeps the last error, which explains a failure."""
 
     class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(["no reason given"], maxlen=3)
+        last_error = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(" ".join(message.split()))
+                self.last_error = message
 
     return Logger()
 
@@ -281,30 +267,24 @@ def _make_calibrator(
         UserError: this TensorRT has no calibrators.
     """
     if not hasattr(trt, "IInt8EntropyCalibrator2"):
-        raise UserError(
-            f"--ptc_mode implicit: TensorRT {trt.__version__} has no calibrators any more; "
-            "use explicit"
-        )
+        version = f"TensorRT {trt.__version__} has no calibrators any more"
+        raise UserError(f"--ptc_mode implicit: {version}; use explicit")
     batch_size = min(CALIBRATION_BATCH, len(images))
+    # whole batches only
+    starts = iter(range(0, len(images) - batch_size + 1, batch_size))
+    memory = cuda.mem_alloc(images[:batch_size].nbytes)
 
     class Calibrator(trt.IInt8EntropyCalibrator2):
-        def __init__(self) -> None:
-            trt.IInt8EntropyCalibrator2.__init__(self)
-            # whole batches only
-            self._starts = iter(range(0, len(images) - batch_size + 1, batch_size))
-            self._memory = cuda.mem_alloc(images[:batch_size].nbytes)
-
         def get_batch_size(self) -> int:
             return batch_size
 
         def get_batch(self, names: list[str]) -> list[int] | None:
             """Device address of the next batch for the one input; None after the last."""
-            start = next(self._starts, None)
+            start = next(starts, None)
             if start is None:
                 return None
-            batch = images[start : start + batch_size]
-            cuda.memcpy_htod(self._memory, np.ascontiguousarray(batch))
-            return [int(self._memory)]
+            cuda.memcpy_htod(memory, np.ascontiguousarray(images[start : start + batch_size]))
+            return [int(memory)]
 
         def read_calibration_cache(self) -> bytes | None:
             return table.read()
@@ -317,8 +297,7 @@ def _make_calibrator(
 
 def _bits(kind: Any, names: Iterable[str]) -> int:
     """The bit mask of those members of the enumeration `kind` that this version has."""
-    members = [getattr(kind, name) for name in names if hasattr(kind, name)]
-    return sum(1 << int(member) for member in members)
+    return sum(1 << int(getattr(kind, name)) for name in names if hasattr(kind, name))
 
 
 def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any, Any]:
@@ -331,40 +310,62 @@ def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any,
     try:
         builder = trt.Builder(log)
     except Exception:  # pybind11 says only that a factory returned nothing
-        raise UserError(f"TensorRT {trt.__version__} cannot start: {log.errors[-1]}") from None
-    flags = ["EXPLICIT_BATCH"]
-    if strongly_typed(trt, precision):
-        flags.append("STRONGLY_TYPED")
-    network = builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, flags))
+        raise UserError(f"TensorRT {trt.__version__} cannot start: {log.last_error}") from None
+    typed = [] if precision == IMPLICIT else ["STRONGLY_TYPED"]
+    flags = _bits(trt.NetworkDefinitionCreationFlag, ["EXPLICIT_BATCH", *typed])
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     parsed = parser.parse(graph)
     # an empty file passes for an empty graph
     if not parsed or network.num_inputs == 0:
-        errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
-        reason = "; ".join(errors) or log.errors[-1]
+        errors = [str(parser.get_error(index)) for index in range(parser.num_errors)]
+        reason = "; ".join(errors) or log.last_error
         raise UserError(f"TensorRT {trt.__version__} rejects the graph: {reason}")
     return builder, network
 
 
-def _describe(error: Any) -> str:
-    """A parser's error in one line, with the node that it is about where the version tells."""
-    text = " ".join(error.desc().split())
-    node = ""
-    if hasattr(error, "node_operator"):
-        node = f"{error.node_operator()} {error.node_name()}".strip()
-    return f"{node}: {text}" if node else text
+def use_hwc_format(trt: ModuleType, network: Any) -> None:
+    """Let a parsed graph's images be (N, 3, H, W) in the format HWC: their bytes stay the same.
+
+    The graph itself takes images (N, H, W, 3), casts them and transposes them. Whoever reads the
+    transposed ones now reads the cast ones, and TensorRT drops the transpose.
+    """
+    images = network.get_input(0)
+    batch, height, width, channels = images.shape
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    transpose = next(layer for layer in layers if layer.type == trt.LayerType.SHUFFLE)
+    for layer in layers:
+        for index in range(layer.num_inputs):
+            tensor = layer.get_input(index)
+            # layers have inputs that are not used
+            if tensor is not None and tensor.name == transpose.get_output(0).name:
+                layer.set_input(index, transpose.get_input(0))
+    images.shape = (batch, channels, height, width)
+    images.allowed_formats = 1 << int(trt.TensorFormat.HWC)
 
 
 def configure(
     trt: ModuleType, builder: Any, network: Any, options: EngineOptions, calibrator: Any = None
 ) -> Any:
-    """The builder's configuration."""
+    """The builder's configuration.
+
+    Raises:
+        UserError: tiling is asked for, and this version has none.
+    """
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gb * 2**30))
     config.set_tactic_sources(_bits(trt.TacticSource, OWN_KERNELS))
     config.builder_optimization_level = options.level
     # the inspector then names types and kernels
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    if options.tiling_level:
+        if not hasattr(trt, "TilingOptimizationLevel"):
+            version = f"TensorRT {trt.__version__} has no tiling"
+            raise UserError(f"--tiling_level: {version}, 10.8 and later have; drop it")
+        config.tiling_optimization_level = trt.TilingOptimizationLevel(options.tiling_level)
+        if options.l2_limit_mb is not None:
+            config.l2_limit_for_tiling = int(options.l2_limit_mb * 2**20)
 
     # without it, 8.6 runs only one batch size in each profile
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
@@ -400,21 +401,20 @@ def _make_profile(builder: Any, network: Any, smallest: int, largest: int) -> An
 
 
 def build_plan(
-    trt: ModuleType,
-    graph: bytes,
-    options: EngineOptions,
-    timing: CacheFile,
-    calibrator: Any = None,
+    trt: ModuleType, graph: bytes, options: EngineOptions, timing: CacheFile, calibrator: Any = None
 ) -> bytes:
     """A serialized engine; the kernel times that were measured for it are added to `timing`.
 
     Raises:
-        UserError: the parser rejects the graph or the builder fails; the line holds TensorRT's
-            own words.
+        UserError: the parser rejects the graph or the builder fails, and the line holds TensorRT's
+            own words; or as `configure`.
     """
     log = make_logger(trt)
     what = f"{options.precision} engine"
     builder, network = parse(trt, log, graph, options.precision)
+    # calibrators feed the layout of the graph
+    if calibrator is None:
+        use_hwc_format(trt, network)
     config = configure(trt, builder, network, options, calibrator)
     # False: times that were measured elsewhere do not count
     config.set_timing_cache(config.create_timing_cache(timing.read() or b""), False)
@@ -422,6 +422,6 @@ def build_plan(
     print(f"TensorRT builds the {what}", file=sys.stderr, flush=True)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UserError(f"TensorRT {trt.__version__} cannot build the {what}: {log.errors[-1]}")
+        raise UserError(f"TensorRT {trt.__version__} cannot build the {what}: {log.last_error}")
     timing.write(bytes(config.get_timing_cache().serialize()))
     return bytes(plan)

@@ -14,6 +14,8 @@ logits: batch 2 may overwrite what batch 0 used once the host has its result.
 from __future__ import annotations
 
 import ctypes
+import math
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,36 +37,29 @@ CAPTURE_MODE_THREAD_LOCAL = 1
 with it, such as an allocation, are errors in this thread but not in others (torch's, tqdm's)."""
 
 
-class _CudaGraph:
-    """What `enqueue` puts on a stream, recorded once and launched as a whole.
+def cuda_graph(stream: Any, enqueue: Callable[[], None]) -> Callable[[], None]:
+    """Record what `enqueue` puts on a stream; the result launches it as a whole.
 
     One launch takes the host a few microseconds, where enqueuing an engine takes some for each
     kernel. PyCUDA has no binding for it, so this calls the driver.
     """
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, graph, executable = (ctypes.c_void_p(value) for value in (stream.handle, None, None))
 
-    def __init__(self, stream: Any, enqueue: Callable[[], None]):
-        self._driver = ctypes.CDLL("libcuda.so.1")
-        self._stream = ctypes.c_void_p(stream.handle)
-        self._executable = ctypes.c_void_p()
-        graph = ctypes.c_void_p()
-
-        # between these two calls the stream runs nothing: what is enqueued becomes nodes of a graph
-        self._call("cuStreamBeginCapture_v2", self._stream, CAPTURE_MODE_THREAD_LOCAL)
-        enqueue()
-        self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-
-        # the graph, made ready to launch; there are no flags
-        no_flags = ctypes.c_ulonglong(0)
-        executable = ctypes.byref(self._executable)
-        self._call("cuGraphInstantiateWithFlags", executable, graph, no_flags)
-
-    def __call__(self) -> None:
-        self._call("cuGraphLaunch", self._executable, self._stream)
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        status = getattr(self._driver, function)(*arguments)
+    def call(function: str, *arguments: Any) -> None:
+        status = getattr(driver, function)(*arguments)
         if status != 0:
             raise RuntimeError(f"{function} failed: CUDA error {status}")
+
+    # between these two calls the stream runs nothing: what is enqueued becomes nodes of a graph
+    call("cuStreamBeginCapture_v2", handle, CAPTURE_MODE_THREAD_LOCAL)
+    enqueue()
+    call("cuStreamEndCapture", handle, ctypes.byref(graph))
+
+    # the graph, made ready to launch; there are no flags
+    no_flags = ctypes.c_ulonglong(0)
+    call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, no_flags)
+    return lambda: call("cuGraphLaunch", executable, handle)
 
 
 class _Buffers:
@@ -78,8 +73,10 @@ class _Buffers:
     def __init__(self, cuda: ModuleType, context: Any, stream: Any):
         self._context = context
         self._stream = stream
+        # an engine that reads (N, 3, H, W) in the format HWC takes the bytes of (N, H, W, 3)
+        batch_size, *image_shape = context.get_tensor_shape(INPUT)
         # pinned host memory: copies from and to it run beside the host's own work
-        self.images = cuda.pagelocked_empty(tuple(context.get_tensor_shape(INPUT)), np.uint8)
+        self.images = cuda.pagelocked_empty((batch_size, math.prod(image_shape)), np.uint8)
         self.logits = cuda.pagelocked_empty(tuple(context.get_tensor_shape(OUTPUT)), np.float32)
         self.device_images = cuda.mem_alloc(self.images.nbytes)
         self.device_logits = cuda.mem_alloc(self.logits.nbytes)
@@ -89,7 +86,7 @@ class _Buffers:
         # the first run of a context allocates memory and loads kernels, which no recording can
         self.enqueue()
         stream.synchronize()
-        self.launch = _CudaGraph(stream, self.enqueue)
+        self.launch = cuda_graph(stream, self.enqueue)
 
     def enqueue(self) -> None:
         """Run the engine on these buffers without the CUDA graph."""
@@ -97,6 +94,22 @@ class _Buffers:
         self._context.set_tensor_address(OUTPUT, int(self.device_logits))
         if not self._context.execute_async_v3(self._stream.handle):
             raise UserError("TensorRT could not run the engine; delete it and build it again")
+
+
+def _create_context(trt: ModuleType, engine: Any) -> Any:
+    settings = []
+    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        # RTX starts with slow kernels for any shape and compiles faster ones meanwhile; a CUDA
+        # graph would keep the slow ones, so it must compile at once
+        config = engine.create_runtime_config()
+        strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = strategy
+        settings.append(config)
+    context = engine.create_execution_context(*settings)
+    # TensorRT raises nothing
+    if context is None:
+        raise UserError(TOO_LITTLE_MEMORY)
+    return context
 
 
 class _BatchContext:
@@ -110,9 +123,8 @@ class _BatchContext:
         self, trt: ModuleType, cuda: ModuleType, engine: Any, profile: int, batch_size: int
     ):
         self._cuda = cuda
-        self._copies = cuda.Stream()
-        self.compute = cuda.Stream()
-        self.context = self._create_context(trt, engine)
+        self._copies, self.compute = cuda.Stream(), cuda.Stream()
+        self.context = _create_context(trt, engine)
         # shapes are fixed before anything is recorded: a CUDA graph holds them
         self.context.set_optimization_profile_async(profile, self.compute.handle)
         image_shape = tuple(engine.get_tensor_shape(INPUT))[1:]
@@ -122,25 +134,9 @@ class _BatchContext:
         except cuda.MemoryError:
             raise UserError(TOO_LITTLE_MEMORY) from None
 
-    @staticmethod
-    def _create_context(trt: ModuleType, engine: Any) -> Any:
-        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            # RTX starts with slow kernels for any shape and compiles faster ones meanwhile; a CUDA
-            # graph would keep the slow ones, so it must compile at once
-            config = engine.create_runtime_config()
-            strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.dynamic_shapes_kernel_specialization_strategy = strategy
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context()
-        # TensorRT raises nothing
-        if context is None:
-            raise UserError(TOO_LITTLE_MEMORY)
-        return context
-
     def start(self, buffers: _Buffers, images: np.ndarray) -> None:
         """Enqueue a batch of at most this context's size: copy in, run, copy out."""
-        buffers.images[: len(images)] = images
+        buffers.images[: len(images)] = images.reshape(len(images), -1)
         self._cuda.memcpy_htod_async(buffers.device_images, buffers.images, self._copies)
         # the engine waits for the images, on the device: the host goes on
         buffers.copied.record(self._copies)
@@ -194,7 +190,7 @@ class TensorRTNetwork(Network):
         self._engine = self._trt.Runtime(self._log).deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(
-                f"{self.path} cannot be loaded: {self._log.errors[-1]}; "
+                f"{self.path} cannot be loaded: {self._log.last_error}; "
                 "delete it to have it built again"
             )
         self._batch_sizes = options.batch_sizes
@@ -209,16 +205,16 @@ class TensorRTNetwork(Network):
 
     def _context_for(self, batch_size: int) -> _BatchContext:
         """The context of a batch size, made when it is first asked for."""
+        largest = self._batch_sizes[-1]
+        if batch_size > largest:
+            raise UserError(
+                f"the engine was built for batches of at most {largest}, not {batch_size}"
+            )
         if batch_size not in self._contexts:
-            # the smallest profile that holds it
-            fitting = [i for i, largest in enumerate(self._batch_sizes) if largest >= batch_size]
-            if not fitting:
-                largest = self._batch_sizes[-1]
-                raise UserError(
-                    f"the engine was built for batches of at most {largest}, not {batch_size}"
-                )
+            # the smallest that holds it
+            profile = bisect_left(self._batch_sizes, batch_size)
             self._contexts[batch_size] = _BatchContext(
-                self._trt, self._cuda, self._engine, fitting[0], batch_size
+                self._trt, self._cuda, self._engine, profile, batch_size
             )
         return self._contexts[batch_size]
 
@@ -234,8 +230,7 @@ class TensorRTNetwork(Network):
         context = None
         in_flight: deque[tuple[_Buffers, int]] = deque()
         for index, images in enumerate(batches):
-            if context is None:
-                context = self._context_for(len(images))
+            context = context or self._context_for(len(images))
             # both sets of buffers are taken: the older batch must end before this one can start
             if len(in_flight) == 2:
                 yield self._finish(*in_flight.popleft())
