@@ -35,6 +35,8 @@ IMAGE_NAME = re.compile(
 )
 """Promises an image: a file of such a name is refused where another is left out."""
 
+BITS_PER_SAMPLE = 258
+"""Tag of a TIFF file."""
 HEAD_BYTES = 32
 """What is shown of a file that cannot be read: an HTML page or a git-lfs pointer is known by it."""
 
@@ -265,9 +267,11 @@ def _read_image(path: Path, pixels: np.ndarray) -> str | None:
             image = Image.open(file)
             if image.format in NO_PICTURES:
                 return NO_IMAGE
-            # of wide colours Pillow keeps the upper 8 bits, but wide greys it clips
-            if image.mode[0] in "IF":
-                return f"{path} has more than 8 bits a channel, which would be clipped: convert it"
+            # of wide colours Pillow keeps the upper 8 bits, but wide greys it clips, and of a TIFF
+            # that stores its channels apart it mistakes the bytes
+            bits = image.tag_v2.get(BITS_PER_SAMPLE, ()) if image.format == "TIFF" else ()
+            if image.mode[0] in "IF" or max(bits, default=8) > 8:
+                return f"{path} has more than 8 bits a channel, which would be lost: convert it"
             pixels[:] = _to_rgb(image, pixels.shape[:2])
         return None
     except MemoryError:

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -622,18 +623,32 @@ def saved(mode="RGB", kind="PNG", colour=0, **options):
     return buffer.getvalue()
 
 
+def wide_tiff(planar):
+    """A TIFF of 8 x 8 pixels and three channels of 16 bits."""
+    tags = [(256, 8), (257, 8), (258, 16), (262, 2), (273, 200), (277, 3), (279, 384)]
+    table = b""
+    for tag, value in [*tags, (284, planar)]:
+        # the bits of the three channels lie behind the table
+        count, value = (3, 150) if tag == 258 else (1, value)
+        table += struct.pack("<HHII", tag, 3, count, value)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags) + 1) + table
+    return head.ljust(150, b"\0") + 3 * b"\x10\0" + bytes(44 + 384)
+
+
 WIDE = {
     "grey.png": deep_png(0, 1),
     "grey.tif": saved("I;16", "TIFF"),
     "integers.tif": saved("I", "TIFF"),
     "floats.tif": saved("F", "TIFF"),
+    "colour.tif": wide_tiff(1),
+    "planes.tif": wide_tiff(2),
     "grey.pgm": b"P5 8 8 1023\n" + bytes(128),
     "grey.jp2": saved("I;16", "JPEG2000"),
 }
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_a_grey_image_of_more_than_eight_bits_is_named(tmp_path, name):
+def test_wide_greys_and_tiffs_are_named(tmp_path, name):
     write_classes(tmp_path, ("a", "b"))
     path = tmp_path / "train" / "a" / name
     path.write_bytes(WIDE[name])
