@@ -23,6 +23,9 @@ MAX_SIZE = 4096
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """Train images, train labels, test images, test labels, class names."""
 
+Part = tuple[np.ndarray, np.ndarray]
+"""Images and labels."""
+
 LOADERS: dict[str, Callable[[Path, tuple[int, int], bool], Arrays]] = {
     "cifar10": lambda data_dir, size, test_only: cifar10.load(data_dir),
     "folder": folder.load,
@@ -65,10 +68,8 @@ class ImageData:
         """The same of the test images alone."""
         return _digest(self.test_images, self.test_labels)
 
-    def split(
-        self, seed: int
-    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """`train_part` and `val`, images and labels of each, as `split_train` draws them.
+    def split(self, seed: int) -> tuple[Part, Part]:
+        """`train_part` and `val`, as `split_train` draws them.
 
         Raises:
             UserError: `val` would be empty.
@@ -90,12 +91,9 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def load(
-    name: str,
-    data_dir: Path,
-    img_size: int | Sequence[int] | None = None,
-    test_only: bool = False,
+    name: str, data_dir: Path, img_size: int | Sequence[int] | None = None, test_only: bool = False
 ) -> ImageData:
-    """Load a data set and check it.
+    """Load a data set.
 
     Args:
         name: "cifar10", "folder" or "digits".
@@ -117,37 +115,8 @@ def load(
     if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
         # it may have more digits than Python writes
         raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
-    loaded = LOADERS[name](Path(data_dir), (height, width), test_only)
-    train_images, train_labels, test_images, test_labels, classes = loaded
-    if not test_only:
-        _check(f"{name} (train)", train_images, train_labels, len(classes))
-    _check(f"{name} (test)", test_images, test_labels, len(classes))
-    train_shape, test_shape = train_images.shape[1:], test_images.shape[1:]
-    if train_shape != test_shape:
-        raise UserError(f"{name}: train images are {train_shape}, test images {test_shape}")
-    return ImageData(
-        name,
-        classes,
-        train_images,
-        train_labels.astype(np.int64),
-        test_images,
-        test_labels.astype(np.int64),
-    )
-
-
-def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        found = f"{images.dtype} {images.shape}"
-        raise UserError(f"{what}: images are {found}, expected uint8 (N, height, width, 3)")
-    if len(images) == 0:
-        raise UserError(f"{what}: there are no images")
-    if labels.shape != (len(images),):
-        raise UserError(f"{what}: {len(images)} images but labels of shape {labels.shape}")
-    integers = np.issubdtype(labels.dtype, np.integer)
-    # what is no number may have no order, hence no minimum
-    low, high = (labels.min(), labels.max()) if integers else (labels[0], labels[-1])
-    if not integers or low < 0 or high >= num_classes:
-        raise UserError(f"{what}: labels {low}..{high} are not integers in 0..{num_classes - 1}")
+    *arrays, classes = LOADERS[name](Path(data_dir), (height, width), test_only)
+    return ImageData(name, classes, *arrays)
 
 
 def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ operations on the whole batch: no worker processes, nothing to wait for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,22 +19,6 @@ MAX_SHIFT = 4
 """Pixels that a training image moves at most in each direction."""
 CUTOUT = 3 / 8
 """Side of the square that a training image loses, as share of its width (arXiv:1708.04552)."""
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """What one epoch does to its images; element i of each tensor is of the i-th image served."""
-
-    order: Tensor
-    """(N,) index of the image in the data set."""
-    down: Tensor
-    right: Tensor
-    """(N, 1) where the window lies in the padded image, 0..2 MAX_SHIFT; the middle is no shift."""
-    mirrored: Tensor | None = None
-    """(N, 1) bool."""
-    cut_row: Tensor | None = None
-    cut_column: Tensor | None = None
-    """(N, 1) centre of the square that is cut out."""
 
 
 class Batches:
@@ -106,57 +89,44 @@ class Batches:
             yield self.normalize(self.images[part]), self.labels[part]
 
     def _augmented_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # all ranks draw the whole epoch, so that together they serve what one process would
-        draws = self._draw()
+        count, height, width, _ = self.images.shape
+        # Every random choice of an epoch; their order decides what a seed means: keep it. All ranks
+        # draw the whole epoch, so that together they serve what one process would.
+        order = torch.randperm(count, device=self.device)
+        # where each pixel of an image lies in the padded one, (N, H) and (N, W)
+        rows = self._integers(2 * MAX_SHIFT + 1) + torch.arange(height, device=self.device)
+        columns = self._integers(2 * MAX_SHIFT + 1) + torch.arange(width, device=self.device)
+        if self.mirror_and_cutout:
+            # a mirrored image reads its columns from right to left
+            mirrored = torch.rand(count, 1, device=self.device) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+            cut_rows = self._cutout(height)
+            cut_columns = self._cutout(width)
+
         # black edges: (N, H, W, 3) -> (N, H + 8, W + 8, 3)
         padded = F.pad(self.images, (0, 0, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT))
         served = self.batch_size // self.world_size
         for index in range(len(self)):
             start = index * self.batch_size + self.rank * served
             part = slice(start, start + served)
-            images = self.normalize(self._gather(padded, draws, part))  # (B, 3, H, W)
+            # (B, 1, 1), (B, H, 1) and (B, 1, W) broadcast: one index of each for every pixel
+            pixels = order[part, None, None], rows[part, :, None], columns[part, None, :]
+            images = self.normalize(padded[pixels])  # (B, 3, H, W)
             if self.mirror_and_cutout:
-                images = images.masked_fill(self._cutout(draws, part), 0.0)
-            yield images, self.labels[draws.order[part]]
+                cut = cut_rows[part, None, :, None] & cut_columns[part, None, None, :]
+                images = images.masked_fill(cut, 0.0)
+            yield images, self.labels[order[part]]
 
-    def _draw(self) -> _Draws:
-        """Every random choice of an epoch. Their order decides what a seed means: keep it."""
-        count, height, width, _ = self.images.shape
+    def _integers(self, limit: int) -> Tensor:
+        """(N, 1) random ones below `limit`."""
+        return torch.randint(0, limit, (len(self.labels), 1), device=self.device)
 
-        def integers(limit: int) -> Tensor:
-            return torch.randint(0, limit, (count, 1), device=self.device)
+    def _cutout(self, size: int) -> Tensor:
+        """Which of `size` rows or columns each image loses, (N, size) bool.
 
-        order = torch.randperm(count, device=self.device)
-        down = integers(2 * MAX_SHIFT + 1)
-        right = integers(2 * MAX_SHIFT + 1)
-        if not self.mirror_and_cutout:
-            return _Draws(order, down, right)
-        mirrored = torch.rand(count, 1, device=self.device) < 0.5
-        cut_row = integers(height)
-        cut_column = integers(width)
-        return _Draws(order, down, right, mirrored, cut_row, cut_column)
-
-    def _gather(self, padded: Tensor, draws: _Draws, part: slice) -> Tensor:
-        """Shifted and mirrored images (B, H, W, 3) uint8, pixel by pixel out of the padded ones."""
-        _, height, width, _ = self.images.shape
-        rows = draws.down[part] + torch.arange(height, device=self.device)  # (B, H)
-        columns = draws.right[part] + torch.arange(width, device=self.device)  # (B, W)
-        # a mirrored image reads its columns from right to left
-        if draws.mirrored is not None:
-            columns = torch.where(draws.mirrored[part], columns.flip(1), columns)
-        # (B, 1, 1), (B, H, 1) and (B, 1, W) broadcast: one index of each for every pixel
-        return padded[draws.order[part, None, None], rows[:, :, None], columns[:, None, :]]
-
-    def _cutout(self, draws: _Draws, part: slice) -> Tensor:
-        """Where the images lose a square, (B, 1, H, W) bool; it may reach over the edge."""
-        _, height, width, _ = self.images.shape
-        side = round(CUTOUT * width)
-
-        def covered(centre: Tensor, size: int) -> Tensor:
-            first = centre - side // 2  # (B, 1)
-            at = torch.arange(size, device=self.device)  # (size,)
-            return (at >= first) & (at < first + side)  # (B, size)
-
-        rows = covered(draws.cut_row[part], height)
-        columns = covered(draws.cut_column[part], width)
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+        The square's centre is in the image; it may reach over the edge.
+        """
+        side = round(CUTOUT * self.images.shape[2])
+        first = self._integers(size) - side // 2
+        at = torch.arange(size, device=self.device)
+        return (at >= first) & (at < first + side)

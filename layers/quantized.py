@@ -64,19 +64,12 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         x = self.input_quantizer(x)
-        kernel, axes = self.kernel_size, 2
+        weight = self.weight_quantizer(self.weight)
         padding = self._output_padding(
-            x, output_size, self.stride, self.padding, kernel, axes, self.dilation
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
         return F.conv_transpose2d(
-            x,
-            self.weight_quantizer(self.weight),
-            self.bias,
-            self.stride,
-            self.padding,
-            padding,
-            self.groups,
-            self.dilation,
+            x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation
         )
 
 
@@ -113,7 +106,7 @@ class QuantAdd(QuantizedLayer, Add):
             x = self.x_quantizer(x)
         if 1 in self.rounds:
             other = self.other_quantizer(other)
-        return super().forward(x, other)
+        return x + other
 
 
 class QuantMul(QuantizedLayer, Mul):
@@ -129,39 +122,34 @@ class QuantMul(QuantizedLayer, Mul):
         self.factor_quantizer = Quantizer()
 
     def forward(self, factor: Tensor, x: Tensor) -> Tensor:
-        return super().forward(self.factor_quantizer(factor), self.input_quantizer(x))
+        return self.factor_quantizer(factor) * self.input_quantizer(x)
 
 
-class QuantAdaptiveAvgPool2d(QuantizedLayer, nn.AdaptiveAvgPool2d):
+class OfQuantizedInput(QuantizedLayer):
+    """What a float layer computes, of an INT8 input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(x))
+
+
+class QuantAdaptiveAvgPool2d(OfQuantizedInput, nn.AdaptiveAvgPool2d):
     """Average pool of an INT8 input: the last feature map leaves its convolution as INT8."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
 
-
-class QuantAvgPool2d(QuantizedLayer, nn.AvgPool2d):
+class QuantAvgPool2d(OfQuantizedInput, nn.AvgPool2d):
     """Average pool of windows of an INT8 input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
 
-
-class QuantHardswish(QuantizedLayer, nn.Hardswish):
+class QuantHardswish(OfQuantizedInput, nn.Hardswish):
     """Hardswish of an INT8 input.
 
     TensorRT fuses it into no INT8 convolution. If its input is not rounded, the convolution before
     it must write FP16, for which many have no INT8 kernel.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
 
-
-class QuantLeakyReLU(QuantizedLayer, nn.LeakyReLU):
+class QuantLeakyReLU(OfQuantizedInput, nn.LeakyReLU):
     """Leaky ReLU of an INT8 input, for the reason of `QuantHardswish`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
 
 
 QUANTIZED_FORM = {

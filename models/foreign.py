@@ -8,16 +8,15 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from utils.errors import UserError
 
 FORMS = "torchvision/NAME, timm/NAME or package.module:callable"
-PROJECT = ("dataset", "layers", "models", "utils")
-"""Packages that are imported already: another one of that name cannot be."""
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -38,85 +37,57 @@ def build(name: str, num_classes: int) -> nn.Module:
     elif library == "timm":
         builder = _of_timm(network)
     elif re.fullmatch(r"[\w.]+:\w+", name):
-        builder = _of_module(*name.split(":"))
+        builder = partial(_of_module, *name.split(":"))
     else:
         raise UserError(f"--m {name}: a network from elsewhere is {FORMS}")
     try:
-        model = builder(num_classes)
+        model = builder(num_classes=num_classes)
     except (Exception, SystemExit) as error:  # it is anyone's code
         raise UserError(
-            f"--m {name}: it fails when called with num_classes={num_classes}: {_said(error)}"
+            f"--m {name}: it cannot be built with num_classes={num_classes}: {_said(error)}"
         ) from None
     if not isinstance(model, nn.Module):
         raise UserError(f"--m {name}: it returns {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
-def _of_torchvision(network: str) -> Callable[[int], nn.Module]:
+def _of_torchvision(network: str) -> Callable[..., nn.Module]:
     import torchvision
 
     _require_name("torchvision", network, torchvision.models.list_models(torchvision.models))
     # googlenet and inception warn unless they are told to initialise, as is their default
     more = {"init_weights": True} if network in ("googlenet", "inception_v3") else {}
-    return lambda num_classes: torchvision.models.get_model(
-        network, weights=None, num_classes=num_classes, **more
-    )
+    return partial(torchvision.models.get_model, network, weights=None, **more)
 
 
-def _of_timm(network: str) -> Callable[[int], nn.Module]:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise
-        raise UserError(f"--m timm/{network}: pip install timm first") from None
+def _of_timm(network: str) -> Callable[..., nn.Module]:
+    import timm
+
     # a tag of weights may follow the name; what else timm takes would be downloaded
     _require_name("timm", network.partition(".")[0], timm.list_models())
-    return lambda num_classes: timm.create_model(network, pretrained=False, num_classes=num_classes)
+    return partial(timm.create_model, network, pretrained=False)
 
 
 def _require_name(library: str, network: str, names: Sequence[str]) -> None:
-    if network in names:
-        return
-    near = difflib.get_close_matches(network, names, n=4, cutoff=0.4)
-    hint = f"; near it: {', '.join(near)}" if near else ""
-    raise UserError(f"--m {library}/{network}: {library} has no such network{hint}")
+    if network not in names:
+        near = ", ".join(difflib.get_close_matches(network, names, n=4, cutoff=0.4))
+        hint = f"; near it: {near}" if near else ""
+        raise UserError(f"--m {library}/{network}: {library} has no such network{hint}")
 
 
-def _of_module(module_name: str, attribute: str) -> Callable[[int], nn.Module]:
-    module = _imported(module_name)
-    what = f"--m {module_name}:{attribute}"
-    builder = getattr(module, attribute, None)
-    if builder is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=4)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(f"{what}: {module_name} has no {attribute}{hint}")
-    if not callable(builder):
-        raise UserError(f"{what}: it is {type(builder).__name__}, which cannot be called")
-    return lambda num_classes: builder(num_classes=num_classes)
-
-
-def _imported(name: str) -> ModuleType:
-    """A module from the working directory or Python's path."""
+def _of_module(module_name: str, attribute: str, num_classes: int) -> Any:
+    """What a callable of a module makes, which is in the working directory or Python's path."""
     here = str(Path.cwd())
     # as `python -m` has it
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # it is anyone's code
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise UserError(f"--m: importing {name} fails: {_said(error)}") from None
-    top = name.partition(".")[0]
-    hint = f"; {top} is a package of this project, give yours another name"
-    raise UserError(
-        f"--m: no module {missing} in {here} or on Python's path{hint if top in PROJECT else ''}"
-    )
+    return getattr(importlib.import_module(module_name), attribute)(num_classes=num_classes)
 
 
 def _said(error: BaseException) -> str:
     """An error of code from elsewhere on one line: its type, its text, and where it was raised."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}, neither in {Path.cwd()} nor on Python's path"
     if isinstance(error, SystemExit):
         text = "it ends the program; put that behind if __name__ == '__main__'"
     else:

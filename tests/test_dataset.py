@@ -6,11 +6,10 @@ import io
 import os
 import pickle
 import shutil
-import socket
+import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import unicodedata
 import urllib.error
 import urllib.request
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, normalised
-from PIL import Image, features
+from PIL import Image
 
 import dataset
 from dataset import cifar10, folder
@@ -222,7 +221,7 @@ def test_cifar10_offline_names_where_it_looked_and_the_way_out(tmp_path, offline
         str(tmp_path),
         "cifar10.npz",
         "cifar-10-batches-py",
-        "train/<class>",
+        "train",
         "no route",
         "--data_dir",
         "--dataset digits",
@@ -287,7 +286,7 @@ def test_connection_lost_during_the_download_is_one_line(tmp_path, monkeypatch):
 def test_cifar10_unpacks_an_archive_that_is_there(tmp_path, monkeypatch, offline):
     train_images, archive = made_archive(tmp_path / "made")
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive)
-    assert "damaged (MD5 differs); delete it" in load_error("cifar10", tmp_path)
+    assert "damaged (MD5 differs; it begins with" in load_error("cifar10", tmp_path)
     monkeypatch.setattr(cifar10, "MD5", cifar10.hashlib.md5(archive).hexdigest())
     assert np.array_equal(dataset.load("cifar10", tmp_path).train_images, train_images)
     assert (tmp_path / "cifar-10-batches-py").is_dir()
@@ -314,17 +313,17 @@ HTML = b"\xef\xbb\xbf\n<!DOCTYPE html><html>sign in</html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
-@pytest.mark.parametrize(("content", "kind"), [(HTML, "an HTML page"), (LFS, "a git-lfs pointer")])
+@pytest.mark.parametrize("content", [HTML, LFS])
 @pytest.mark.parametrize(
     "name", ["cifar10.npz", "cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_3"]
 )
-def test_sound_files_of_another_kind_are_not_called_damaged(tmp_path, offline, name, content, kind):
+def test_the_beginning_of_a_file_of_another_kind_is_shown(tmp_path, offline, name, content):
     if "/" in name:
         write_batches(tmp_path / "cifar-10-batches-py")
     (tmp_path / name).write_bytes(content)
     message = load_error("cifar10", tmp_path)
-    assert f"{tmp_path / name} is {kind}" in message
-    assert "damaged" not in message and "corrupt" not in message
+    assert str(tmp_path / name) in message
+    assert f"it begins with {content[:32]}" in message
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ENOMEM, None])
@@ -345,6 +344,9 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, ki
 
     monkeypatch.setattr(io, "open", failing)
     monkeypatch.setattr(builtins, "open", failing)
+    if kind == "images" and error:
+        assert f"cannot be read ({os.strerror(error)})" in load_error("cifar10", tmp_path)
+        return
     with pytest.raises((OSError, MemoryError)) as raised:
         dataset.load("cifar10", tmp_path)
     if error:
@@ -358,8 +360,7 @@ def test_truncated_archive_is_named(tmp_path, part):
     np.savez(path, **keras_arrays())
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
     message = load_error("cifar10", tmp_path)
-    assert str(path) in message
-    assert "truncated or corrupt" in message
+    assert f"{path} is no archive of the arrays" in message
 
 
 @pytest.mark.parametrize("lacking", ["x_train", "y_train", "x_test", "y_test"])
@@ -367,7 +368,7 @@ def test_archive_without_an_array_names_the_array(tmp_path, lacking):
     arrays = keras_arrays()
     del arrays[lacking]
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    assert f"lacks an array: {lacking}" in load_error("cifar10", tmp_path).replace("'", "")
+    assert f"{lacking} is not a file in the archive" in load_error("cifar10", tmp_path)
 
 
 def damaged_stream():
@@ -387,24 +388,22 @@ def single_array():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (damaged_stream(), "truncated or corrupt"),
-        (single_array(), "is a single NumPy array"),
-        (pickle.dumps(keras_arrays()), "is a pickle"),
-    ],
+    "content",
+    [damaged_stream(), single_array(), pickle.dumps(keras_arrays())],
     ids=["zlib", "npy", "pickle"],
 )
-def test_what_is_no_archive_is_named(tmp_path, content, said):
+def test_what_is_no_archive_is_named(tmp_path, content):
     (tmp_path / "cifar10.npz").write_bytes(content)
-    assert said in load_error("cifar10", tmp_path)
+    message = load_error("cifar10", tmp_path)
+    assert f"{tmp_path}/cifar10.npz is no archive of the arrays" in message
+    assert f"it begins with {content[:32]}" in message
 
 
 def test_archive_of_python_objects_is_refused(tmp_path):
     np.savez(
         tmp_path / "cifar10.npz", **{**keras_arrays(), "y_train": np.array([{}] * 20, dtype=object)}
     )
-    assert "is an archive of Python objects" in load_error("cifar10", tmp_path)
+    assert "Object arrays cannot be loaded" in load_error("cifar10", tmp_path)
 
 
 def test_a_member_that_is_no_array_is_named(tmp_path):
@@ -415,7 +414,7 @@ def test_a_member_that_is_no_array_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "cifar10.npz", "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    assert "(train): images are |S8 ()" in load_error("cifar10", tmp_path)
+    assert "images |S8 () with 20 labels" in load_error("cifar10", tmp_path)
 
 
 def test_an_archive_may_have_one_test_image_but_not_none(tmp_path):
@@ -426,30 +425,30 @@ def test_an_archive_may_have_one_test_image_but_not_none(tmp_path):
         if count:
             assert dataset.load("cifar10", tmp_path).test_labels.tolist() == [0]
         else:
-            assert load_error("cifar10", tmp_path) == "cifar10 (test): there are no images"
+            assert "images uint8 (0, 32, 32, 3) with 0 labels" in load_error("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("x_train", made_images(20)[..., 0], "images are uint8 (20, 32, 32)"),
-        ("x_train", made_images(20)[..., :1], "images are uint8 (20, 32, 32, 1)"),
-        ("x_train", made_images(20).astype(np.float32), "images are float32"),
-        ("x_train", made_images(20, size=16), "train images are (16, 16, 3)"),
-        ("x_train", made_images(19), "19 images but labels of shape (20,)"),
-        ("y_test", np.full((10, 1), 10), "labels 10..10 are not integers in 0..9"),
-        ("y_test", np.full((10, 1), -1), "labels -1..-1"),
-        ("y_test", np.full((10, 1), 0.5), "labels 0.5..0.5 are not integers"),
-        ("y_test", np.zeros((10, 2), np.int64), "10 images but labels of shape (10, 2)"),
-        # NumPy has no minimum of strings
-        ("y_test", np.full((10, 1), "cat"), "labels"),
+        ("x_train", made_images(20)[..., 0], "images uint8 (20, 32, 32) with 20 labels"),
+        ("x_train", made_images(20)[..., :1], "images uint8 (20, 32, 32, 1)"),
+        ("x_train", made_images(20).astype(np.float32), "images float32 (20, 32, 32, 3)"),
+        ("x_train", made_images(20, size=16), "images uint8 (20, 16, 16, 3)"),
+        ("x_train", made_images(19), "images uint8 (19, 32, 32, 3) with 20 labels"),
+        ("y_test", np.full((10, 1), 10), "10 labels int64"),
+        ("y_test", np.full((10, 1), -1), "10 labels int64"),
+        ("y_test", np.full((10, 1), 0.5), "10 labels float64"),
+        ("y_test", np.zeros((10, 2), np.int64), "20 labels int64"),
+        ("y_test", np.full((10, 1), "cat"), "10 labels <U3"),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, key, value, said):
     np.savez(tmp_path / "cifar10.npz", **{**keras_arrays(), key: value})
     message = load_error("cifar10", tmp_path)
+    assert message.startswith(f"{tmp_path}/cifar10.npz: images ")
     assert said in message
-    assert message.startswith("cifar10")
+    assert "are not CIFAR-10's" in message
 
 
 @pytest.mark.parametrize(
@@ -461,32 +460,19 @@ def test_wrong_arrays_are_named(tmp_path, key, value, said):
         # OverflowError and AttributeError
         b"\x80\x04\x95" + b"\xff" * 8 + b".",
         b"\x80\x02}K\x01a.",
-    ],
-    ids=["empty", "text", "truncated", "frame", "append"],
-)
-def test_corrupt_batch_is_named(tmp_path, content):
-    write_batches(tmp_path / "cifar-10-batches-py")
-    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
-    path.write_bytes(content)
-    message = load_error("cifar10", tmp_path)
-    assert f"{path} is truncated or corrupt" in message
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
+        # sound pickles of something else
         pickle.dumps(3),
         pickle.dumps({b"data": 1}),
         pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [0, 1]}, protocol=4),
         b"\x80\x02cnumpy.nothing\nndarray\n.",
     ],
-    ids=["int", "keys", "shape", "class"],
+    ids=["empty", "text", "truncated", "frame", "append", "int", "keys", "shape", "class"],
 )
-def test_a_pickle_of_something_else_is_not_called_damaged(tmp_path, content):
+def test_what_is_no_batch_is_named(tmp_path, content):
     write_batches(tmp_path / "cifar-10-batches-py")
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(content)
-    assert f"{path} is a pickle of something else" in load_error("cifar10", tmp_path)
+    assert f"{path} is no batch of CIFAR-10" in load_error("cifar10", tmp_path)
 
 
 def test_absent_batch_is_named(tmp_path):
@@ -613,7 +599,7 @@ def test_every_unreadable_image_counts_and_the_first_are_named(tmp_path):
     assert message.startswith("5 of 20 files cannot be used")
     for path, named in zip(damaged, (True, True, True, False, False), strict=True):
         assert (str(path) in message) == named
-    assert "an HTML page" in message and "a git-lfs pointer" in message
+    assert f"it begins with {HTML[:32]}" in message and f"it begins with {LFS[:32]}" in message
 
 
 def deep_png(colour_type, channels):
@@ -637,74 +623,36 @@ def saved(mode="RGB", kind="PNG", colour=0, **options):
     return buffer.getvalue()
 
 
-def changed(content, after, place, value):
-    """`content` with another byte `place` bytes after the first `after`."""
-    content = bytearray(content)
-    content[content.index(after) + place] = value
-    return bytes(content)
-
-
-def deep_tiff(planar):
-    """The header of a TIFF of three channels of 16 bits."""
-    tags = [
-        (256, 8),
-        (257, 8),
-        (258, 16),
-        (262, 2),
-        (273, 200),
-        (277, 3),
-        (279, 384),
-        (284, planar),
-    ]
-    entries = b"".join(
-        tag.to_bytes(2, "little")
-        + (3).to_bytes(2, "little")
+def wide_tiff(planar):
+    """A TIFF of 8 x 8 pixels and three channels of 16 bits."""
+    tags = [(256, 8), (257, 8), (258, 16), (262, 2), (273, 200), (277, 3), (279, 384)]
+    table = b""
+    for tag, value in [*tags, (284, planar)]:
         # the bits of the three channels lie behind the table
-        + (
-            (3).to_bytes(4, "little") + (150).to_bytes(4, "little")
-            if tag == 258
-            else (1).to_bytes(4, "little") + value.to_bytes(4, "little")
-        )
-        for tag, value in tags
-    )
-    table = b"II*\0" + (8).to_bytes(4, "little") + len(tags).to_bytes(2, "little") + entries
-    return table.ljust(150, b"\0") + 3 * b"\x10\0" + bytes(44 + 384)
+        count, value = (3, 150) if tag == 258 else (1, value)
+        table += struct.pack("<HHII", tag, 3, count, value)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags) + 1) + table
+    return head.ljust(150, b"\0") + 3 * b"\x10\0" + bytes(44 + 384)
 
 
-DEEP = {
+WIDE = {
     "grey.png": deep_png(0, 1),
-    "colour.png": deep_png(2, 3),
-    "grey-alpha.png": deep_png(4, 2),
-    "alpha.png": deep_png(6, 4),
     "grey.tif": saved("I;16", "TIFF"),
     "integers.tif": saved("I", "TIFF"),
     "floats.tif": saved("F", "TIFF"),
-    "colour.tif": deep_tiff(1),
-    "planes.tif": deep_tiff(2),
-    "colour.ppm": b"P6 8 8 65535\n" + bytes(384),
-    "ten.ppm": b"P6 8 8 1023\n" + bytes(384),
-    "text.ppm": b"P3 1 1 1023\n1 2 3 ",
+    "colour.tif": wide_tiff(1),
+    "planes.tif": wide_tiff(2),
     "grey.pgm": b"P5 8 8 1023\n" + bytes(128),
-    "colour.jp2": changed(saved(kind="JPEG2000"), b"\xff\x4f\xff\x51", 42, 0x0F),
     "grey.jp2": saved("I;16", "JPEG2000"),
-    "colour.sgi": b"\x01\xda\0\x02\0\x03\0\x08\0\x08\0\x03".ljust(512, b"\0") + bytes(384),
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
-def test_an_image_of_more_than_eight_bits_is_named(tmp_path, name):
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_greys_and_tiffs_are_named(tmp_path, name):
     write_classes(tmp_path, ("a", "b"))
     path = tmp_path / "train" / "a" / name
-    path.write_bytes(DEEP[name])
+    path.write_bytes(WIDE[name])
     assert f"{path} has more than 8 bits" in load_error("folder", tmp_path)
-
-
-@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
-def test_the_head_of_an_avif_file_tells_its_bits():
-    # Pillow writes 8 bits alone: the configuration is changed, the coded image is not
-    plain = saved(kind="AVIF")
-    assert not folder.WIDE_HEADS["AVIF"].search(plain)
-    assert folder.WIDE_HEADS["AVIF"].search(changed(plain, b"av1C", 6, 0x4C))
 
 
 def first_pixel(tmp_path, name, content):
@@ -731,8 +679,10 @@ PURPLE = (120, 20, 200)
         ("1.png", saved("1", colour=1), (255, 255, 255)),
         ("cmyk.jpg", saved("CMYK", "JPEG", (0, 255, 255, 0)), (255, 0, 0)),
         ("ycbcr.jpg", saved("YCbCr", "JPEG", (76, 85, 255)), (255, 0, 0)),
-        # white is L = 100 % in CIELAB, whose a and b are 0
-        ("lab.tif", saved("LAB", "TIFF", (255, 128, 128)), (255, 255, 255)),
+        # of more than eight bits a channel the upper eight
+        ("wide.png", deep_png(2, 3), (18, 18, 18)),
+        ("wide-alpha.png", deep_png(6, 4), (238, 238, 238)),
+        ("wide.ppm", b"P6 8 8 65535\n" + 192 * b"\x12\x34", (18, 18, 18)),
         # alpha alone makes the drawing
         ("half.png", saved("RGBA", colour=(0, 0, 0, 128)), (127, 127, 127)),
         ("none.png", saved("RGBA", colour=(9, 9, 9, 0)), (255, 255, 255)),
@@ -777,25 +727,26 @@ def test_hidden_names_never_count(tmp_path, capsys):
     assert capsys.readouterr().out == "4 train and 4 test images of 2 classes\n"
 
 
-def test_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
+def test_what_is_left_out_is_said(tmp_path, capsys):
     written = write_classes(tmp_path, ("a", "b"))
     (tmp_path / "train" / "labels.csv").write_text("no class")
     (tmp_path / "train" / "a" / "README").write_text("P1 and P2 are no images")
     for name in ("Thumbs.db", "clip.mpg", "figure.eps", "b.txt"):
         (tmp_path / "test" / "b" / name).write_bytes(b"\0\0\x01\xb3" + bytes(20))
-    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
-    with socket.socket(socket.AF_UNIX) as server:
-        # a socket's path has at most 107 bytes
-        monkeypatch.chdir(tmp_path / "train" / "b")
-        server.bind("socket")
-        data = dataset.load("folder", tmp_path)
+    data = dataset.load("folder", tmp_path)
     assert np.array_equal(data.train_images, written["train"])
     assert np.array_equal(data.test_images, written["test"])
     assert capsys.readouterr().out == (
-        "4 train and 4 test images of 2 classes; 8 files left out: "
-        "1 in no class folder (labels.csv), 2 not regular files (pipe.png, socket), "
-        "5 no images (README, Thumbs.db, b.txt, ...)\n"
+        "4 train and 4 test images of 2 classes; left out: "
+        "1 outside of class folders (labels.csv), "
+        "5 without an image (README, Thumbs.db, b.txt, ...)\n"
     )
+
+
+def test_what_would_wait_for_ever_is_refused(tmp_path):
+    write_classes(tmp_path, ("a", "b"))
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    assert "pipe.png is not a regular file" in load_error("folder", tmp_path)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -827,28 +778,22 @@ def test_links_that_lead_nowhere_are_named(tmp_path, name, target):
     write_classes(tmp_path, ("a", "b"))
     path = tmp_path / "train" / "a" / name
     path.symlink_to(name if target == "itself" else "nothing")
-    assert f"{path} is not a readable image" in load_error("folder", tmp_path)
+    assert f"{path} cannot be read" in load_error("folder", tmp_path)
 
 
 def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     write_classes(tmp_path, ("a", "b"))
     closed = tmp_path / "train" / "a" / "deep"
     closed.mkdir()
-    plain_listdir = os.listdir
-    plain_scandir = os.scandir
+    plain = os.scandir
 
-    def guarded(plain):
-        def call(path="."):
-            if str(path) == str(closed):
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return plain(path)
+    def guarded(path):
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path)
 
-        return call
-
-    monkeypatch.setattr(os, "listdir", guarded(plain_listdir))
-    monkeypatch.setattr(os, "scandir", guarded(plain_scandir))
-    with pytest.raises(PermissionError, match="deep"):
-        dataset.load("folder", tmp_path)
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert f"{closed} cannot be read (Permission denied)" in load_error("folder", tmp_path)
 
 
 def test_class_names_are_compared_in_one_unicode_form(tmp_path):
@@ -856,8 +801,10 @@ def test_class_names_are_compared_in_one_unicode_form(tmp_path):
     apart = unicodedata.normalize("NFD", "caf\u00e9")
     (tmp_path / "test" / "caf\u00e9").rename(tmp_path / "test" / apart)
     assert dataset.load("folder", tmp_path).classes == ("caf\u00e9", "tea")
+    # a second form is the same class
     (tmp_path / "train" / apart).mkdir()
-    assert "two forms of Unicode" in load_error("folder", tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "train" / apart / "2.png")
+    assert dataset.load("folder", tmp_path).train_labels.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_images_that_do_not_fit_into_memory_are_not_begun(tmp_path, monkeypatch):
@@ -880,7 +827,7 @@ def kilobytes(key):
 
 Image.init()
 before = kilobytes("VmRSS")
-data = dataset.load("folder", Path(sys.argv[1]), 440)
+data = dataset.load("folder", Path(sys.argv[1]), 640)
 arrays = data.train_images.nbytes + data.test_images.nbytes
 print((kilobytes("VmHWM") - before) * 1024 / arrays)
 """
@@ -888,7 +835,7 @@ print((kilobytes("VmHWM") - before) * 1024 / arrays)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_images_are_loaded_in_little_more_memory_than_they_take(tmp_path):
-    """Photographs that take 3 MB each while they are decoded, and 93 MB all in the end."""
+    """Photographs that take 3 MB each while they are decoded, and 197 MB all in the end."""
     photo = Image.fromarray(made_images(1)[0]).resize((1000, 800))
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG")
@@ -903,32 +850,10 @@ def test_images_are_loaded_in_little_more_memory_than_they_take(tmp_path):
     assert 1 <= float(process.stdout.splitlines()[-1]) <= 1.5
 
 
-def test_decoded_images_wait_for_room_and_a_large_one_is_let_in_alone():
-    room = folder._Room(10)
-    order = []
-
-    def work(name, count):
-        with room.take(count):
-            order.append(name)
-
-    with room.take(8):
-        waiting = threading.Thread(target=work, args=("large", 99))
-        waiting.start()
-        with room.take(2):
-            order.append("small")
-        waiting.join(0.1)
-        assert order == ["small"]
-    waiting.join()
-    assert order == ["small", "large"]
-    assert room.taken == 0
-
-
 def test_a_containers_limit_counts(monkeypatch):
     files = {
         "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\n",
         "/sys/fs/cgroup/memory.max": "1000000\n",
-        "/sys/fs/cgroup/memory.current": "900000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 300000\n",
     }
 
     def read_text(path):
@@ -937,7 +862,7 @@ def test_a_containers_limit_counts(monkeypatch):
         return files[str(path)]
 
     monkeypatch.setattr(folder.Path, "read_text", read_text)
-    assert folder._available_bytes() == 400_000
+    assert folder._available_bytes() == 1_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert folder._available_bytes() == 2_048_000
     files.clear()

@@ -23,12 +23,7 @@ from utils.quantization.calibrate import (
     calibrate,
     require_calibrated,
 )
-from utils.quantization.swap import (
-    is_quantized,
-    quantizable_modules,
-    quantize_modules,
-    select,
-)
+from utils.quantization.swap import quantizable_modules, quantize_modules, select
 from utils.quantization.table import layer_table
 from utils.specs import CALIBRATORS
 
@@ -136,7 +131,6 @@ def test_globs_select_layers_in_the_models_order(quant_layers, skip_layers, expe
     for name, module in before.items():
         if name in expected:
             assert type(after[name]) is QUANTIZED_FORM[type(module)], name
-            assert is_quantized(after[name])
         else:
             assert after[name] is module, name
     assert {name for name in after if name not in before} == quantizers_of(expected)
@@ -145,7 +139,7 @@ def test_globs_select_layers_in_the_models_order(quant_layers, skip_layers, expe
 def test_everything_is_quantized_by_default():
     model = resnet18()
     assert quantize_modules(model, EXAMPLE) == RESNET18
-    assert all(is_quantized(module) for module in quantizable_modules(model).values())
+    assert all(isinstance(module, QuantizedLayer) for module in quantizable_modules(model).values())
     assert not any(type(module) in QUANTIZED_FORM for module in model.modules())
 
 
@@ -216,10 +210,11 @@ def test_quantized_layers_are_not_swapped_again():
     quantize_modules(model, EXAMPLE, ["conv", "layer1.*"])
     calibrate(model, batches(), "max")
     before, known = dict(model.named_modules()), ranges(model)
+    known_layers = [name for name in before if isinstance(before[name], QuantizedLayer)]
     quantize_modules(model, EXAMPLE)
     after = dict(model.named_modules())
-    assert all(is_quantized(module) for module in quantizable_modules(model).values())
-    assert all(after[name] is before[name] for name in before if is_quantized(before[name]))
+    assert all(isinstance(module, QuantizedLayer) for module in quantizable_modules(model).values())
+    assert all(after[name] is before[name] for name in known_layers)
     assert_same(known, {name: ranges(model)[name] for name in known})
 
 

@@ -35,13 +35,9 @@ def plot(path: Path, record: Record) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for row in rows:
-        axes.scatter(
-            row.throughput_img_s,
-            row.accuracy_pct,
-            color=colours[f"{row.backend} {row.precision}"],
-            marker=markers[row.batch_size],
-            s=60,
-        )
+        colour = colours[f"{row.backend} {row.precision}"]
+        marker = markers[row.batch_size]
+        axes.scatter(row.throughput_img_s, row.accuracy_pct, color=colour, marker=marker, s=60)
     for network, colour in colours.items():
         axes.scatter([], [], color=colour, label=network)
     for batch_size, marker in markers.items():

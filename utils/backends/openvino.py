@@ -61,26 +61,21 @@ class OpenVinoNetwork(Network):
     def __init__(self, path: Path, options: Mapping[str, Any] | None = None):
         self.path = path
         self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
-        compiled = self._compile(self._options)
+        compiled = self._compile()
         self._require_ends(compiled)
-        _, *sides = compiled.input().partial_shape
-        if any(side.is_dynamic for side in sides):
-            raise UserError(f"{path}: it does not say how large an image is; export it again")
-        self.image_shape = tuple(side.get_length() for side in sides)
+        self.image_shape = tuple(side.get_length() for side in compiled.input().partial_shape[1:])
         # by batch size; None: any
         self._requests = {None: compiled.create_infer_request()}
         self.layers = read_layers(compiled)
 
-    def _compile(
-        self, options: Mapping[str, Any], batch_size: int | None = None
-    ) -> openvino.CompiledModel:
+    def _compile(self, batch_size: int | None = None, **options: Any) -> openvino.CompiledModel:
         core = openvino.Core()
         try:
             model = core.read_model(self.path)
             use_unsigned_codes(model)
             if batch_size is not None:
                 model.reshape([batch_size, *self.image_shape])
-            return core.compile_model(model, "CPU", options)
+            return core.compile_model(model, "CPU", self._options | options)
         except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
             raise UserError(
                 f"OpenVINO cannot load {self.path}: {_reason(error)}; export it again"
@@ -89,31 +84,21 @@ class OpenVinoNetwork(Network):
     def _require_ends(self, compiled: openvino.CompiledModel) -> None:
         """Raises UserError unless the graph turns images into logits."""
         ends = []
-        for ports in (compiled.inputs, compiled.outputs):
-            found = []
-            for port in ports:
-                kind = port.element_type.get_type_name()
-                rank = port.partial_shape.rank
-                found.append((port.any_name, kind, rank.get_length() if rank.is_static else None))
-            ends.append(found)
-        expected = [[(INPUT, "u8", 4)], [(OUTPUT, "f32", 2)]]
+        for port in (*compiled.inputs, *compiled.outputs):
+            kind = port.element_type.get_type_name()
+            ends.append((port.any_name, kind, str(port.partial_shape.rank)))
+        expected = [(INPUT, "u8", "4"), (OUTPUT, "f32", "2")]
         if ends != expected:
-            raise UserError(
-                f"{self.path}: it has {ends[0]} and {ends[1]}, not {expected[0]} and "
-                f"{expected[1]}; export it again"
-            )
+            raise UserError(f"{self.path}: it has {ends}, not {expected}; export it again")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        # unasked, it reads others as if they fitted
-        if images.shape[1:] != self.image_shape:
-            raise UserError(
-                f"OpenVINO cannot run {self.path}: the images are {images.shape[1:]}, not "
-                f"{self.image_shape}"
-            )
         request = self._requests.get(len(images), self._requests[None])
         try:
+            # unasked, it reads others as if they fitted
+            if images.shape[1:] != self.image_shape:
+                raise ValueError(f"the images are {images.shape[1:]}, not {self.image_shape}")
             request.infer([images])
-        except Exception as error:  # too little memory
+        except Exception as error:  # too little memory, too
             raise UserError(f"OpenVINO cannot run {self.path}: {_reason(error)}") from None
         # a copy: the next batch comes into the same memory
         return request.get_output_tensor().data.copy()
@@ -123,7 +108,7 @@ class OpenVinoNetwork(Network):
 
         It is faster than that for any, at batch size 1 by an eighth.
         """
-        compiled = self._compile(self._options, len(images))
+        compiled = self._compile(len(images))
         self._requests[len(images)] = compiled.create_infer_request()
         return super().latencies_ms(images)
 
@@ -132,7 +117,7 @@ class OpenVinoNetwork(Network):
 
         Of a copy that measures itself, which takes time too.
         """
-        compiled = self._compile({**self._options, "PERF_COUNT": True})
+        compiled = self._compile(PERF_COUNT=True)
         request = compiled.create_infer_request()
         # what the images show does not matter
         images = np.zeros((self.evaluation_batch, *self.image_shape), np.uint8)
@@ -203,16 +188,10 @@ def read_layers(compiled: openvino.CompiledModel) -> list[Layer]:
         # constants, ends, and views of memory
         if info["primitiveType"].startswith("unknown"):
             continue
-        precision = TYPES.get(info["runtimePrecision"], "-")
         nodes = [other for other in info["originalLayersNames"].split(",") if other != name]
-        layers.append(
-            Layer(
-                name=" ".join([name, *nodes]).strip(),
-                kind=kind,
-                precision="UINT8" if reads_pixels else precision,
-                tactic=info["primitiveType"],
-            )
-        )
+        precision = "UINT8" if reads_pixels else TYPES.get(info["runtimePrecision"], "-")
+        full_name = " ".join([name, *nodes]).strip()
+        layers.append(Layer(full_name, kind, precision, info["primitiveType"]))
     return layers
 
 

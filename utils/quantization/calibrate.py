@@ -18,7 +18,7 @@ All but "max" go over the images twice: the second pass counts |x| between 0 and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from layers.quantizers import CODE_MAX, Quantizer
 from utils.errors import UserError
+from utils.quantization.watch import evaluating
 from utils.specs import CALIBRATORS
 
 VALUES_AT_A_TIME = 1 << 23
@@ -60,13 +61,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
-    device = next(model.parameters()).device
-    batches = [_images(batch).to(device) for batch in batches]
+    # without labels
+    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     if not batches:
         raise UserError("there are no images to calibrate with")
-    quantizers = {
-        name: module for name, module in model.named_modules() if isinstance(module, Quantizer)
-    }
+    quantizers = _quantizers(model)
     activations = {name: found for name, found in quantizers.items() if found.axis is None}
 
     # first pass, in float: the largest magnitudes, which are all that "max" needs
@@ -81,9 +80,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     _require_finite(largest)
 
     # second pass: how the activations are spread below them
-    if method in SECOND_PASS:
+    if method != "max":
+        counter = _Histogram if method in ("percentile", "entropy") else _RoundingError
         for name, quantizer in activations.items():
-            quantizer._calibrator = SECOND_PASS[method](largest[name], method)
+            quantizer._calibrator = counter(largest[name], method)
         _collect(model, batches, activations.values())
 
     progress = tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False)
@@ -93,8 +93,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
         quantizer._calibrator = None
 
 
-def _images(batch: Tensor | Sequence[Tensor]) -> Tensor:
-    return batch if isinstance(batch, Tensor) else batch[0]
+def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Name -> quantizer of everything that has a range to be set."""
+    return {name: child for name, child in model.named_modules() if isinstance(child, Quantizer)}
 
 
 def _require_finite(largest: dict[str, Tensor | None]) -> None:
@@ -102,23 +103,19 @@ def _require_finite(largest: dict[str, Tensor | None]) -> None:
         if amax is None:
             raise UserError(f"{name} was never computed: the model does not call its layer")
         if not torch.isfinite(amax).all():
-            raise UserError(
-                f"calibration of {name} found no finite value: "
-                "the model's weights or the images are broken"
-            )
+            raise UserError(f"{name} met values that are not finite: weights or images are broken")
 
 
 def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Quantizer]) -> None:
     """Run the float model over the images while the quantizers' calibrators look on."""
-    training = model.training
-    model.eval()
+    device = next(model.parameters()).device
     for quantizer in quantizers:
         quantizer.enable_calib()
-    for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
-        model(images)
+    with evaluating(model):
+        for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
+            model(images.to(device))
     for quantizer in quantizers:
         quantizer.disable_calib()
-    model.train(training)
 
 
 class _Histogram:
@@ -154,9 +151,8 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
     # as the search by entropy writes into it
     calibrator._calib_hist = np.frombuffer(counts, np.int64).copy()
     calibrator._calib_bin_edges = np.linspace(0, largest, HISTOGRAM_BINS + 1)
-    if method == "percentile":
-        return float(calibrator.compute_amax("percentile", percentile=PERCENTILE))
-    return float(calibrator.compute_amax("entropy", stride=ENTROPY_STRIDE))
+    options = {"percentile": PERCENTILE, "stride": ENTROPY_STRIDE}  # one for each method
+    return float(calibrator.compute_amax(method, **options))
 
 
 class _RoundingError:
@@ -233,21 +229,8 @@ def _errors_of_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     return (rounded - values).square().mean(1), values.square().mean(0)
 
 
-SECOND_PASS = {
-    "percentile": _Histogram,
-    "entropy": _Histogram,
-    "mse": _RoundingError,
-    "sqnr": _RoundingError,
-}
-"""Method -> what counts the activations, given their largest magnitude and the method."""
-
-
 def require_calibrated(model: nn.Module) -> None:
     """Raises UserError if a range of `model` was never set."""
-    missing = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Quantizer) and not module.calibrated
-    ]
+    missing = [name for name, found in _quantizers(model).items() if not found.calibrated]
     if missing:
         raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")

@@ -68,7 +68,9 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
     """Quantizer -> how many values it gives each code `LOWEST`..`HIGHEST`, (258,) int64."""
     counts: dict[nn.Module, Tensor] = {}
 
-    def count(quantizer: Quantizer, args: tuple[Tensor, ...]) -> None:
+    def count(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not isinstance(quantizer, Quantizer):
+            return
         x = args[0].detach().float()
         scale = quantizer.scale
         if scale.ndim:
@@ -78,40 +80,30 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
         found = torch.bincount((codes - LOWEST).flatten(), minlength=HIGHEST - LOWEST + 1)
         counts[quantizer] = counts.get(quantizer, 0) + found.cpu()
 
-    hooks = []
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            hooks.append(module.register_forward_pre_hook(count))
-    try:
-        with evaluating(model):
-            for part in images.split(PART_IMAGES):
-                model(part)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with nn.modules.module.register_module_forward_pre_hook(count), evaluating(model):
+        for part in images.split(PART_IMAGES):
+            model(part)
     return counts
 
 
 def _code_use(operand: str, quantizer: Quantizer, counts: Tensor) -> CodeUse:
     """What `counts` of `count_codes` say in short."""
     total = int(counts.sum())
-    # a weight's codes end at -127; what is beyond the range gets its last code
+    # a weight's codes end at -127
     first = -CODE_MAX if quantizer.narrow_range else -CODE_MAX - 1
-    below, above = counts[: first - LOWEST].sum(), counts[-1]
-    codes = counts[1:-1].clone()  # -128..127
-    codes[: first - LOWEST - 1] = 0
-    codes[first - LOWEST - 1] += below
-    codes[-1] += above
+    found = torch.arange(LOWEST, HIGHEST + 1)
+    given = found.clamp(first, CODE_MAX)
+    clipped = int(counts[found != given].sum())
+    # -128..127; what is beyond the range gets its last code
+    codes = torch.zeros(256, dtype=torch.int64).index_add_(0, given + 128, counts)
 
-    # code 0 is in the middle
-    middle = len(codes) // 2
-    possible = codes[1:] if codes[:middle].any() else codes[middle:]
+    possible = codes[1:] if codes[:128].any() else codes[128:]
     parts = codes.reshape(PARTS, -1).sum(1) / total
     return CodeUse(
         operand=operand,
         smallest=quantizer.amax.min().item(),
         largest=quantizer.amax.max().item(),
-        clipped_pct=100 * int(below + above) / total,
+        clipped_pct=100 * clipped / total,
         used_pct=100 * int((possible > 0).sum()) / len(possible),
         histogram=[round(share, 5) for share in parts.tolist()],
     )

@@ -105,28 +105,24 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
             too: the table says of them that they are INT8, and no engine will run them.
     """
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    made_by = {name: node for node in graph.node for name in node.output}
-    # quantized activations: what is dequantized, but is no constant weight
     constants = {tensor.name for tensor in graph.initializer}
-    quantized = set()
-    for node in graph.node:
-        if node.op_type == DEQUANTIZE and made_by[node.input[0]].input[0] not in constants:
-            quantized.add(node.output[0])
-    # tensors (N, C, 1, 1)
-    single_pixels = set()
+    shapes = {}
     for value in graph.value_info:
-        shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        if shape[2:] == [1, 1]:
-            single_pixels.add(value.name)
-    names, idle_layers = [], []
+        shapes[value.name] = [side.dim_value for side in value.type.tensor_type.shape.dim]
+    # codes of activations and what is dequantized of them; nodes are in the order of their runs
+    quantized: set[str] = set()
+    names, idle = [], []
     for node in graph.node:
-        if node.op_type == QUANTIZE or quantized.isdisjoint(node.input):
-            continue
-        if node.op_type == "GlobalAveragePool" and node.input[0] in single_pixels:
-            idle_layers.append(layer_of(node.name))
-        else:
+        source = node.input[0] if node.input else ""
+        if node.op_type == QUANTIZE:
+            quantized.update(node.output if source not in constants else ())
+        elif node.op_type == DEQUANTIZE:
+            quantized.update(node.output if source in quantized else ())
+        elif node.op_type == "GlobalAveragePool" and shapes.get(source, [])[2:] == [1, 1]:
+            idle.append(node.name)
+        elif not quantized.isdisjoint(node.input):
             names.append(node.name)
-    found = {f"{layer}." for layer in (*map(layer_of, names), *idle_layers)}
+    found = [f"{layer_of(name)}." for name in (*names, *idle)]
     for name, module in model.named_modules():
         is_there = any(layer.startswith(f"{name}.") for layer in found)
         if isinstance(module, QuantizedLayer) and not is_there:
@@ -141,61 +137,48 @@ def to_fp16(model: ModelProto) -> ModelProto:
     """
     model = onnx.version_converter.convert_version(model, FP16_OPSET)
     model.ir_version = FP16_IR
-    codes = _weight_codes(model)
     _round_constants(model)
-    # a weight's scale was rounded: the weight moves to the new grid, where its codes are the same
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, (scale_name, axis, values) in codes.items():
-        scale = numpy_helper.to_array(tensors[scale_name]).astype(np.float32)
-        weight = (values * per_channel(scale, values, axis)).astype(np.float16)
-        tensors[name].CopyFrom(numpy_helper.from_array(weight, name))
     _retype_ends(model)
     # the types of all tensors in between are no longer these
     del model.graph.value_info[:]
     return model
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    """Along which axis a node quantizes by channels."""
-    return next((a.i for a in node.attribute if a.name == "axis"), 0)
-
-
-def _weight_codes(model: ModelProto) -> dict[str, tuple[str, int, np.ndarray]]:
-    """Name of each quantized weight -> name and axis of its scale, and its codes as floats."""
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    codes = {}
-    for node in model.graph.node:
-        if node.op_type == QUANTIZE and node.input[0] in tensors:
-            weight_name, scale_name = node.input[:2]
-            weight = tensors[weight_name]
-            axis = _axis(node)
-            scale = per_channel(tensors[scale_name], weight, axis)
-            codes[weight_name] = (scale_name, axis, np.rint(weight / scale))
-    return codes
-
-
 def _round_constants(model: ModelProto) -> None:
-    """Every FP32 constant to FP16, in place."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    scales = set()
-    sizes = set()
+    """Every FP32 constant to FP16, in place; quantized weights keep their codes."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    scales, sizes = set(), set()
+    quantizers = {}
     for node in model.graph.node:
         if node.op_type in ("Constant", "ConstantOfShape"):
             for attribute in node.attribute:
                 if attribute.name == "value":
-                    constants[node.output[0]] = attribute.t
+                    tensors[node.output[0]] = attribute.t
+        if node.op_type == QUANTIZE:
+            quantizers[node.input[0]] = node
         if node.op_type in (QUANTIZE, DEQUANTIZE):
             scales.add(node.input[1])
         # how much larger an image becomes is FP32 by definition
         if node.op_type == "Resize":
             sizes.update(node.input[1:3])
-    for name, tensor in constants.items():
+
+    values, rounded = {}, {}
+    for name, tensor in tensors.items():
         if tensor.data_type == TensorProto.FLOAT and name not in sizes:
-            values = numpy_helper.to_array(tensor).astype(np.float16)
+            values[name] = numpy_helper.to_array(tensor)
+            rounded[name] = values[name].astype(np.float16)
             # a channel that does nothing has a scale of almost 0, and no engine accepts 0
             if name in scales:
-                values = np.maximum(values, np.float16(SMALLEST_FP16))
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+                rounded[name] = np.maximum(rounded[name], np.float16(SMALLEST_FP16))
+    # a weight's scale was rounded: the weight moves to the new grid, where its codes are the same
+    for name in quantizers.keys() & values.keys():
+        axis = helper.get_node_attr_value(quantizers[name], "axis")
+        scale = quantizers[name].input[1]
+        codes = np.rint(values[name] / per_channel(values[scale], values[name], axis))
+        new_scale = per_channel(rounded[scale].astype(np.float32), codes, axis)
+        rounded[name] = (codes * new_scale).astype(np.float16)
+    for name, value in rounded.items():
+        tensors[name].CopyFrom(numpy_helper.from_array(value, tensors[name].name))
 
 
 def _retype_ends(model: ModelProto) -> None:

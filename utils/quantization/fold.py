@@ -13,7 +13,7 @@ every INT8 code stays what training made it: see `layers.quantized.freeze_weight
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layers.pool import MatrixAvgPool2d
-from layers.quantized import (
-    PointwiseLinear,
-    QuantizedLayer,
-    QuantLinear,
-    freeze_weight,
-)
+from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 from utils.quantization.watch import Operation, Watch, watch
 
@@ -80,12 +75,8 @@ def _is_foldable(module: nn.Module | None) -> bool:
 
 def _after(bn: nn.Module) -> nn.Module:
     """What a BatchNorm does when its arithmetic is done."""
-    if not any(True for _ in bn.children()):
-        return nn.Identity()
-    rest = nn.Sequential()
-    for name, child in bn.named_children():
-        rest.add_module(name, child)
-    return rest
+    children = OrderedDict(bn.named_children())
+    return nn.Sequential(children) if children else nn.Identity()
 
 
 @torch.no_grad()
@@ -127,18 +118,16 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         bn = model.get_submodule(bn_name)
         fold_batch_norm(model.get_submodule(conv_name), bn)
         model.set_submodule(bn_name, _after(bn))
-    # the weights of all other quantized layers
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        # the weights of all other quantized layers
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
-    # the ranges of activations
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Quantizer):
-            model.set_submodule(name, FrozenQuantizer(module.scale))
-    # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
-    for name, module in list(model.named_modules()):
+        # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
         if isinstance(module, QuantLinear):
             model.set_submodule(name, PointwiseLinear.from_linear(module))
+        # the ranges of activations, which come after their layers
+        if isinstance(module, Quantizer) and module.axis is None:
+            model.set_submodule(name, FrozenQuantizer(module.scale))
     # average pools that ONNX has no operator for
     for operation in watched.operations:
         pool = operation.module

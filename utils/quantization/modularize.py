@@ -12,27 +12,26 @@ its children count as single steps, whatever they do.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from traceback import walk_tb
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layers import Add, Mul
-from utils.quantization.watch import Operation, Watch, evaluating, file_and_line, watch
-
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
-MEANS = (torch.mean, "mean")
+from utils.quantization.watch import Operation, evaluating, file_and_line, watch
 
 ADDING = ("add", "iadd", "radd")
 MULTIPLYING = ("mul", "multiply", "imul", "rmul")
-OTHERS = ("mean", "adaptive_avg_pool2d", "avg_pool2d", "hardswish", "leaky_relu")
-"""Names of all of these, as `Operation.function` has them but for underscores."""
+UNARY = {
+    "adaptive_avg_pool2d": ("avgpool", nn.AdaptiveAvgPool2d),
+    "avg_pool2d": ("pool", nn.AvgPool2d),
+    "hardswish": ("act", nn.Hardswish),
+    "leaky_relu": ("act", nn.LeakyReLU),
+}
+"""Function -> name and class of the child that does it; both take the same options."""
 
 
 def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -51,9 +50,11 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
     kept = {}
     with evaluating(model):
         for name in sorted(owners):
-            reason = _rewrite_or_reason(model.get_submodule(name), name, watched)
-            if reason:
-                kept[name] = reason
+            args, kwargs = watched.inputs[name]
+            try:
+                _rewrite(model.get_submodule(name), args, kwargs)
+            except Exception as error:  # what a network's own Python raises on fx's stand-ins
+                kept[name] = _reason(error)
     place_additions(watch(model, example).operations)
     return kept
 
@@ -66,22 +67,31 @@ def is_candidate(operation: Operation) -> bool:
         return len(maps) == 2 and maps[0] == maps[1]
     if word in MULTIPLYING:
         return len(maps) == 2 and any(shape[2:] == (1, 1) for shape in maps)
-    return word in OTHERS and bool(maps)
+    return (word == "mean" or word in UNARY) and bool(maps)
 
 
 class _Tracer(fx.Tracer):
     """Traces one module's own `forward` as it was called.
 
+    `self.training` becomes a node of the graph, so that `F.dropout` goes on to obey it.
+
     Args:
         given: its arguments by name, those of the call or else the defaults.
+        training: which way a branch on `self.training` takes.
     """
 
-    def __init__(self, given: dict[str, Any]):
+    def __init__(self, given: dict[str, Any], training: bool):
         super().__init__()
         self._given = given
+        self._training = training
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
+
+    def to_bool(self, proxy: fx.Proxy) -> bool:
+        if (proxy.node.op, proxy.node.target) == ("get_attr", "training"):
+            return self._training
+        return super().to_bool(proxy)
 
     def create_args_for_root(
         self, forward: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -90,18 +100,17 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self.root]
         parameters = inspect.signature(self.root.forward).parameters
         for name, value in self._given.items():
-            parameter = parameters[name]
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise TypeError(f"its forward takes *{name}")
-            has_default = parameter.default is not parameter.empty
-            default = (parameter.default,) if has_default else ()
-            proxy = self.create_proxy("placeholder", name, default, {})
+            default = parameters[name].default
+            proxy = self.create_proxy(
+                "placeholder", name, () if default is inspect.Parameter.empty else (default,), {}
+            )
             if isinstance(value, Tensor):
                 args.append(proxy)
             elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
                 args.append([proxy[index] for index in range(len(value))])
             else:
                 args.append(value)
+        self.root.training = self.create_proxy("get_attr", "training", (), {})
         return forward, args
 
 
@@ -120,20 +129,15 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-def _rewrite_or_reason(module: nn.Module, name: str, watched: Watch) -> str:
-    """Why the functional operations of a module's own `forward` stay; "" if they do not."""
-    try:
-        _rewrite(module, name, watched)
-    except Exception as error:  # what a network's own Python raises on fx's stand-ins
-        places = [file_and_line(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
-        at = next((place for place in reversed(places) if place), "its forward")
-        return f"which torch.fx cannot trace at {at}: {str(error).splitlines()[0]}"
-    return ""
+def _reason(error: Exception) -> str:
+    """Why the functional operations of a module stay: an error, and where it was raised."""
+    places = [file_and_line(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
+    at = next((place for place in reversed(places) if place), "its forward")
+    return f"which torch.fx cannot trace at {at}: {str(error).splitlines()[0]}"
 
 
-def _rewrite(module: nn.Module, name: str, watched: Watch) -> None:
-    """Replace the functional operations of one module's own `forward`."""
-    args, kwargs = watched.inputs[name]
+def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Replace the functional operations of one module's own `forward`, called as shown."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     expected = _run(module, bound.arguments)
@@ -145,8 +149,8 @@ def _rewrite(module: nn.Module, name: str, watched: Watch) -> None:
         made = _module_for(node)
         if made is None:
             continue
-        child, inputs = made
-        child_name = _free_name(module, children, type(child))
+        word, child, inputs = made
+        child_name = _free_name(word, {*dir(module), *children})
         children[child_name] = child
         holder.add_submodule(child_name, child)
         with graph.inserting_before(node):
@@ -194,68 +198,49 @@ def _equal(result: Any, other: Any) -> bool:
 def _graph_of(module: nn.Module, given: dict[str, Any]) -> fx.Graph:
     """The graph of a module's own `forward`, its children as single nodes.
 
-    Tracing reads `self.training` once. So `forward` is traced in both modes, and a flag of a
-    function that differs between them, as that of `F.dropout`, becomes `self.training` again.
-
     Raises:
         ValueError: training takes another way than evaluation.
     """
     training = module.training
-    graphs = []
     try:
-        for mode in (True, False):
-            module.training = mode
-            graphs.append(_Tracer(given).trace(module))
+        graphs = [_Tracer(given, mode).trace(module) for mode in (True, False)]
     finally:
         module.training = training
-    for trained, evaluated in zip(graphs[0].nodes, graphs[1].nodes, strict=True):
-        if (trained.op, trained.target) != (evaluated.op, evaluated.target):
-            raise ValueError("its forward differs between training and evaluation")
-        pairs = zip(trained.args, evaluated.args, strict=True)
-        args = [_by_mode(a, b, evaluated) for a, b in pairs]
-        kwargs = {}
-        for key, value in evaluated.kwargs.items():
-            kwargs[key] = _by_mode(trained.kwargs[key], value, evaluated)
-        evaluated.args, evaluated.kwargs = tuple(args), kwargs
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError("its forward differs between training and evaluation")
     return graphs[1]
 
 
-def _by_mode(trained: Any, evaluated: Any, node: fx.Node) -> Any:
-    """An argument of both modes: `self.training` where it is that, else as in evaluation."""
-    if str(trained) == str(evaluated):
-        return evaluated
-    if (trained, evaluated) != (True, False):
-        raise ValueError("its forward differs between training and evaluation")
-    with node.graph.inserting_before(node):
-        return node.graph.get_attr("training")
-
-
-def _module_for(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
-    """The module to put in place of a functional call, and what it reads; None: none."""
+def _module_for(node: fx.Node) -> tuple[str, nn.Module, tuple[Any, ...]] | None:
+    """Name and module to put in place of a functional call, and what it reads; None: none."""
     if node.op not in ("call_function", "call_method") or not node.args or not _shape(node):
         return None
-    first, rest = node.args[0], node.args[1:]
+    word = _word(node)
+    first, *rest = node.args
     shapes = [_shape(arg) for arg in node.args]
     two_maps = len(node.args) == 2 and not node.kwargs and all(len(s) == 4 for s in shapes)
-    if node.target in ADDITIONS and two_maps and shapes[0] == shapes[1]:
-        return Add(), node.args
-    if node.target in PRODUCTS and two_maps:
+    if word in ADDING and two_maps and shapes[0] == shapes[1]:
+        return "add", Add(), node.args
+    if word in MULTIPLYING and two_maps:
         factor = _factor(node, shapes)
         if factor is not None:
-            return Mul(), (node.args[factor], node.args[1 - factor])
+            return "mul", Mul(), (node.args[factor], node.args[1 - factor])
     if len(shapes[0]) != 4 or any(isinstance(arg, fx.Node) for arg in rest):
         return None
-    if node.target in MEANS and _is_global_mean(node):
-        return nn.AdaptiveAvgPool2d(1), (first,)
-    if node.target is F.adaptive_avg_pool2d:
-        return nn.AdaptiveAvgPool2d(_option(node, 1, "output_size", 1)), (first,)
-    if node.target is F.hardswish:
-        return nn.Hardswish(), (first,)
-    if node.target is F.leaky_relu:
-        return nn.LeakyReLU(_option(node, 1, "negative_slope", 0.01)), (first,)
-    if node.target is F.avg_pool2d:
-        return nn.AvgPool2d(*rest, **node.kwargs), (first,)
+    if word == "mean" and _is_global_mean(node):
+        return "avgpool", nn.AdaptiveAvgPool2d(1), (first,)
+    if word in UNARY:
+        name, kind = UNARY[word]
+        child = kind(*rest, **node.kwargs)
+        # what the quantized form reads is a copy
+        child.inplace = False
+        return name, child, (first,)
     return None
+
+
+def _word(node: fx.Node) -> str:
+    """`add` of `torch.add` and of the methods `add` and `add_`."""
+    return getattr(node.target, "__name__", str(node.target)).strip("_")
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -263,14 +248,9 @@ def _shape(node: Any) -> tuple[int, ...]:
     return node.meta.get("shape", ()) if isinstance(node, fx.Node) else ()
 
 
-def _option(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    """An argument of a call, however it is given."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _is_global_mean(node: fx.Node) -> bool:
     """Whether a mean of (N, C, H, W) is that over height and width."""
-    dims = _option(node, 1, "dim", ())
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if not isinstance(dims, (tuple, list)) or "dtype" in node.kwargs:
         return False
     return {dim % 4 for dim in dims} == {2, 3}
@@ -283,19 +263,16 @@ def _factor(node: fx.Node, shapes: list[tuple[int, ...]]) -> int | None:
     of the example.
     """
     small = [index for index in (0, 1) if shapes[index][2:] == (1, 1)]
-    if shapes[0][:2] != shapes[1][:2] or not small:
-        return None
-    if len(small) == 1:
-        return small[0]
-    pooled = [index for index in (0, 1) if _comes_from_pool(node.args[index])]
-    return pooled[0] if len(pooled) == 1 else None
+    if len(small) == 2:
+        small = [index for index in small if _comes_from_pool(node.args[index])]
+    return small[0] if len(small) == 1 and shapes[0][:2] == shapes[1][:2] else None
 
 
 def _comes_from_pool(node: fx.Node) -> bool:
     """Whether one of the steps before, each with a single input, is an average pool."""
     modules = dict(node.graph.owning_module.named_modules())
     while node.op != "placeholder" and node.all_input_nodes:
-        if node.target in (*MEANS, F.adaptive_avg_pool2d):
+        if _word(node) in ("mean", "adaptive_avg_pool2d"):
             return True
         if node.op == "call_module" and isinstance(modules[node.target], nn.AdaptiveAvgPool2d):
             return True
@@ -303,23 +280,13 @@ def _comes_from_pool(node: fx.Node) -> bool:
     return False
 
 
-NAMES = {
-    Add: "add",
-    Mul: "mul",
-    nn.AdaptiveAvgPool2d: "avgpool",
-    nn.AvgPool2d: "pool",
-    nn.Hardswish: "act",
-    nn.LeakyReLU: "act",
-}
-
-
-def _free_name(module: nn.Module, taken: dict[str, nn.Module], kind: type[nn.Module]) -> str:
+def _free_name(name: str, taken: set[str]) -> str:
     """`add`, or `add2`, `add3`, ... where the module has that already."""
-    name, number = NAMES[kind], 1
-    while hasattr(module, name) or name in taken:
+    numbered, number = name, 1
+    while numbered in taken:
         number += 1
-        name = f"{NAMES[kind]}{number}"
-    return name
+        numbered = f"{name}{number}"
+    return numbered
 
 
 def place_additions(operations: list[Operation]) -> None:
@@ -334,6 +301,7 @@ def place_additions(operations: list[Operation]) -> None:
     for operation in operations:
         if not isinstance(operation.module, Add):
             continue
+        rounded = {0, 1}
         costs = {}
         for operand, source in enumerate(operation.reads):
             conv = _convolution(source)
@@ -341,10 +309,7 @@ def place_additions(operations: list[Operation]) -> None:
                 area = conv.module.kernel_size[0] * conv.module.kernel_size[1]
                 costs[operand] = (area, conv.macs)
         if costs:
-            adds = min(costs, key=costs.__getitem__)
-            rounded = {1 - adds}
-        else:
-            rounded = {0, 1}
+            rounded.discard(min(costs, key=costs.__getitem__))
         # one module may add at several places
         rounds.setdefault(operation.module, set()).update(rounded)
     for module, operands in rounds.items():

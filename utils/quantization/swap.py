@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -21,11 +21,7 @@ def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_quantizable(module: nn.Module | None) -> bool:
     """Whether a layer is quantized or has a quantized form."""
-    return is_quantized(module) or quantized_form(module) is not None
-
-
-def is_quantized(module: nn.Module | None) -> bool:
-    return isinstance(module, QuantizedLayer)
+    return isinstance(module, QuantizedLayer) or quantized_form(module) is not None
 
 
 def select(
@@ -38,25 +34,23 @@ def select(
     Raises:
         UserError: a pattern that matches no name; it lists the nearest ones.
     """
-
-    def matching(patterns: Sequence[str]) -> set[str]:
-        found = set()
-        # one pattern is one, not its letters
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            fitting = [name for name in names if fnmatchcase(name, pattern)]
-            if not fitting:
-                near = _near(pattern, names)
-                raise UserError(
-                    f"layer pattern {pattern!r} matches no quantizable layer; near it: {near}"
-                )
-            found.update(fitting)
-        return found
-
-    selected = matching(quant_layers) - matching(skip_layers)
+    selected = _matching(quant_layers, names) - _matching(skip_layers, names)
     return [name for name in names if name in selected]
 
 
-def _near(pattern: str, names: Sequence[str]) -> str:
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found = set()
+    # one pattern is one, not its letters
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            hint = f"near it: {', '.join(_near(pattern, names))}"
+            raise UserError(f"layer pattern {pattern!r} matches no quantizable layer; {hint}")
+        found.update(fitting)
+    return found
+
+
+def _near(pattern: str, names: Sequence[str]) -> Sequence[str]:
     """Up to four names, or patterns for whole parts of the model, spelt like `pattern`."""
     # layer1.0.conv1 is in the parts layer1.* and layer1.0.*
     parts = set()
@@ -65,7 +59,7 @@ def _near(pattern: str, names: Sequence[str]) -> str:
             name = name.rpartition(".")[0]
             parts.add(f"{name}.*")
     near = difflib.get_close_matches(pattern, [*sorted(parts), *names], n=4, cutoff=0.4)
-    return ", ".join(near or names[:4])
+    return near or names[:4]
 
 
 def quantize_modules(
@@ -106,7 +100,7 @@ def swap_layers(
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
     for name in selected:
         layer = layers[name]
-        if not is_quantized(layer):
+        if not isinstance(layer, QuantizedLayer):
             model.set_submodule(name, quantized_form(layer).from_float(layer))
     return selected
 
@@ -118,9 +112,6 @@ def follow_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, QuantAdd):
-            operands = []
-            for operand, quantizer in enumerate(QuantAdd.QUANTIZERS):
-                if f"{name}.{quantizer}._amax" in state:
-                    operands.append(operand)
-            if operands and tuple(operands) != module.rounds:
-                module.round_instead(tuple(operands))
+            stored = [f"{name}.{quantizer}._amax" in state for quantizer in QuantAdd.QUANTIZERS]
+            if any(stored):
+                module.round_instead(tuple(operand for operand in (0, 1) if stored[operand]))

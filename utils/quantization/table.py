@@ -43,8 +43,10 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
             rows.append((name, kind, share, "-", "rounded as what reads it says"))
         else:
             rows.append((name, kind, share, "float", _why_float(operation)))
-    uncalled = _never_called(model, operations)
-    rows += [(name, "-", "-", "float", "never called in evaluation") for name in uncalled]
+    called = {operation.name for operation in operations}
+    for name, module in model.named_modules():
+        if is_quantizable(module) and name not in called:
+            rows.append((name, "-", "-", "float", "never called in evaluation"))
     return f"{text_table(rows, names=len(rows[0]))}\n{_summary(operations, total)}"
 
 
@@ -54,15 +56,6 @@ def _why_float(operation: Operation) -> str:
     if not is_quantizable(operation.module):
         return "no quantized form"
     return "not selected"
-
-
-def _never_called(model: nn.Module, operations: list[Operation]) -> list[str]:
-    called = {operation.name for operation in operations}
-    names = []
-    for name, module in model.named_modules():
-        if is_quantizable(module) and name not in called:
-            names.append(name)
-    return names
 
 
 def _summary(operations: list[Operation], total: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -152,11 +153,11 @@ class Watch(TorchFunctionMode):
             name,
             module,
             function,
-            [tuple(tensor.shape) for tensor in read],
-            tuple(made[0].shape),
-            flops // 2 // self._images,
-            where,
-            [self._made.get(id(tensor)) for tensor in read],
+            shapes=[tuple(tensor.shape) for tensor in read],
+            shape=tuple(made[0].shape),
+            macs=flops // 2 // self._images,
+            where=where,
+            reads=[self._made.get(id(tensor)) for tensor in read],
         )
         for source in operation.reads:
             if source is not None:
@@ -170,9 +171,8 @@ class Watch(TorchFunctionMode):
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one operation: torch's own, a quantized one, or a BatchNorm."""
-    if isinstance(module, (QuantizedLayer, nn.modules.batchnorm._BatchNorm)):
-        return True
-    if quantized_form(module) is not None:
+    known = isinstance(module, (QuantizedLayer, nn.modules.batchnorm._BatchNorm))
+    if known or quantized_form(module) is not None:
         return True
     return type(module).__module__.startswith("torch.nn") and not any(module.children())
 
@@ -209,11 +209,9 @@ def _tensors(values: Any) -> Iterable[Tensor]:
 
 def _where() -> str:
     """File and line of the innermost call that is not torch's or this file's."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if place := file_and_line(frame.f_code.co_filename, frame.f_lineno):
+    for frame, line in walk_stack(sys._getframe(1)):
+        if place := file_and_line(frame.f_code.co_filename, line):
             return place
-        frame = frame.f_back
     return ""
 
 
