@@ -45,8 +45,7 @@ def fake_quantize(
         scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for `axis`.
     """
     # on a GPU, torch's own kernel for channels waits for the device
-    waits = x.is_cuda and scale.ndim > 0
-    if waits or torch.compiler.is_compiling():
+    if x.is_cuda and scale.ndim > 0:
         return StraightThrough.apply(x, per_channel(scale, x, axis), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
@@ -54,15 +53,13 @@ def fake_quantize(
 
 
 class StraightThrough(torch.autograd.Function):
-    """torch's fake quantization bit for bit, in operations that a compiler fuses with others."""
+    """torch's fake quantization bit for bit, in plain operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, code_min: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.code_min = code_min
-        values = _unclamped_codes(x, scale).clamp(code_min, CODE_MAX) * scale
-        # compiled, `.to` the type that it has already loses the gradient
-        return values if values.dtype == x.dtype else values.to(x.dtype)
+        return (_unclamped_codes(x, scale).clamp(code_min, CODE_MAX) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -7,6 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 # threads that spin slow each other down wherever cores are shared
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
+# kernels for a GPU run in NumPy where there is none; Triton asks when it is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# isort: split
 import resource
 import subprocess
 import sys
@@ -18,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -109,6 +115,12 @@ def small_net(classes=4):
         nn.BatchNorm2d(8),
     ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+def plain_net(num_classes=4):
+    """Without BatchNorm: ranks that train it together do exactly what one process does."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
 def build(name, stem="cifar", num_classes=10):

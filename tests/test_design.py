@@ -14,7 +14,8 @@ LEVELS = (
     ("utils.auto_quant",),
     ("utils.compare",),
     ("utils.networks",),
-    ("utils.quantization", "utils.training", "utils.backends"),
+    ("utils.training",),
+    ("utils.quantization", "utils.backends"),
     ("utils",),
     ("models",),
     ("layers",),
@@ -26,7 +27,7 @@ OPEN_TO_ALL = "utils.errors"
 
 ALLOWED = {
     "utils.quantization": {"utils", "layers"},
-    "utils.training": {"utils", "layers"},
+    "utils.training": {"utils", "utils.quantization", "layers"},
     "utils.backends": {"utils"},
     "utils": set(),
     "models": {"layers"},

@@ -1,0 +1,238 @@
+"""The fused kernels compute what torch's modules do, and `fuse` puts them where they fit.
+
+Without a GPU, Triton interprets the kernels in NumPy.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EXAMPLE
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from layers import Add
+from utils.quantization import quantize_modules
+from utils.quantization.calibrate import calibrate
+from utils.training import fuse as fusing
+from utils.training import optimizers
+from utils.training.fuse import Chain, find_chains, fuse
+
+pytest.importorskip("triton")
+from layers import fused, fused_optimizer  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUNCTIONS = {"": lambda x: x, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
+AMAX = 2.5
+
+
+def feature_map(*shape):
+    return torch.randn(shape, device=DEVICE).to(memory_format=torch.channels_last)
+
+
+def random_norm(channels):
+    norm = nn.BatchNorm2d(channels).to(DEVICE)
+    with torch.no_grad():
+        norm.weight.uniform_(-0.5, 2)
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+# kernels
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize(
+    ("adds", "activation", "rounds"),
+    [
+        (False, "", False),
+        (False, "relu", True),
+        (False, "relu6", False),
+        (False, "silu", True),
+        (True, "", False),
+        (True, "relu", False),
+        (True, "relu", True),
+    ],
+)
+def test_batch_norm_and_what_follows_it_is_torchs(monkeypatch, adds, activation, rounds, training):
+    monkeypatch.setattr(fused, "PROGRAMS", 3)  # each adds up several tiles
+    torch.manual_seed(0)
+    mine = random_norm(72).train(training)  # more channels than one tile has
+    theirs = copy.deepcopy(mine)
+    x, other = 3 + 2 * feature_map(5, 72, 7, 6), feature_map(5, 72, 7, 6)
+    upstream = feature_map(5, 72, 7, 6)
+
+    given = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+    amax = torch.tensor(AMAX, device=DEVICE)
+    result = fused.fused_batch_norm(
+        given[0], mine, given[1] if adds else None, activation, amax if rounds else None
+    )
+    result.backward(upstream)
+
+    expected_of = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+    v = theirs(expected_of[0])
+    expected = FUNCTIONS[activation](v + expected_of[1] if adds else v)
+    if rounds:
+        expected = torch.fake_quantize_per_tensor_affine(expected, AMAX / 127, 0, -128, 127)
+    expected.backward(upstream)
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(result, expected, **close)
+    for one, two in zip(given[: 1 + adds], expected_of, strict=False):
+        torch.testing.assert_close(one.grad, two.grad, **close)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(mine.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-3)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(mine.get_buffer(name), buffer, **close)
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    """The difference of two large squares would leave no variance."""
+    torch.manual_seed(0)
+    norm = random_norm(16)
+    norm.running_mean.fill_(300)
+    x = 300 + 0.01 * feature_map(8, 16, 8, 8)
+    result = fused.fused_batch_norm(x, norm)
+    expected = F.batch_norm(x.double(), None, None, norm.weight.double(), norm.bias.double(), True)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fake_quantization_is_torchs_bit_for_bit(layout):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 5, 3, 3, device=DEVICE).to(memory_format=layout)
+    upstream = torch.randn(7, 5, 3, 3, device=DEVICE)
+    ranges = torch.rand(7, device=DEVICE) + 0.5
+    zeros = torch.zeros(7, dtype=torch.int32, device=DEVICE)
+    mine, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = fused.fused_fake_quantize(mine, ranges, -127, torch.float32)
+    expected = torch.fake_quantize_per_channel_affine(theirs, ranges / 127, zeros, 0, -127, 127)
+    assert torch.equal(result, expected)
+    result.backward(upstream)
+    expected.backward(upstream)
+    assert torch.equal(mine.grad, theirs.grad)
+
+    whole = fused.fused_fake_quantize(weight, ranges[0], -128, torch.float32)
+    scale = float(ranges[0] / 127)
+    assert torch.equal(whole, torch.fake_quantize_per_tensor_affine(weight, scale, 0, -128, 127))
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 3, 3, 3), (20, 10, 1, 1)])
+def test_muons_kernels_do_what_torchs_operations_do(monkeypatch, shape):
+    torch.manual_seed(0)
+    kernel, gradient, buffer = (feature_map(*shape) for _ in range(3))
+    slot = torch.zeros(64, 128, dtype=torch.bfloat16, device=DEVICE)
+    monkeypatch.setattr(optimizers, "FUSED", False)
+    results = []
+    for module in (optimizers, fused_optimizer):
+        own = [kernel.clone(), buffer.clone()]
+        part = optimizers._part(slot.clone(), kernel)
+        module.look_ahead(gradient, own[1], 0.9, part)
+        lr, length = torch.tensor(0.1, device=DEVICE), kernel.norm()
+        module.take_step(own[0], part, lr, length, 4.0)
+        results.append([*own, part.float()])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)  # bf16's
+
+
+# where they fit
+
+
+class Block(nn.Module):
+    """As torchvision's, of which one ReLU ends two chains; the shortcut has a BatchNorm too."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.depth = StochasticDepth(0.0, "row")
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(3, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+        self.add = Add()
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, 4)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.depth(self.bn2(self.conv2(out)))
+        out = self.relu(self.add(out, self.shortcut(x)))
+        return self.fc(self.pool(self.conv3(out)).flatten(1))
+
+
+EXPECTED = [
+    Chain("bn1", activation="relu"),
+    Chain("bn2", add="add", activation="relu"),
+    Chain("shortcut.1"),
+]
+
+
+def test_chains_of_a_residual_block():
+    assert find_chains(Block(), EXAMPLE) == EXPECTED
+
+
+def test_what_is_random_in_training_ends_a_chain():
+    model = Block()
+    model.depth.p = 0.5
+    model.eval()
+    chains = {chain.norm: chain for chain in find_chains(model, EXAMPLE)}
+    assert chains["bn2"] == Chain("bn2")
+    assert chains["shortcut.1"].add == "add"
+    assert not model.training
+
+
+class TwoReaders(nn.Module):
+    """BatchNorm's result goes two ways, and a ReLU also follows something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.last_conv, self.last_bn = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.add, self.relu = Add(), nn.ReLU()
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out = self.add(out, self.relu(out))
+        return self.relu(self.last_bn(self.last_conv(out))).mean((2, 3))
+
+
+def test_a_result_that_goes_two_ways_ends_a_chain():
+    assert find_chains(TwoReaders(), EXAMPLE) == [Chain("bn"), Chain("last_bn")]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+def test_a_fused_network_trains_as_before(monkeypatch, quantized):
+    torch.manual_seed(0)
+    model = Block().to(DEVICE)
+    if quantized:
+        quantize_modules(model, EXAMPLE)
+        calibrate(model, [2 * torch.randn(16, 3, 16, 16, device=DEVICE)], "max")
+        chains = {chain.norm: chain for chain in find_chains(model, EXAMPLE)}
+        # the shortcut's convolution adds: it is the cheaper one
+        assert chains["bn1"] == Chain("bn1", "", 0, "relu", ["conv2.input_quantizer"])
+        assert chains["bn2"] == Chain("bn2", "", 0, "", ["add.x_quantizer"])
+        last = Chain("shortcut.1", "add", 1, "relu", ["conv3.input_quantizer"])
+        assert chains["shortcut.1"] == last
+    model.to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    fuse(model, EXAMPLE)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+    # in full precision, in which autocast would not train
+    monkeypatch.setattr(fusing, "_fusing", torch.is_grad_enabled)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
+    images = torch.randn(4, 3, 16, 16, device=DEVICE)
+    for network in (model, plain):
+        network.train()(images).square().sum().backward()
+    for (name, p), mine in zip(plain.named_parameters(), model.parameters(), strict=True):
+        # a value beside a tie may be rounded the other way
+        assert (mine.grad - p.grad).norm() <= 2e-2 * p.grad.norm(), name
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), plain.eval()(images))
