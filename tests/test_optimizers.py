@@ -28,6 +28,16 @@ def kernels(shapes, dtype=torch.float32, seed=0):
     ]
 
 
+def turned(kernel, **options):
+    """A kernel (O, I, H, W) after the iteration, which wants no matrix to be taller than wide."""
+    matrix = kernel.flatten(1)
+    if len(matrix) > matrix.shape[1]:
+        return (
+            newton_schulz(matrix.mT[None].bfloat16(), **options)[0].mT.float().reshape(kernel.shape)
+        )
+    return newton_schulz(matrix[None].bfloat16(), **options)[0].float().reshape(kernel.shape)
+
+
 def net():
     """A convolution that Muon orthogonalises, three others, BatchNorm and a classifier."""
     torch.manual_seed(0)
@@ -71,7 +81,7 @@ def train(model, optimizer, steps, rate=0.02):
 @pytest.mark.parametrize("shape", WIDE_AND_TALL)
 def test_singular_values_become_about_one(shape, scale):
     kernel = kernels([shape])[0]
-    (result,) = newton_schulz([kernel * scale])
+    result = turned(kernel * scale)
     matrix, before = result.flatten(1), kernel.flatten(1)
     values = torch.linalg.svdvals(matrix)
     assert len(values) == min(matrix.shape)
@@ -88,32 +98,13 @@ def test_five_iterations_are_enough_for_a_direction_two_hundred_times_weaker_tha
         torch.linalg.qr(k.flatten(1)).Q for k in kernels([(32, 32, 1, 1), (288, 32, 1, 1)])
     )
     kernel = (left @ torch.diag(torch.logspace(0, -2.3, 32)) @ right.T).reshape(32, 32, 3, 3)
-    values = torch.linalg.svdvals(newton_schulz([kernel])[0].flatten(1))
+    values = torch.linalg.svdvals(turned(kernel).flatten(1))
     assert 0.6 <= values.min() <= values.max() <= 1.3
-    assert torch.linalg.svdvals(newton_schulz([kernel], iterations=4)[0].flatten(1)).min() < 0.6
-
-
-def test_kernels_of_a_shape_go_together_and_equal_each_alone():
-    shapes = [WIDE_AND_TALL[i] for i in (0, 2, 0, 3, 2, 0)]
-    given = kernels(shapes)
-    copies = [kernel.clone() for kernel in given]
-    for together, kernel in zip(newton_schulz(given), given, strict=True):
-        torch.testing.assert_close(
-            together, newton_schulz([kernel])[0], rtol=0, atol=4e-3
-        )  # bf16's rounding
-    assert all(torch.equal(kernel, before) for kernel, before in zip(given, copies, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_shape_and_type_stay(dtype):
-    given = kernels(WIDE_AND_TALL, dtype)
-    for result, kernel in zip(newton_schulz(given), given, strict=True):
-        assert (result.shape, result.dtype) == (kernel.shape, dtype)
+    assert torch.linalg.svdvals(turned(kernel, iterations=4).flatten(1)).min() < 0.6
 
 
 def test_a_kernel_without_gradient_stays_zero():
-    assert newton_schulz([torch.zeros(4, 2, 3, 3)])[0].count_nonzero() == 0
-    assert newton_schulz([]) == []
+    assert turned(torch.zeros(4, 2, 3, 3)).count_nonzero() == 0
 
 
 # what is orthogonalised
@@ -142,8 +133,11 @@ def test_every_kernel_of_a_model_and_nothing_else_is_orthogonalised(name):
 # steps
 
 
-def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum():
-    weights = [nn.Parameter(kernel) for kernel in kernels([(8, 4, 3, 3), (16, 2, 1, 1)])]
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum(layout):
+    """Kernels of all shapes go together, and each as it would alone."""
+    given = kernels([*WIDE_AND_TALL, (8, 4, 3, 3), (16, 2, 1, 1)])
+    weights = [nn.Parameter(kernel.to(memory_format=layout)) for kernel in given]
     optimizer = Muon([{"params": weights}], momentum=0.9)
     buffers = [torch.zeros_like(weight) for weight in weights]
     for index, rate in enumerate((0.0, 0.1, 0.05)):
@@ -155,11 +149,11 @@ def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum():
         optimizer.step()
         for weight, gradient, old, buffer in zip(weights, gradients, before, buffers, strict=True):
             buffer.mul_(0.9).add_(gradient)
-            (update,) = newton_schulz([gradient + 0.9 * buffer])
+            update = turned(gradient + 0.9 * buffer)
             fixed = old * len(old) ** 0.5 / old.norm()
             assert fixed.norm().item() == pytest.approx(len(old) ** 0.5)
             torch.testing.assert_close(
-                weight.detach(), fixed - rate * update, rtol=1e-5, atol=rate * 4e-3 + 1e-6
+                weight.detach(), fixed - rate * update, rtol=1e-5, atol=rate * 1e-2 + 1e-6
             )
             torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
 

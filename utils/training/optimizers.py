@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.training import ranks
+
+try:
+    from layers import fused_optimizer
+
+    FUSED = True
+except ImportError:  # Triton comes with torch only where it can run
+    FUSED = False
 
 WEIGHT_DECAY = 5e-4  # of kernels and matrices; BatchNorm parameters and biases do not decay
 MOMENTUM = 0.9
 SGD_SCALE = 2.0  # Muon's rate for what it does not orthogonalise, as a multiple of its rate
+ITERATIONS = 5
+ROW_STEP = 64  # matrices whose rows differ by less go through the iteration together
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration by Jordan et al. (2024)."""
 
@@ -89,70 +98,110 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._step_group(parameters, group)
-
-    def _step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        # momentum, and Nesterov's look ahead: gradient + momentum * buffer
-        gradients = [p.grad for p in parameters]
-        buffers = []
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(self.state[p]["momentum_buffer"])
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, gradients)
-        ahead = torch._foreach_mul(buffers, group["momentum"])
-        updates = torch._foreach_add(gradients, ahead)
-
-        # kernels get their length back, and a step whose directions are all equally long
-        if group["orthogonal"]:
-            scales = [len(p) ** 0.5 / p.norm().clamp_min(1e-7) for p in parameters]
-            torch._foreach_mul_(parameters, scales)
-            updates = newton_schulz(updates)
-        torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"]))
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            if not parameters:
+                continue
+            if group["orthogonal"]:
+                turn(parameters, buffers, group["momentum"], group["lr"])
+            else:
+                _nesterov(parameters, buffers, group["momentum"], group["lr"])
 
 
-def newton_schulz(kernels: list[Tensor], iterations: int = 5) -> list[Tensor]:
-    """Each kernel (O, I, H, W), as a matrix (O, I H W), with its singular values moved to about 1.
+def _nesterov(
+    parameters: list[Tensor], buffers: list[Tensor], momentum: float, lr: Tensor | float
+) -> None:
+    """A step along gradient + momentum * buffer, in place."""
+    gradients = [p.grad for p in parameters]
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, gradients)
+    updates = torch._foreach_mul(buffers, momentum)
+    torch._foreach_add_(updates, gradients)
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(parameters, updates)
 
-    bf16 is enough for it. Matrices with equally many rows go through it together.
+
+def turn(kernels: list[Tensor], buffers: list[Tensor], momentum: float, lr: Tensor | float) -> None:
+    """Give kernels (O, I, H, W) their length back, and a step whose directions are equally long.
+
+    Matrices of about equally many rows go through the iteration together, in bf16, which is enough
+    for it. Several ranks share them out.
     """
-    # no matrix is taller than wide: the products below are then the smaller ones
-    matrices = []
+    lengths = torch._foreach_norm(kernels)
     by_rows: dict[int, list[int]] = {}
     for index, kernel in enumerate(kernels):
-        matrix = kernel.reshape(len(kernel), -1).bfloat16()
-        if len(matrix) > matrix.shape[1]:
-            matrix = matrix.mT
-        matrices.append(matrix)
-        by_rows.setdefault(len(matrix), []).append(index)
+        by_rows.setdefault(-(-min(_shape(kernel)) // ROW_STEP), []).append(index)
 
-    result = list(kernels)
     for indices in by_rows.values():
-        # the shorter ones are filled up with zeros, which the iteration keeps
-        width = max(matrices[i].shape[1] for i in indices)
-        padded = [F.pad(matrices[i], (0, width - matrices[i].shape[1])) for i in indices]
-        stacked = _orthogonalise(torch.stack(padded), iterations)  # (n, rows, width)
+        # every matrix in a slot of its own, filled up with zeros, which the iteration keeps
+        shapes = [sorted(_shape(kernels[i])) for i in indices]
+        share = -(-len(indices) // ranks.world_size())
+        rows, width = (max(sizes) for sizes in zip(*shapes, strict=True))
+        slots = kernels[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
+        for i, slot in zip(indices, slots, strict=False):
+            look_ahead(kernels[i].grad, buffers[i], momentum, _part(slot, kernels[i]))
 
-        # back to each kernel's own shape
-        for i, matrix in zip(indices, stacked, strict=True):
+        # each rank turns its share of them
+        first = share * ranks.rank()
+        slots = ranks.gather(newton_schulz(slots[first : first + share]))
+        for i, slot in zip(indices, slots, strict=False):
             kernel = kernels[i]
-            matrix = matrix[:, : matrices[i].shape[1]]
-            if kernel[0].numel() < len(kernel):
-                matrix = matrix.mT
-            result[i] = matrix.to(kernel.dtype).reshape(kernel.shape)
-    return result
+            take_step(kernel, _part(slot, kernel), lr, lengths[i], len(kernel) ** 0.5)
 
 
-def _orthogonalise(x: Tensor, iterations: int) -> Tensor:
-    """Newton-Schulz on each of the matrices (n, rows, width).
+def _shape(kernel: Tensor) -> tuple[int, int]:
+    """Of a kernel (O, I, H, W) as a matrix (O, I H W)."""
+    return len(kernel), kernel[0].numel()
+
+
+def _part(slot: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel's part (O, I H W) of a slot (rows, width).
+
+    A matrix that is taller than wide lies in it transposed: the iteration's products are then the
+    smaller ones.
+    """
+    rows, width = _shape(kernel)
+    return slot[:width, :rows].mT if rows > width else slot[:rows, :width]
+
+
+def _as_matrix(kernel: Tensor, like: Tensor) -> Tensor:
+    """A kernel (O, I, H, W) as (O, I H W), its columns in the order in which `like` has them."""
+    if like.is_contiguous(memory_format=torch.channels_last):
+        kernel = kernel.permute(0, 2, 3, 1)
+    return kernel.reshape(len(kernel), -1)
+
+
+def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
+    """Let `buffer` take up the gradient (O, I, H, W); into `out`, gradient + momentum * buffer."""
+    if FUSED and gradient.is_cuda:
+        fused_optimizer.look_ahead(gradient, buffer, momentum, out)
+        return
+    buffer.mul_(momentum).add_(gradient)
+    ahead = gradient + momentum * buffer
+    out.copy_(_as_matrix(ahead, buffer))
+
+
+def take_step(
+    kernel: Tensor, step: Tensor, lr: Tensor | float, length: Tensor, wanted: float
+) -> None:
+    """Scale a kernel (O, I, H, W) from `length` to the wanted one; subtract lr times `step`."""
+    if FUSED and kernel.is_cuda:
+        fused_optimizer.take_step(kernel, step, lr, length, wanted)
+        return
+    kernel.mul_(wanted / length.clamp_min(1e-7))
+    _as_matrix(kernel, kernel).sub_(step * lr)
+
+
+def newton_schulz(x: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """Matrices (n, rows, width) with their singular values moved to about 1.
 
     A step is x <- a x + (b g + c g^2) x, with g = x x^T. It moves every singular value in (0, 1]
     to about 1; dividing by the Frobenius norm puts them there.
     """
     a, b, c = NEWTON_SCHULZ
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

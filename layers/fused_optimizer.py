@@ -1,0 +1,60 @@
+"""Kernels of Muon's step on an NVIDIA GPU, in Triton: what it does beside matrix products.
+
+Every kernel tensor of a network takes one launch before the products and one after them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048  # values of a program
+
+
+@triton.jit
+def _look_ahead_kernel(
+    gradient_ptr, buffer_ptr, out_ptr, columns, row_stride, column_stride, momentum, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gradient = tl.load(gradient_ptr + i, mask=i < size, other=0.0)
+    buffer = tl.load(buffer_ptr + i, mask=i < size, other=0.0) * momentum + gradient
+    tl.store(buffer_ptr + i, buffer, mask=i < size)
+    out = out_ptr + (i // columns) * row_stride + (i % columns) * column_stride
+    tl.store(out, (gradient + momentum * buffer).to(tl.bfloat16), mask=i < size)
+
+
+@triton.jit
+def _take_step_kernel(
+    kernel_ptr, step_ptr, lr_ptr, length_ptr, wanted, columns, row_stride, column_stride, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor = wanted / tl.maximum(tl.load(length_ptr), 1e-7)
+    step = step_ptr + (i // columns) * row_stride + (i % columns) * column_stride
+    step = tl.load(step, mask=i < size, other=0.0).to(tl.float32)
+    kernel = tl.load(kernel_ptr + i, mask=i < size, other=0.0)
+    tl.store(kernel_ptr + i, kernel * factor - tl.load(lr_ptr) * step, mask=i < size)
+
+
+def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
+    """As `utils.training.optimizers.look_ahead`.
+
+    Args:
+        gradient, buffer: (O, I, H, W) in one order, without gaps.
+        out: (O, I H W) bfloat16, with any strides.
+    """
+    if gradient.stride() != buffer.stride():
+        gradient = torch.empty_like(buffer).copy_(gradient)
+    _look_ahead_kernel[(triton.cdiv(buffer.numel(), BLOCK),)](
+        gradient, buffer, out, out.shape[1], *out.stride(), momentum, buffer.numel(), BLOCK
+    )
+
+
+def take_step(kernel: Tensor, step: Tensor, lr: Tensor, length: Tensor, wanted: float) -> None:
+    """As `utils.training.optimizers.take_step`, with `step` (O, I H W) of any strides."""
+    _take_step_kernel[(triton.cdiv(kernel.numel(), BLOCK),)](
+        kernel, step, lr, length, wanted, step.shape[1], *step.stride(), kernel.numel(), BLOCK
+    )
