@@ -34,9 +34,11 @@ from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
+from utils.quantization.watch import example_images
 from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import ranks
+from utils.training.fuse import fuse
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
 from utils.training.run import BEST, Run, at_work_in, load_to_resume
@@ -57,7 +59,6 @@ DEFAULTS = {
 LAST_PART = 1 / 3  # of the epochs
 HANDICAP = 1.1  # of ckpt_0's val loss: a few val images alone do not make it the best
 FEW_STEPS = 100  # until which BatchNorm's running averages lag too far behind to evaluate by
-COMPILE_STEPS = 10_000  # of a run; torch.compile takes 15 to 50 s and saves 2 to 6 ms of each step
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,9 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     lrdt = "divide the rate by 10 every N epochs (default: warm-up, then a line to 0)"
     add("--lrdt", type=int, metavar="N", help=lrdt)
     add("--seed", type=int, default=0, help="default: %(default)s")
-    compile_help = "torch.compile on one GPU (default: where the run is long enough)"
-    add("--compile", action="store_true", default=None, help=compile_help)
-    add("--no_compile", action="store_false", dest="compile", default=None, help="none of it")
+    sync = "torch's SyncBatchNorm: statistics of all GPUs' images, not of each GPU's own"
+    add("--sync_batchnorm", action="store_true", help=sync)
 
     add = parser.add_argument_group("output").add_argument
     parent = "folder of experiments (default: /tmp)"
@@ -119,10 +119,6 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     """
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
     last_part = recipe.num_epochs - int(recipe.num_epochs * LAST_PART)
-    compiled = wants_compile(recipe, train_part)
-    if compiled:
-        # a process that trains several networks would soon have compiled as often as it may
-        torch.compiler.reset()
     step = None
     bar = progress_bar(run, recipe, train_part)
     try:
@@ -132,11 +128,14 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
             last = epoch >= last_part
             set_mode(run.model, recipe, last)
             if step is None or epoch == last_part:
-                step = make_step(run.model, run.optimizer, recipe, last, compiled)
+                if step is not None:
+                    step.close()
+                step = make_step(run.model, run.optimizer, recipe, last)
 
             started = time.perf_counter()
             loss, train_pct = train_epoch(step, train_part, schedule, epoch, bar)
             seconds = time.perf_counter() - started
+            ranks.average_statistics(run.model)
             few = (epoch + 1) * len(train_part) < FEW_STEPS
             if few and not (last and recipe.freeze_batch_norm):
                 estimate_batch_norm(run.model, plain)
@@ -149,8 +148,7 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
             bar.write(line, file=sys.stdout)
     finally:
         if step is not None:
-            # an exception keeps this frame, and NCCL would wait for ever for its graph to go
-            step.graph = None
+            step.close()
         bar.close()
 
 
@@ -168,15 +166,6 @@ def progress_bar(run: Run, recipe: Recipe, train_part: Batches) -> tqdm:
     )
 
 
-def wants_compile(recipe: Recipe, train_part: Batches) -> bool:
-    """Whether to use torch.compile: on one GPU, where the flags or the run's length say so."""
-    if train_part.device.type != "cuda" or train_part.world_size > 1:
-        return False
-    if recipe.compile is None:
-        return recipe.num_epochs * len(train_part) >= COMPILE_STEPS
-    return recipe.compile
-
-
 def set_mode(model: nn.Module, recipe: Recipe, last: bool) -> None:
     """Training mode. In the last part of fine-tuning BatchNorm's statistics stay.
 
@@ -188,18 +177,14 @@ def set_mode(model: nn.Module, recipe: Recipe, last: bool) -> None:
 
 
 def make_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    last: bool,
-    compiled: bool,
+    model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, last: bool
 ) -> Step:
     """The step of the last part of a run or of all before; the model is in its mode.
 
     Muon's runs end with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373).
     """
     sam_rho = recipe.sam_rho if last else 0.0
-    return Step(model, optimizer, recipe.label_smoothing, compiled, sam_rho)
+    return Step(model, optimizer, recipe.label_smoothing, sam_rho)
 
 
 def train_epoch(
@@ -288,6 +273,9 @@ def make_model(
             state = model.state_dict()
             base.ptq_state = {key: value.detach().cpu().clone() for key, value in state.items()}
         print_layers(model, size)
+    model = ranks.share_model(model, recipe.sync_batchnorm)
+    if device.type == "cuda":
+        fuse(model, example_images(*size))
     return model
 
 
@@ -344,7 +332,6 @@ def train(
     val = Batches(*val_arrays, normalize, recipe.batch_size, here.device)
 
     model = make_model(recipe, start, base, plain)
-    ranks.share_model(model)
     optimizer = make_optimizer(model, recipe.optimizer)
     run = Run(folder, model, optimizer, base, keep=recipe.keep)
     if resume:
@@ -379,8 +366,8 @@ def check_ranks(recipe: Recipe, here: Ranks, train_images: int) -> None:
         raise UserError(
             f"--batch_size {recipe.batch_size} is not a multiple of the {here.world_size} ranks"
         )
-    if recipe.compile and here.world_size > 1:
-        raise UserError("--compile: several ranks do not; drop it, or resume with --no_compile")
+    if recipe.sync_batchnorm and here.world_size > 1 and here.device.type != "cuda":
+        raise UserError("--sync_batchnorm: torch's SyncBatchNorm needs GPUs: drop it")
 
 
 def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:

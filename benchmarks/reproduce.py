@@ -388,7 +388,7 @@ def build_parser() -> argparse.ArgumentParser:
     tuning = "of QAT and of float fine-tuning (default: %(default)s)"
     add("--tune_epochs", type=int, default=10, help=tuning)
     more = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
-    add("--train_flags", **more, help="more for train.py: --train_flags=--compile")
+    add("--train_flags", **more, help="more for train.py: --train_flags=--optimizer=sgd")
     add("--infer_flags", **more, help="more for infer.py, such as '--torch_compile 128'")
 
     add = parser.add_argument_group("engines").add_argument

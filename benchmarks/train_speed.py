@@ -2,6 +2,7 @@
 """How fast does this project train, beside the loop that people write first? Seconds an epoch.
 
     python benchmarks/train_speed.py --stem imagenet cifar --record results/train_speed.json
+    torchrun --nproc_per_node=2 benchmarks/train_speed.py --recipes ours --record two_gpus.json
 
 Both recipes train the same network on the same train images, without the val part, in one process
 on one device.
@@ -13,16 +14,16 @@ each batch. QAT puts the layers of pytorch-quantization in their place, as its `
 and calibrates by the maximum. They leave the residual additions in float: less is quantized than in
 ours.
 
-ours: train.py with --compile. On a GPU: bf16, channels-last, torch.compile, the step as one CUDA
-graph, batch size 512. Images lie on the device and are augmented there: crop and mirror as in the
+ours: train.py. On a GPU: bf16, channels-last, fused kernels, the step as one CUDA graph, batch size
+512. Images lie on the device and are augmented there: crop and mirror as in the
 reference, and a blank square. Muon trains in float, SGD in QAT. An epoch's last, incomplete batch
 is dropped, so compare images/s. Both parts of a run are timed, and their medians weighted by their
 lengths: two thirds, and the last third. With Muon that has SAM, two passes for each batch, and in
 QAT frozen BatchNorm statistics. On a CPU: FP32, eager, batch size 128, SGD.
 
 Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but
-apart. What they took beyond the median is `compile_s`: torch.compile, cuDNN's tuning, the graph,
-and the start of CUDA and of the workers. TFLOP/s are the float network's convolutions and matrix
+apart. What they took beyond the median is `compile_s`: the kernels, cuDNN's tuning, the graph, and
+the start of CUDA and of the workers. TFLOP/s are the float network's convolutions and matrix
 products, forward and backward, 2 for each multiply-add. SAM's second pass, the optimizer's products
 and all fake quantization count as nothing.
 """
@@ -69,8 +70,11 @@ from utils.device import default_device
 from utils.errors import UserError, run
 from utils.recipe import Recipe, fit_to_images, make_recipe
 from utils.specs import Quantization
+from utils.training import ranks
 from utils.training.optimizers import make_optimizer
+from utils.training.ranks import Ranks
 from utils.training.schedule import make_schedule
+from utils.training.step import Step
 
 WORKERS = 4
 CALIBRATION_BATCHES = 8
@@ -130,6 +134,7 @@ class Row:
         compile_s: of all warm-up epochs together, beyond the medians.
         warm_up_s, epochs_s: of each part of a run.
         loss: mean of the last epoch; ours has label smoothing in it.
+        gpus: how many train together, each on its part of `batch_size`.
     """
 
     recipe: str
@@ -147,6 +152,7 @@ class Row:
     warm_up_s: list[list[float]]
     epochs_s: list[list[float]]
     loss: float
+    gpus: int = 1
 
 
 # The reference
@@ -220,12 +226,17 @@ def calibrate_by_maximum(
 
 
 def reference(
-    data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
+    data: dataset.ImageData,
+    mode: str,
+    stem: str,
+    state: State | None,
+    args: argparse.Namespace,
+    here: Ranks,
 ) -> Training:
     """The loop that people write first, starting from `state` if there is one."""
     # torch's default, which `ours` changes
     torch.backends.cudnn.benchmark = False
-    device = default_device()
+    device = here.device
     on_gpu = device.type == "cuda"
     batch_size = args.reference_batch_size
 
@@ -286,24 +297,25 @@ def our_recipe(mode: str, stem: str, data_name: str, args: argparse.Namespace) -
         num_epochs=args.warm_up + args.epochs,
         batch_size=args.batch_size,
         optimizer=args.optimizer if mode == "float" else None,
-        compile=not args.no_compile,
         quantization=Quantization() if mode == "qat" else None,
         partial_ckpt=mode == "qat",
     )
 
 
 def ours(
-    data: dataset.ImageData, mode: str, stem: str, state: State | None, args: argparse.Namespace
+    data: dataset.ImageData,
+    mode: str,
+    stem: str,
+    state: State | None,
+    args: argparse.Namespace,
+    here: Ranks,
 ) -> Training:
     """The training of train.py, wired as there.
 
     It starts from `state` if there is one, else from a network that is not trained.
     """
     torch.backends.cudnn.benchmark = True
-    device = default_device()
-    on_gpu = device.type == "cuda"
-    # or what an earlier run compiled would be there already
-    torch._inductor.config.force_disable_caches = on_gpu
+    on_gpu = here.device.type == "cuda"
 
     # the images, plain to calibrate with and augmented to train on
     recipe = our_recipe(mode, stem, data.name, args)
@@ -311,9 +323,16 @@ def ours(
     train_part, _ = data.split(info.split_seed)
     recipe = fit_to_images(recipe, train.DEFAULTS[recipe.kind], len(train_part[0]))
     base = train.describe(recipe, None, info)
-    shared = (*train_part, Normalize(base.data.mean, base.data.std), recipe.batch_size, device)
+    normalize = Normalize(base.data.mean, base.data.std)
+    shared = (*train_part, normalize, recipe.batch_size, here.device)
     plain = Batches(*shared)
-    batches = Batches(*shared, augment=True, mirror_and_cutout=data.mirror_and_cutout)
+    batches = Batches(
+        *shared,
+        augment=True,
+        mirror_and_cutout=data.mirror_and_cutout,
+        rank=here.rank,
+        world_size=here.world_size,
+    )
 
     # the network; QAT always starts from another
     if mode == "qat" and not state:
@@ -325,10 +344,14 @@ def ours(
     optimizer = make_optimizer(model, recipe.optimizer)
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
 
+    steps: list[Step] = []
+
     def begin(last: bool) -> Epoch:
         train.set_mode(model, recipe, last)
-        compiled = train.wants_compile(recipe, batches)
-        step = train.make_step(model, optimizer, recipe, last, compiled)
+        for step in steps:
+            step.close()
+        step = train.make_step(model, optimizer, recipe, last)
+        steps.append(step)
         return lambda epoch, bar: train.train_epoch(step, batches, schedule, epoch, bar)[0]
 
     parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]
@@ -397,10 +420,11 @@ def measure(
     state: State | None,
     data: dataset.ImageData,
     args: argparse.Namespace,
+    here: Ranks,
 ) -> tuple[Row, State]:
     """Time one recipe; also the trained weights, from which QAT starts."""
     torch.manual_seed(0)
-    training = RECIPES[recipe](data, mode, stem, state, args)
+    training = RECIPES[recipe](data, mode, stem, state, args, here)
     count = args.warm_up + args.epochs
     title = f"{recipe} {mode}, {args.model} ({stem} stem)"
 
@@ -434,6 +458,7 @@ def measure(
         warm_up_s=warm_up_s,
         epochs_s=epochs_s,
         loss=loss,
+        gpus=here.world_size,
     )
     return row, {key: value.cpu() for key, value in training.model.state_dict().items()}
 
@@ -513,7 +538,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="default: train.py's, 512 on a GPU")
     optimizers = tuple(train.DEFAULTS["scratch"].peak_lr)
     add("--optimizer", choices=optimizers, help="in float (default: train.py's, muon on a GPU)")
-    add("--no_compile", action="store_true", help="no torch.compile")
 
     add = parser.add_argument_group("output").add_argument
     add("--record", type=Path, metavar="FILE", help="written after each row: little can be lost")
@@ -524,6 +548,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if min(args.epochs, args.warm_up, args.reference_batch_size) < 1:
         raise UserError("--epochs, --warm_up and --reference_batch_size: at least 1")
+    with ranks.started() as here:
+        time_all(args, here)
+
+
+def time_all(args: argparse.Namespace, here: Ranks) -> None:
+    """Every recipe in every mode; the first rank writes."""
+    if here.world_size > 1 and "reference" in args.recipes:
+        raise UserError("the reference is for one GPU: add --recipes ours")
     data = dataset.load(args.dataset, args.data_dir)
     settings = {}
     for name, value in vars(args).items():
@@ -543,10 +575,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for mode in MODES:
             if mode not in args.modes:
                 continue
-            row, state = measure(recipe, mode, stem, state, data, args)
+            row, state = measure(recipe, mode, stem, state, data, args, here)
             free()
             rows.append(row)
-            if args.record:
+            if args.record and here.first:
                 records.write(args.record, {**record, "rows": [asdict(row) for row in rows]})
     print(table(rows))
 

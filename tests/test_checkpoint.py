@@ -410,7 +410,7 @@ def first_format(network_name, data, num_epochs):
         "optimizer": "sgd",
         "lr": 0.01,
         "lrdt": None,
-        "compile": None,
+        "sync_batchnorm": False,
         "seed": 7,
         "output_dir": "/nowhere",
         "exp_name": "run",

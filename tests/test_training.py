@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLE, ROOT, normalised, small_net
+from conftest import ROOT, normalised, small_net
 from torch import nn
 
 import dataset
@@ -27,7 +27,6 @@ from utils import networks, recipe
 from utils.backends.pytorch import TorchNetwork
 from utils.errors import UserError
 from utils.files import locked
-from utils.quantization.swap import quantize_modules
 from utils.training import step as training
 from utils.training.optimizers import make_optimizer
 
@@ -207,9 +206,7 @@ def test_a_step_on_the_cpu_is_the_textbook_loop():
     mine = small_net()
     model = copy.deepcopy(mine)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    step = training.Step(
-        mine, torch.optim.SGD(mine.parameters(), lr=1.0, momentum=0.9), 0.1, compiled=False
-    )
+    step = training.Step(mine, torch.optim.SGD(mine.parameters(), lr=1.0, momentum=0.9), 0.1)
     for batch_sizes in ([6, 6, 6], [6, 3]):  # the totals are of the steps since the last ones
         loss_sum, hits = 0.0, 0
         for index, size in enumerate(batch_sizes):
@@ -238,7 +235,7 @@ def test_a_groups_scale_multiplies_its_rate():
         {"params": [model[3].weight], "scale": 3.0},
         {"params": [model[7].weight]},
     ]
-    step = training.Step(model, torch.optim.SGD(groups, lr=0.0), 0.1, compiled=False)
+    step = training.Step(model, torch.optim.SGD(groups, lr=0.0), 0.1)
     step.set_lr(0.25)
     assert [group["lr"] for group in step.optimizer.param_groups] == [0.25, 0.75, 0.25]
     reference = copy.deepcopy(model)
@@ -273,9 +270,7 @@ def test_a_sam_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was(
                 0.05 * start[name].norm(), rel=1e-4
             )
     assert gradient() > loss  # it is up the hill
-    step = training.Step(
-        model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, compiled=False, sam_rho=0.05
-    )
+    step = training.Step(model, torch.optim.SGD(model.parameters(), lr=0.0), 0.1, sam_rho=0.05)
     step.set_lr(0.2)
     step(images, labels)
     for name, p in reference.named_parameters():
@@ -283,6 +278,8 @@ def test_a_sam_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was(
             model.get_parameter(name), start[name] - 0.2 * p.grad, rtol=1e-4, atol=1e-6
         )
     for name, value in statistics.items():
+        if name.endswith("num_batches_tracked"):  # counts passes
+            continue
         assert not torch.equal(value, start[name])
         torch.testing.assert_close(model.get_buffer(name), value)
     assert step.totals()[0] == pytest.approx(
@@ -367,41 +364,6 @@ def test_infinite_values_take_the_ends_of_the_range():
     assert result.tolist() == [63.5, -64, 63.5, -64]
     result.sum().backward()
     assert x.grad.tolist() == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_quantized_network_is_the_eager_one(monkeypatch, dtype):
-    torch.manual_seed(0)
-    eager = small_net()
-    quantize_modules(eager, EXAMPLE)
-    for module in eager.modules():
-        if isinstance(module, quantizers.Quantizer):
-            module.set_range(
-                0.1 + 0.5 * torch.rand(module._amax.shape)
-            )  # part of the values is outside
-    same, images = copy.deepcopy(eager), torch.randn(4, 3, 8, 8)
-
-    def run(model):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            result = model(images)
-        result.float().square().sum().backward()
-        return result
-
-    if dtype != torch.float32:  # torch's own kernels want float32 on a CPU
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    expected = run(eager)
-    monkeypatch.undo()
-
-    def absent(*_):
-        raise AssertionError("an opaque kernel, which no compiler fuses")
-
-    for name in ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"):
-        monkeypatch.setattr(torch, name, absent)
-    torch._dynamo.reset()
-    assert torch.equal(run(torch.compile(same, backend="aot_eager", fullgraph=True)), expected)
-    for (name, one), other in zip(eager.named_parameters(), same.parameters(), strict=True):
-        assert one.grad.count_nonzero() > 0, name
-        assert torch.equal(one.grad, other.grad), name
 
 
 def test_evaluation_allows_no_tf32(monkeypatch):
@@ -940,11 +902,6 @@ def test_a_last_batch_of_one_image_has_no_statistics(tmp_path):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_compile_is_refused_on_a_cpu(tmp_path, error_line):
-    argv = ["--m", "vanilla_cnn", *FLAGS, "--compile", "--od", tmp_path]
-    assert "--compile is for a GPU" in error_line(train.main, argv)
-
-
 def test_a_batch_size_above_the_data_set_is_what_the_rate_follows(tmp_path):
     for size in ("50", "5000"):
         argv = f"--m vanilla_cnn --dataset digits --num_epochs 1 --od {tmp_path} --en {size}"
@@ -1100,13 +1057,12 @@ def test_a_failed_run_leaves_no_recorded_step_behind(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("optimizer", "sam_rho"),
     [("sgd", 0.0), ("muon", 0.0), ("muon", 0.05)],
     ids=["sgd", "muon", "sam"],
 )
-def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sam_rho, compiled):
+def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sam_rho):
     torch.manual_seed(0)
     device, model = torch.device("cuda"), models.build("vanilla_cnn", 10, "cifar")
     batches = [
@@ -1117,7 +1073,7 @@ def test_a_recorded_step_does_what_an_eager_one_does(monkeypatch, optimizer, sam
     for eager_steps in (training.EAGER_STEPS, len(batches)):
         monkeypatch.setattr(training, "EAGER_STEPS", eager_steps)
         trained = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
-        step = training.Step(trained, make_optimizer(trained, optimizer), 0.1, compiled, sam_rho)
+        step = training.Step(trained, make_optimizer(trained, optimizer), 0.1, sam_rho)
         for images, labels in batches:
             step.set_lr(0.01)
             step(images, labels)

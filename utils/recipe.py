@@ -57,7 +57,7 @@ class Recipe:
         mean, std: of each channel, in units of the full range (0..1); None: those of the images.
         new_classifier: whether all but the last layer of `load_ckpt` is loaded.
         keep: of how many last epochs the checkpoints stay, besides the best one.
-        compile: whether torch.compile is used; None: where the run is long enough.
+        sync_batchnorm: several ranks share BatchNorm's statistics.
         quantization: what QAT quantizes and `--test_trt` calibrates; None where neither is.
         comparison: what `--test_trt` builds afterwards; None for nothing.
     """
@@ -73,7 +73,7 @@ class Recipe:
     label_smoothing: float = LABEL_SMOOTHING
     sam_rho: float = 0.0
     freeze_batch_norm: bool = False
-    compile: bool | None = None
+    sync_batchnorm: bool = False
     seed: int = 0
     keep: int = 1
     dataset: str = "cifar10"
@@ -257,10 +257,7 @@ def resolve(
     chosen["comparison"] = Comparison.of(args) if args.test_trt else None
     # before a default is computed of them
     _check_limits(chosen, args.quantize)
-    recipe = make_recipe(kind, defaults[kind], device_type, **chosen)
-    if recipe.compile and device_type != "cuda":
-        raise UserError("--compile is for a GPU, and there is none here: use --no_compile")
-    return recipe
+    return make_recipe(kind, defaults[kind], device_type, **chosen)
 
 
 def fit_to_images(recipe: Recipe, defaults: Defaults, images: int) -> Recipe:

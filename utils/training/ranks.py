@@ -15,14 +15,16 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.device import default_device
 from utils.errors import UserError, mendable
 
 T = TypeVar("T")
+
+MESSAGE = 4_000_000
+"""Values of a message of gradients, at least: small ones cost time, large ones wait long."""
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells every process that it starts."""
@@ -124,60 +126,95 @@ def from_first(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def gather(part: Tensor) -> Tensor:
+    """All ranks' parts (n, ...), one after the other: (world_size n, ...)."""
+    if not active():
+        return part
+    parts = part.new_empty(world_size() * len(part), *part.shape[1:])
+    dist.all_gather_into_tensor(parts, part)
+    return parts
+
+
 @torch.no_grad()
 def average(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, all in one message."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    means = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, mean in zip(tensors, means, strict=True):
-        tensor.copy_(mean.reshape(tensor.shape))
-
-
-def share_model(model: nn.Module) -> None:
-    """Start every rank from rank 0's weights; every BatchNorm sees all ranks' batches; in place."""
     if not active():
         return
-    for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    _copy_back(flat / world_size(), tensors)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Every BatchNorm's running statistics become the mean of those of the ranks, in place."""
+    statistics = []
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            statistics += [module.running_mean, module.running_var]
+    if statistics:
+        average(statistics)
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over all ranks' batches: N ranks train what one does at the same global batch.
+def _copy_back(flat: Tensor, tensors: list[Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    shaped = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, shaped)
 
-    torch's own needs a GPU; this one runs on gloo too.
+
+class GradientSum:
+    """Adds up the ranks' gradients in a few messages, while the backward pass goes on.
+
+    `finish` has to follow each backward pass.
     """
 
-    estimating = False
-    """Set by `utils.training.step.estimate_batch_norm`."""
+    def __init__(self, parameters: list[nn.Parameter]):
+        self._ready: list[Tensor] = []
+        self._sent: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters]
 
-    def forward(self, x: Tensor) -> Tensor:
-        # while statistics are estimated every rank sees the same images
-        if not self.training or self.estimating:
-            return super().forward(x)
-        x32 = x.float()
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
-        # every rank's variance and mean: each adds its own to a table of zeros
-        own = torch.stack(torch.var_mean(x32, (0, 2, 3), correction=0))  # (2, C)
-        table = F.pad(own[None], (0, 0, 0, 0, rank, world_size - 1 - rank))  # (world_size, 2, C)
-        variances, means = all_reduce(table).unbind(1)  # (world_size, C) each
+    def _note(self, p: nn.Parameter) -> None:
+        self._ready.append(p.grad)
+        if sum(gradient.numel() for gradient in self._ready) >= MESSAGE:
+            self._send()
 
-        # Var[x] = E[Var[x | rank]] + Var[E[x | rank]]; as E[x^2] - E[x]^2 it could be negative
-        mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)
+    def _send(self) -> None:
+        flat = torch.cat([gradient.reshape(-1) for gradient in self._ready])
+        self._sent.append((dist.all_reduce(flat, async_op=True), flat, self._ready))
+        self._ready = []
 
-        with torch.no_grad():
-            count = x.numel() // len(mean) * world_size
-            unbiased = variance * (count / (count - 1))
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+    def finish(self) -> None:
+        """Wait until every gradient is the sum."""
+        if self._ready:
+            self._send()
+        for work, flat, gradients in self._sent:
+            work.wait()
+            _copy_back(flat, gradients)
+        self._sent = []
 
-        factor = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * factor
-        return (x32 * factor[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+def share_model(model: nn.Module, sync_batchnorm: bool) -> nn.Module:
+    """Start every rank from rank 0's weights.
+
+    Args:
+        sync_batchnorm: BatchNorm's statistics are those of all ranks' batches, by torch's own
+            SyncBatchNorm. Otherwise each rank has its own.
+    """
+    if not active():
+        return model
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    if sync_batchnorm:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model

@@ -18,16 +18,15 @@ from utils.metrics import percent_equal
 from utils.training import ranks
 
 EAGER_STEPS = 3
-"""Before a CUDA graph is recorded: they tune cuDNN, compile, and allocate the optimizer's state."""
+"""Before a CUDA graph is recorded: they tune cuDNN, compile kernels and allocate state."""
 
 
 class Step:
     """Forward, backward and update for one batch; loss and hits are summed up on the device.
 
-    On a GPU: bf16 autocast, channels-last, `torch.compile` if asked for, and after a few steps
-    the whole step is one CUDA graph (Gray et al., "Getting Started with CUDA Graphs", 2019) that
-    the host only launches. The CPU runs the same code without any of it. A change of the model's
-    mode needs a new `Step`.
+    On a GPU: bf16 autocast, channels-last, and after a few steps the whole step is one CUDA graph
+    (Gray et al., "Getting Started with CUDA Graphs", 2019) that the host only launches. The CPU
+    runs the same code without any of it. A change of the model's mode needs a new `Step`.
 
     Args:
         model: in the mode it shall train in, on the device.
@@ -43,19 +42,19 @@ class Step:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         label_smoothing: float,
-        compiled: bool,
         sam_rho: float = 0.0,
     ):
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type == "cuda"
-        self.forward = torch.compile(model) if compiled else model
+        self.model = model
         self.optimizer = optimizer
         self.label_smoothing = label_smoothing
         self.sam_rho = sam_rho
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.gradient_sum = ranks.GradientSum(self.parameters) if ranks.active() else None
         # SAM moves matrices; running statistics are to be those of the place itself
         self.matrices = [p for p in self.parameters if p.ndim > 1]
-        self.buffers = list(model.buffers())
+        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
 
         self.loss_sum = torch.zeros((), device=self.device)
         self.hits = torch.zeros((), device=self.device)
@@ -112,28 +111,41 @@ class Step:
     def _gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the loss's gradient, over all ranks, in the parameters; the loss and the logits."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
-            logits = logits_of(self.forward(images))
+            logits = logits_of(self.model(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        loss.backward()
+        # the ranks' gradients are added up
+        (loss / ranks.world_size()).backward()
+        if self.gradient_sum:
+            self.gradient_sum.finish()
         # parameters of auxiliary heads, whose results nobody reads here
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if ranks.active():
-            ranks.average([p.grad for p in self.parameters])
         return loss.detach(), logits.detach()
 
     def _sharpness_aware_gradient(self, images: Tensor, labels: Tensor) -> None:
         """Replace the gradient here by that at the end of a short step up the hill (SAM)."""
-        moved = [tensor.detach() for tensor in (*self.matrices, *self.buffers)]
-        before = [tensor.clone() for tensor in moved]
-        with torch.no_grad():
-            for p in self.matrices:
-                length = self.sam_rho * p.norm() / p.grad.norm().clamp_min(1e-12)
-                p.add_(p.grad * length)
+        moved = [tensor.detach() for tensor in (*self.matrices, *self.statistics)]
+        before = torch._foreach_mul(moved, 1.0)  # copies
+
+        # rho |p| / |g| for each matrix
+        gradients = [p.grad for p in self.matrices]
+        steepness = torch._foreach_norm(gradients)
+        torch._foreach_clamp_min_(steepness, 1e-12)
+        lengths = torch._foreach_div(torch._foreach_norm(moved[: len(gradients)]), steepness)
+        torch._foreach_mul_(lengths, self.sam_rho)
+        steps = torch._foreach_mul(gradients, lengths)
+        torch._foreach_add_(moved[: len(gradients)], steps)
+
         self.optimizer.zero_grad()
         self._gradient(images, labels)
         torch._foreach_copy_(moved, before)
+
+    def close(self) -> None:
+        """Let go of what other code holds: NCCL would wait for ever for a recorded step to go."""
+        self.graph = None
+        if self.gradient_sum:
+            self.gradient_sum.close()
 
     def totals(self) -> tuple[float, float]:
         """Mean loss and accuracy in percent since the last call, over all ranks.
@@ -141,8 +153,7 @@ class Step:
         Waits for the device.
         """
         means = torch.stack([self.loss_sum, self.hits]) / self.count
-        if ranks.active():
-            ranks.average([means])
+        ranks.average([means])
         self.loss_sum.zero_()
         self.hits.zero_()
         self.count = 0
@@ -186,11 +197,9 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
         seen += len(images)
         for norm in norms:
             norm.momentum = len(images) / seen
-            norm.estimating = True
         model(images)
     for norm, (momentum, batches_tracked) in zip(norms, kept, strict=True):
         norm.momentum = momentum
-        norm.estimating = False
         norm.num_batches_tracked.copy_(batches_tracked)
 
 
