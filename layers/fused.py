@@ -7,6 +7,8 @@ fails elsewhere.
 
 Feature maps (N, C, H, W) lie channels last, so they are matrices (rows, channels), a row for each
 pixel of each image. A program of a kernel works on a tile of BLOCK_M rows and BLOCK_C channels.
+Triton compiles a kernel again where a number is 1 or a multiple of 16, unless it is told not to
+(`do_not_specialize`); few variants compile in a few seconds, and stay in its cache.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def _activate(v, ACTIVATION: tl.constexpr):
 # kernels of BatchNorm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _sum_kernel(
     x_ptr, shift_ptr, sums_ptr, rows, channels, tiles, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -126,7 +128,7 @@ def _sum_kernel(
     tl.store(out + channels, tl.sum(squares, 0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _statistics_kernel(
     sums_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
     rows, channels, programs, eps, momentum, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -155,7 +157,7 @@ def _statistics_kernel(
         tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr, other_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr, rows, channels,
     ADDS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDS: tl.constexpr,
@@ -177,7 +179,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _gradient_sum_kernel(
     dy_ptr, x_ptr, other_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr, sums_ptr,
     rows, channels, tiles,
@@ -204,7 +206,7 @@ def _gradient_sum_kernel(
     tl.store(out + channels, tl.sum(weighted, 0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _parameter_gradient_kernel(
     sums_ptr, dbias_ptr, dweight_ptr, channels, programs,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -215,7 +217,7 @@ def _parameter_gradient_kernel(
     tl.store(dweight_ptr + c, dweight, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dy_ptr, x_ptr, other_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr,
     dbias_ptr, dweight_ptr, dx_ptr, dother_ptr, rows, channels, FROZEN: tl.constexpr,
@@ -252,7 +254,7 @@ class _Grid:
 
     @property
     def block_c(self) -> int:
-        return min(64, max(16, triton.next_power_of_2(self.channels)))
+        return 64 if self.channels > 32 else 32
 
     @property
     def block_m(self) -> int:
@@ -370,7 +372,7 @@ def fused_batch_norm(
 # fake quantization on its own: of weights, and of what no BatchNorm makes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _round_kernel(x_ptr, amax_ptr, y_ptr, width, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr):
     """Rows (rows, width), each with its own range."""
     row = tl.program_id(1).to(tl.int64)
@@ -382,7 +384,7 @@ def _round_kernel(x_ptr, amax_ptr, y_ptr, width, CODE_MIN: tl.constexpr, BLOCK: 
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _round_gradient_kernel(
     dy_ptr, x_ptr, amax_ptr, dx_ptr, width, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
 ):

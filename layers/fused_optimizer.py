@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK = 2048  # values of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "row_stride", "size"])
 def _look_ahead_kernel(
     gradient_ptr, buffer_ptr, out_ptr, columns, row_stride, column_stride, momentum, size,
     BLOCK: tl.constexpr,
@@ -26,7 +26,7 @@ def _look_ahead_kernel(
     tl.store(out, (gradient + momentum * buffer).to(tl.bfloat16), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "row_stride", "size"])
 def _take_step_kernel(
     kernel_ptr, step_ptr, lr_ptr, length_ptr, wanted, columns, row_stride, column_stride, size,
     BLOCK: tl.constexpr,
