@@ -79,6 +79,8 @@ TRAINING_TITLES = [
     "compile s",
 ]
 
+GPUS_TITLES = ["network", "GPUs", "s an epoch", "images/s", "times one GPU"]
+
 RECIPE_TITLES = [
     "run",
     "flags",
@@ -417,6 +419,29 @@ def training_table(path: Path) -> str:
     return markdown_table(lines)
 
 
+def gpus_table(folder: Path) -> str:
+    """Training on several GPUs of one host, against one of them at the same batch size."""
+    rows = []
+    for path in folder.glob("train_speed*.json"):
+        rows += records.read(path)["rows"]
+    rows.sort(key=lambda row: (row["model"], row["stem"], row["mode"], row["gpus"]))
+    alone = {(row["model"], row["stem"], row["mode"]): row for row in rows if row["gpus"] == 1}
+
+    lines = [GPUS_TITLES]
+    for row in rows:
+        one = alone[row["model"], row["stem"], row["mode"]]
+        lines.append(
+            [
+                f"{TITLES[row['model']]}, {row['stem']} stem",
+                str(row["gpus"]),
+                f"{row['epoch_s']:.2f}",
+                f"{row['images_s']:,.0f}",
+                f"{row['images_s'] / one['images_s']:.2f}",
+            ]
+        )
+    return markdown_table(lines)
+
+
 # The table of recipes
 
 
@@ -552,6 +577,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "own": own_networks_table,
     "table": record_table,
     "training": training_table,
+    "gpus": gpus_table,
 }
 """The kind of a table -> what makes it from the path in its marker."""
 

@@ -194,6 +194,16 @@ def test_without_engines_there_is_no_plot(tmp_path):
     assert not (tmp_path / tables.PLOT).exists()
 
 
+def test_the_table_of_several_gpus_compares_with_one_of_them(tmp_path):
+    for gpus, images_s in ((2, 1500.0), (1, 1000.0)):
+        row = {"model": "resnet18", "stem": "cifar", "mode": "float", "gpus": gpus}
+        row |= {"epoch_s": 3000 / images_s, "images_s": images_s}
+        write(tmp_path / f"train_speed_{gpus}.json", {"kind": "train_speed", "rows": [row]})
+    one, two = cells(tables.gpus_table(tmp_path))
+    assert (one["GPUs"], one["s an epoch"], one["times one GPU"]) == ("1", "3.00", "1.00")
+    assert (two["GPUs"], two["images/s"], two["times one GPU"]) == ("2", "1,500", "1.50")
+
+
 def test_the_table_of_recipes_has_each_kind_of_training():
     lines = cells(tables.recipes_table())
     by_run = {line["run"]: line for line in lines}
