@@ -249,7 +249,7 @@ def make_model(
     What QAT starts from goes into `base`.
     """
     torch.manual_seed(recipe.seed)
-    size = tuple(base.data.img_size)
+    size = base.data.size
     if recipe.quantize:
         state = start.state if start else None
         model = networks.build_quantized(base.network, base.quantization, size, state)
