@@ -27,7 +27,7 @@ from utils.backends.network import Network
 from utils.checkpoint import Checkpoint, load_weights
 from utils.compare import Comparison
 from utils.errors import UserError
-from utils.manifest import PRECISIONS, graph_file, layer_of
+from utils.manifest import ENGINES, PRECISIONS, graph_file, layer_of
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
@@ -135,7 +135,9 @@ class Tuner:
             def accuracy(skip: Sequence[str]) -> float:
                 return accuracy_pct(network, val, set(names) - set(skip))
 
-            backend = compare.choose_backend(Path(draft), self.comparison)
+            # the export has some of these graphs again, and so has another run: built once
+            cache = self.folder / ENGINES
+            backend = compare.choose_backend(Path(draft), self.comparison, engines=cache)
 
             def engines(skip: Sequence[str]) -> list[Network]:
                 precisions = self._draft(Path(draft), skip)
