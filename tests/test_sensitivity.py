@@ -216,6 +216,14 @@ def test_a_layer_that_the_budget_does_not_need_is_put_back():
     assert search(int8_ms, lambda skip: 96.0 if "b" in skip else 90.0, noise) == ["b"]
 
 
+def test_no_layer_stays_float_where_the_budget_allows_all_in_int8():
+    # halves would find that one layer does not do, but two
+    accuracies = {0: 96.0, 1: 90.0, 2: 96.0, 3: 96.0}
+    int8_ms = dict.fromkeys(NAMES, 0.5)
+    noise = dict.fromkeys(NAMES, 1e-3)
+    assert search(int8_ms, lambda skip: accuracies[len(skip)], noise) == []
+
+
 def test_layers_that_are_slower_in_int8_stay_float():
     int8_ms = {"a": 0.5, "b": 1.5, "c": 0.5}
     assert search(int8_ms, lambda _: 96.0, dict.fromkeys(NAMES, 1e-3)) == ["b"]

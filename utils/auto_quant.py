@@ -188,15 +188,18 @@ def search(
     float_times = layer_times(float_engine, names)
     int8_times = layer_times(int8_engine, names)
 
-    # as few as keep the accuracy, by halves: with all layers in float nothing is lost
     least_pct = accuracy(names) - max_drop - ROUNDING
     lost = dict.fromkeys(names, 0.0)
     for name in float_times.keys() & int8_times.keys():
         lost[name] = float_times[name] - int8_times[name]
     order = by_gain(found, lost, NO_TIME * float_ms)
-    count = bisect_left(
-        range(len(order)), True, key=lambda count: accuracy(order[:count]) >= least_pct
-    )
+
+    def keeps(count: int) -> bool:
+        return accuracy(order[:count]) >= least_pct
+
+    # as few as keep the accuracy: none, whose engine is there, or else by halves. With all layers
+    # in float nothing is lost.
+    count = 0 if keeps(0) else bisect_left(range(len(order)), True, key=keeps)
     needed = [name for name in names if name in order[:count]]
     # of these, not all may matter
     for name in order[:count]:
