@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from utils import auto_quant, records
 from utils import checkpoint as ckpt
 from utils.backends.network import Layer, Network
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
+from utils.files import sha256
 from utils.manifest import read_export
 from utils.metrics import percent_equal, sqnr_db
 from utils.quantization import calibrate, quantize_modules, sensitivity
@@ -214,6 +216,14 @@ def test_a_layer_that_the_budget_does_not_need_is_put_back():
     assert search(int8_ms, lambda skip: 96.0 if "b" in skip else 90.0, noise) == ["b"]
 
 
+def test_no_layer_stays_float_where_the_budget_allows_all_in_int8():
+    # halves would find that one layer does not do, but two
+    accuracies = {0: 96.0, 1: 90.0, 2: 96.0, 3: 96.0}
+    int8_ms = dict.fromkeys(NAMES, 0.5)
+    noise = dict.fromkeys(NAMES, 1e-3)
+    assert search(int8_ms, lambda skip: accuracies[len(skip)], noise) == []
+
+
 def test_layers_that_are_slower_in_int8_stay_float():
     int8_ms = {"a": 0.5, "b": 1.5, "c": 0.5}
     assert search(int8_ms, lambda _: 96.0, dict.fromkeys(NAMES, 1e-3)) == ["b"]
@@ -299,8 +309,11 @@ def test_the_command_chooses(
     outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch, int8_ms
 ):
     shutil.copytree(scanned, tmp_path, dirs_exist_ok=True)
+    # SHA-256 of the graphs that are timed, by their folder
+    timed = defaultdict(set)
 
     def latencies_ms(self, images):
+        timed[self.path.parent].add(sha256(self.path))
         return np.full(3, int8_ms if "int8" in self.path.name else 2.0)
 
     monkeypatch.setattr(OnnxRuntimeNetwork, "latencies_ms", latencies_ms)
@@ -308,6 +321,9 @@ def test_the_command_chooses(
     said = capsys.readouterr().out
     manifest, _ = read_export(tmp_path / "onnx")
     assert record.sensitivity is not None
+    # the drafts are what is exported: engines of them are built once
+    exported = timed.pop(tmp_path / "onnx")
+    assert exported <= set.union(*timed.values())
     if int8_ms > 2:
         assert "the same by hand: --skip_layers '*' --FP32 --FP16" in said
         assert manifest.int8_nodes.keys() == {"FP32"}

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -869,6 +870,15 @@ def test_an_engine_is_built_once_and_read_afterwards(trt, cuda, exported, few_im
     assert plans == [b"plan 1 of graph"] * 3
     assert len(trt._built) == 1
     assert plan_of(trt, FakeCuda(), exported, replace(options), few_images) == plans[0]
+
+
+def test_graphs_in_several_folders_can_share_their_engines(trt, cuda, exported, few_images):
+    options = EngineOptions("FP32", (1,))
+    arguments = few_images, None, exported / "engines"
+    shutil.copytree(exported, exported / "draft")
+    for folder in (exported / "draft", exported):
+        plan, path = tensorrt_build.cached_plan(trt, cuda, folder, options, *arguments)
+        assert (plan, path.parent) == (b"plan 1 of graph", exported / "engines")
 
 
 CHANGES = {

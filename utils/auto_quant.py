@@ -27,7 +27,7 @@ from utils.backends.network import Network
 from utils.checkpoint import Checkpoint, load_weights
 from utils.compare import Comparison
 from utils.errors import UserError
-from utils.manifest import PRECISIONS, graph_file, layer_of
+from utils.manifest import ENGINES, PRECISIONS, graph_file, layer_of
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
@@ -135,7 +135,9 @@ class Tuner:
             def accuracy(skip: Sequence[str]) -> float:
                 return accuracy_pct(network, val, set(names) - set(skip))
 
-            backend = compare.choose_backend(Path(draft), self.comparison)
+            # the export has some of these graphs again, and so has another run: built once
+            cache = self.folder / ENGINES
+            backend = compare.choose_backend(Path(draft), self.comparison, engines=cache)
 
             def engines(skip: Sequence[str]) -> list[Network]:
                 precisions = self._draft(Path(draft), skip)
@@ -186,15 +188,18 @@ def search(
     float_times = layer_times(float_engine, names)
     int8_times = layer_times(int8_engine, names)
 
-    # as few as keep the accuracy, by halves: with all layers in float nothing is lost
     least_pct = accuracy(names) - max_drop - ROUNDING
     lost = dict.fromkeys(names, 0.0)
     for name in float_times.keys() & int8_times.keys():
         lost[name] = float_times[name] - int8_times[name]
     order = by_gain(found, lost, NO_TIME * float_ms)
-    count = bisect_left(
-        range(len(order)), True, key=lambda count: accuracy(order[:count]) >= least_pct
-    )
+
+    def keeps(count: int) -> bool:
+        return accuracy(order[:count]) >= least_pct
+
+    # as few as keep the accuracy: none, whose engine is there, or else by halves. With all layers
+    # in float nothing is lost.
+    count = 0 if keeps(0) else bisect_left(range(len(order)), True, key=keeps)
     needed = [name for name in names if name in order[:count]]
     # of these, not all may matter
     for name in order[:count]:

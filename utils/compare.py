@@ -276,7 +276,10 @@ def timed_rows(
 
 
 def choose_backend(
-    folder: Path, comparison: Comparison, calibration: np.ndarray = NO_IMAGES
+    folder: Path,
+    comparison: Comparison,
+    calibration: np.ndarray = NO_IMAGES,
+    engines: Path | None = None,
 ) -> Callable[[str], Network]:
     """A function from a precision to its network.
 
@@ -284,6 +287,7 @@ def choose_backend(
 
     Args:
         calibration: images (N, H, W, 3) uint8 for TensorRT's own calibration.
+        engines: TensorRT's cache; by default it is in `folder`.
 
     Raises:
         UserError: a back end or an audit is asked for that cannot be had here.
@@ -291,7 +295,7 @@ def choose_backend(
     wanted = comparison.backend
     if wanted in ("auto", "tensorrt"):
         try:
-            return _tensorrt(folder, comparison, calibration)
+            return _tensorrt(folder, comparison, calibration, engines)
         except UserError as error:
             if flag := tensorrt_flag(comparison):
                 raise UserError(f"{flag}: {error}") from None
@@ -316,7 +320,7 @@ def choose_backend(
 
 
 def _tensorrt(
-    folder: Path, comparison: Comparison, calibration: np.ndarray
+    folder: Path, comparison: Comparison, calibration: np.ndarray, engines: Path | None
 ) -> Callable[[str], Network]:
     """A function from a precision to its engine; raises UserError where TensorRT cannot run."""
     from utils.backends.tensorrt_build import EngineOptions, require_gpu
@@ -336,7 +340,7 @@ def _tensorrt(
             tiling_level=comparison.tiling_level,
             l2_limit_mb=comparison.l2_limit_mb,
         )
-        return TensorRTNetwork(folder, options, calibration, comparison.timing_cache)
+        return TensorRTNetwork(folder, options, calibration, comparison.timing_cache, engines)
 
     return build
 

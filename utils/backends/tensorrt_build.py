@@ -198,6 +198,7 @@ def cached_plan(
     options: EngineOptions,
     calibration: np.ndarray,
     timings: Path | None = None,
+    engines: Path | None = None,
 ) -> tuple[bytes, Path]:
     """An engine of one of the graphs in `folder`, and its file; built if it is not there yet.
 
@@ -205,6 +206,7 @@ def cached_plan(
         calibration: images (N, H, W, 3) uint8, which only the precision `IMPLICIT` uses.
         timings: folder of the kernel timings that builds leave for later ones of like networks;
             by default each export has its own.
+        engines: folder of the cache; by default it is in `folder`.
 
     Raises:
         UserError: the graph cannot be read, or as `build_plan` and `_make_calibrator`.
@@ -228,7 +230,7 @@ def cached_plan(
     source = {"graph_sha256": _sha256(graph), "calibration_sha256": images_sha256, **platform}
     key = {**source, "options": asdict(options)}
 
-    engines = folder / ENGINES
+    engines = engines or folder / ENGINES
     engine = CacheFile(engines, f"{options.precision.lower()}.engine", key)
     timing = CacheFile(timings or engines, "timing.cache", platform)
     table = CacheFile(engines, "calibration.cache", source)

@@ -165,8 +165,8 @@ class TensorRTNetwork(Network):
     """An exported graph as a TensorRT engine.
 
     Args:
-        folder: of the export; engines are cached in it.
-        calibration, timings: see `cached_plan`.
+        folder: of the export.
+        calibration, timings, engines: see `cached_plan`.
 
     Raises:
         UserError: no TensorRT, driver or fitting GPU; the graph or the build fails; too little
@@ -182,9 +182,12 @@ class TensorRTNetwork(Network):
         options: EngineOptions,
         calibration: np.ndarray,
         timings: Path | None = None,
+        engines: Path | None = None,
     ):
         self._trt, self._cuda = require_gpu()
-        plan, self.path = cached_plan(self._trt, self._cuda, folder, options, calibration, timings)
+        plan, self.path = cached_plan(
+            self._trt, self._cuda, folder, options, calibration, timings, engines
+        )
         # the engine goes on using the logger: it must live as long
         self._log = make_logger(self._trt)
         self._engine = self._trt.Runtime(self._log).deserialize_cuda_engine(plan)
