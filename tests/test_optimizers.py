@@ -158,6 +158,21 @@ def test_a_step_fixes_the_length_and_moves_along_the_orthogonalised_momentum(lay
             torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("own", [torch.contiguous_format, torch.channels_last])
+def test_a_momentum_of_another_device_is_laid_out_as_the_kernel(saved, own):
+    """A GPU has the channels last, a CPU first."""
+    start, gradient, momentum = kernels([(16, 8, 3, 3)] * 3)
+    expected, given = (nn.Parameter(start.clone()) for _ in range(2))
+    given.data = given.data.to(memory_format=own)
+    for weight, layout in ((expected, torch.contiguous_format), (given, saved)):
+        optimizer = Muon([{"params": [weight], "lr": 0.1}], momentum=0.9)
+        optimizer.state[weight]["momentum_buffer"] = momentum.to(memory_format=layout, copy=True)
+        weight.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-3)  # bf16's rounding
+
+
 def test_the_rest_is_trained_by_sgd_with_nesterov_momentum():
     model = net().double()
     theirs = copy.deepcopy(model)

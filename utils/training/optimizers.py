@@ -98,16 +98,23 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            buffers = [self._buffer(p) for p in parameters]
             if not parameters:
                 continue
             if group["orthogonal"]:
                 turn(parameters, buffers, group["momentum"], group["lr"])
             else:
                 _nesterov(parameters, buffers, group["momentum"], group["lr"])
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        """The momentum of a parameter, which lies in memory as that does."""
+        buffer = self.state[p].get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(p)
+        elif buffer.stride() != p.stride():  # it was saved on another device
+            buffer = torch.empty_like(p).copy_(buffer)
+        self.state[p]["momentum_buffer"] = buffer
+        return buffer
 
 
 def _nesterov(
@@ -167,7 +174,7 @@ def _part(slot: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _as_matrix(kernel: Tensor, like: Tensor) -> Tensor:
-    """A kernel (O, I, H, W) as (O, I H W), its columns in the order in which `like` has them."""
+    """A kernel (O, I, H, W) as (O, I H W), its columns in the order of `like`'s memory."""
     if like.is_contiguous(memory_format=torch.channels_last):
         kernel = kernel.permute(0, 2, 3, 1)
     return kernel.reshape(len(kernel), -1)
