@@ -45,6 +45,10 @@ class QuantizedLayer(nn.Module):
             channels = self.weight.shape[self.weight_axis]
             self.weight_quantizer = Quantizer(channels, self.weight_axis)
 
+    def quantizer_of(self, operand: int) -> str:
+        """Name of the quantizer of what `forward` takes at that place; "" if it is not rounded."""
+        return "input_quantizer"
+
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution of an INT8 input (one range), INT8 weight (one range for each output channel)."""
@@ -94,6 +98,9 @@ class QuantAdd(QuantizedLayer, Add):
         for operand in self.rounds:
             self.add_module(self.QUANTIZERS[operand], Quantizer())
 
+    def quantizer_of(self, operand: int) -> str:
+        return self.QUANTIZERS[operand] if operand in self.rounds else ""
+
     def round_instead(self, operands: tuple[int, ...]) -> None:
         """Round these operands, with ranges that are still to be set."""
         for operand in self.rounds:
@@ -120,6 +127,9 @@ class QuantMul(QuantizedLayer, Mul):
     def add_quantizers(self) -> None:
         super().add_quantizers()
         self.factor_quantizer = Quantizer()
+
+    def quantizer_of(self, operand: int) -> str:
+        return ("factor_quantizer", "input_quantizer")[operand]
 
     def forward(self, factor: Tensor, x: Tensor) -> Tensor:
         return self.factor_quantizer(factor) * self.input_quantizer(x)

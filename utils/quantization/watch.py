@@ -51,6 +51,13 @@ class Operation:
     reads: list[Operation | None]
     readers: list[Operation] = field(default_factory=list)
 
+    def quantizer(self, operand: int) -> str:
+        """The name of what rounds one of the tensors that it reads; "" if nothing does."""
+        if not isinstance(self.module, QuantizedLayer):
+            return ""
+        name = self.module.quantizer_of(operand)
+        return name and f"{self.name}.{name}"
+
 
 class Watch(TorchFunctionMode):
     """Notes the operations of a network while it runs inside of this context.

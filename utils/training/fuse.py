@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import Add
-from layers.quantized import QuantAdd, QuantizedLayer, QuantMul
+from layers.quantized import QuantAdd
 from layers.quantizers import CODE_MAX, Quantizer
 from utils.quantization.watch import Operation, Watch
 
@@ -80,7 +80,7 @@ def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
         if chain.activation and ends[chain.activation] < calls[chain.activation]:
             chain.activation = ""
         else:
-            chain.quantizers = _quantizers_of(model, last)
+            chain.quantizers = _quantizers_of(model, last, calls)
     return [chain for chain, _ in found]
 
 
@@ -100,7 +100,7 @@ def _chain_from(
     if reader is not None and isinstance(reader.module, Add):
         operand = reader.reads.index(last)
         free = calls[reader.name] == 1 and reader.name not in taken
-        if _quantizer_name(reader, operand) or not free or reader.reads.count(last) > 1:
+        if reader.quantizer(operand) or not free or reader.reads.count(last) > 1:
             return chain, last
         chain.add, chain.operand, last = reader.name, operand, reader
         reader = _only_reader(last)
@@ -113,28 +113,17 @@ def _only_reader(operation: Operation) -> Operation | None:
     return operation.readers[0] if len(operation.readers) == 1 else None
 
 
-def _quantizers_of(model: nn.Module, operation: Operation) -> list[str]:
+def _quantizers_of(model: nn.Module, operation: Operation, calls: Counter[str]) -> list[str]:
     """The quantizers of all that reads a result, if all round it, and to one range."""
     names = []
     for reader in operation.readers:
         for operand, source in enumerate(reader.reads):
             if source is operation:
-                names.append(_quantizer_name(reader, operand))
+                names.append(reader.quantizer(operand) if calls[reader.name] == 1 else "")
     if not names or not all(names):
         return []
     ranges = {float(model.get_submodule(name)._amax) for name in names}
     return names if len(ranges) == 1 else []
-
-
-def _quantizer_name(reader: Operation, operand: int) -> str:
-    """The quantizer of what an operation reads; "" if it reads it as it is."""
-    layer = reader.module
-    if isinstance(layer, QuantAdd):
-        rounded = operand in layer.rounds
-        return f"{reader.name}.{layer.QUANTIZERS[operand]}" if rounded else ""
-    if isinstance(layer, QuantizedLayer) and not isinstance(layer, QuantMul):
-        return f"{reader.name}.input_quantizer"
-    return ""
 
 
 def _fusing() -> bool:
@@ -168,8 +157,8 @@ def _install(model: nn.Module, chain: Chain, fused: Callable[..., Tensor]) -> No
             return plain_add(x, other)
         operands = [x, other]
         second = 1 - chain.operand
-        if isinstance(add, QuantAdd) and second in add.rounds:
-            operands[second] = getattr(add, add.QUANTIZERS[second])(operands[second])
+        if isinstance(add, QuantAdd) and (name := add.quantizer_of(second)):
+            operands[second] = add.get_submodule(name)(operands[second])
         return fused(operands[chain.operand], norm, operands[second], word, amax)
 
     add.forward = forward
