@@ -22,6 +22,7 @@ import argparse
 import importlib
 import inspect
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -52,8 +53,8 @@ FLOAT = "float"
 """The folder of what all are quantized from."""
 INT8_OPENVINO = "int8_ptc.xml"
 GRAPHS = (INT8, INT8_OPENVINO, FP32)
-PROGRAM = "program.pt2"
-"""The float network as torch.export saves it."""
+CHECKPOINT = "ckpt"
+"""A copy of the checkpoint, beside the float graph."""
 FACTS, LOGITS, IMAGES, ABOUT = "facts.json", "logits.npy", "images.npz", "about.json"
 """Files of a folder: what is known of a graph, what it makes of the test images. Then of the root:
 calibration images, test images and labels; network and data set."""
@@ -68,12 +69,12 @@ START, END = "# what a user writes", "# up to here"
 
 
 def user_lines(function: Callable[..., None]) -> int:
-    """How many lines that are not blank stand between the two marks in a function."""
+    """How many lines of code stand between the two marks in a function."""
     while isinstance(function, partial):
         function = function.func
     lines = [line.strip() for line in inspect.getsource(function).splitlines()]
     between = lines[lines.index(START) + 1 : lines.index(END)]
-    return sum(bool(line) for line in between)
+    return sum(line != "" and not line.startswith("#") for line in between)
 
 
 def note(folder: Path, **facts: object) -> None:
@@ -124,10 +125,14 @@ class Source:
 
 
 def this_project(
-    source: Source, path: Path, method: str = "sqnr", skip_layers: Sequence[str] = ()
+    source: Source,
+    model: nn.Module,
+    path: Path,
+    method: str = "sqnr",
+    skip_layers: Sequence[str] = (),
 ) -> None:
-    model, images = source.network(), source.images
-    size, mean, std = source.size, source.checkpoint.data.mean, source.checkpoint.data.std
+    images, size = source.images, source.size
+    mean, std = source.checkpoint.data.mean, source.checkpoint.data.std
     # what a user writes
     from utils.quantization import calibrate, export_onnx, quantize_modules
 
@@ -137,7 +142,7 @@ def this_project(
     # up to here
 
 
-def pytorch_quantization(source: Source, path: Path, method: str) -> None:
+def pytorch_quantization(source: Source, model: nn.Module, path: Path, method: str) -> None:
     """As "Post training quantization" in its manual, on the network behind the normalisation."""
     import torch
 
@@ -145,7 +150,7 @@ def pytorch_quantization(source: Source, path: Path, method: str) -> None:
     from layers import FromImages
 
     spec, data = source.checkpoint.network, source.checkpoint.data
-    state, batches = source.checkpoint.state, source.images.split(BATCH)
+    state, batches = model.state_dict(), source.images.split(BATCH)
     example = torch.zeros(2, *source.size, 3, dtype=torch.uint8)
     # what a user writes
     from pytorch_quantization import quant_modules
@@ -193,11 +198,10 @@ def export(args: argparse.Namespace) -> None:
     """The float graph, images, and what is quantized by the packages of this project."""
     import torch
 
-    from layers import FromImages, Normalize
+    from layers import Normalize
     from utils import checkpoint as ckpt
     from utils import compare
     from utils.quantization.export import export_onnx
-    from utils.quantization.fold import to_inference
 
     checkpoint = ckpt.load_whole(args.checkpoint)
     info = checkpoint.data
@@ -213,16 +217,12 @@ def export(args: argparse.Namespace) -> None:
     records.write(args.folder / ABOUT, {**about, "calib_images": len(images)})
     np.savez(args.folder / IMAGES, calib=images, test=data.test_images, labels=data.test_labels)
 
-    # the float network, as graph and as program
+    shutil.copy(args.checkpoint, folder / CHECKPOINT)
     model = source.network()
     export_onnx(model, folder / FP32, source.size, info.mean, info.std)
-    network = FromImages(to_inference(model, normalised[:2]), info.mean, info.std).eval()
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(network, (torch.from_numpy(images[:2]),), dynamic_shapes=(batch,))
-    torch.export.save(program, folder / PROGRAM)
-
     for name, quantize in own_ways(model, normalised[:2]).items():
-        quantized(args.folder / name, quantize, source, args.folder / name / INT8)
+        path = args.folder / name / INT8
+        quantized(path.parent, quantize, source, source.network(), path)
 
 
 def own_ways(model: nn.Module, example: Tensor) -> dict[str, Callable[..., None]]:
@@ -298,15 +298,27 @@ def by_torchao(folder: Path, images: np.ndarray, out: Path) -> Run:
     """PT2E for x86. The network is returned, for there is no file that others run."""
     import torch
 
-    program = torch.export.load(folder / PROGRAM)
+    import models
+    from layers import FromImages
+    from utils import checkpoint as ckpt
+
+    checkpoint = ckpt.load_whole(folder / CHECKPOINT)
+    spec, data = checkpoint.network, checkpoint.data
+    network = models.build(spec.name, spec.num_classes, spec.stem)
+    network.load_state_dict(checkpoint.state)
+    network = FromImages(network, data.mean, data.std).eval()
+    batches = torch.from_numpy(images).split(BATCH)
     # what a user writes
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    any_batch = ({0: torch.export.Dim("batch")},)
+    # traced otherwise, no layer is recognised, and none quantized
+    program = torch.export.export(network, (batches[0],), dynamic_shapes=any_batch, strict=True)
     model = prepare_pt2e(program.module(), quantizer)
-    for batch in torch.from_numpy(images).split(BATCH):
+    for batch in batches:
         model(batch)
     model = convert_pt2e(model)
     # up to here
@@ -399,6 +411,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def opened(folder: Path, args: argparse.Namespace) -> Network | None:
     """A folder's graph on the back end; None if that cannot run it, and why is printed."""
+    if not any(map(Path.exists, map(folder.joinpath, GRAPHS))):
+        return None
     try:
         if args.backend == "tensorrt":
             from utils.backends.tensorrt_build import EngineOptions
@@ -412,7 +426,7 @@ def opened(folder: Path, args: argparse.Namespace) -> Network | None:
 
         [graph] = [path for path in map(folder.joinpath, GRAPHS) if path.exists()]
         return OpenVinoNetwork(graph)
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print(f"{folder.name}: no engine: {error}", flush=True)
         return None
 
