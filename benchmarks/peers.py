@@ -438,6 +438,8 @@ def measure(args: argparse.Namespace) -> None:
     test, labels = images["test"], images["labels"]
     exact = np.load(args.folder / FLOAT / LOGITS)
     networks = {folder: opened(folder, args) for folder in folders(args.folder)}
+    if not any(networks.values()):
+        raise UserError(f"--backend {args.backend}: it runs none of these graphs here")
 
     # the clock of a chip drifts: each gets its share of every minute
     times_ms = defaultdict(list)
