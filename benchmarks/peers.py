@@ -434,6 +434,8 @@ def opened(folder: Path, args: argparse.Namespace) -> Network | None:
 def measure(args: argparse.Namespace) -> None:
     """Medians of each graph's times, all in one process and by turns."""
     args.batch_size.sort()
+    if args.backend == "tensorrt" and not args.batch_size:
+        raise UserError("--batch_size: TensorRT builds for at least one")
     images = np.load(args.folder / IMAGES)
     test, labels = images["test"], images["labels"]
     exact = np.load(args.folder / FLOAT / LOGITS)
@@ -499,7 +501,7 @@ def build_parser() -> argparse.ArgumentParser:
     step[peer].add_argument("--package", choices=packages, required=True)
     add = step[measure].add_argument
     add("--backend", choices=("tensorrt", "openvino"), default="tensorrt")
-    add("--batch_size", type=int, nargs="+", default=[1, 128, 1024])
+    add("--batch_size", type=int, nargs="*", default=[1, 128, 1024], help="none: no times")
     add("--opt_level", type=int, default=2)
     add("--rounds", type=int, default=3)
     add("--record", type=user_path, default=Path("peers.json"))
