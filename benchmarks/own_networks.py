@@ -93,23 +93,31 @@ def export(args: argparse.Namespace) -> None:
 
 def peer(args: argparse.Namespace) -> None:
     """The float graphs quantized by Model Optimizer's ONNX PTQ, by its own defaults."""
-    from modelopt.onnx.quantization import quantize
-
     for name, _, path in graphs(args.folder):
         if path.name != FP32:
             continue
         out = path.parent.with_name(PEER)
         out.mkdir(exist_ok=True)
-        quantize(
-            str(path),
-            quantize_mode="int8",
-            calibration_data={"images": images_of(args.img_size)},
-            calibration_method="entropy",
-            high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
-            output_path=str(out / INT8),
-        )
-        lower_opset(out / INT8)
+        by_modelopt(path.parent, images_of(args.img_size), out, "entropy")
         print(f"{name}: quantized by Model Optimizer", flush=True)
+
+
+def by_modelopt(folder: Path, images: np.ndarray, out: Path, method: str) -> None:
+    """The float graph of `folder` quantized to `out`; images (N, H, W, 3) uint8 calibrate."""
+    graph = folder / FP32
+    # what a user writes
+    from modelopt.onnx.quantization import quantize
+
+    quantize(
+        str(graph),
+        quantize_mode="int8",
+        calibration_data={"images": images},
+        calibration_method=method,
+        high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
+        output_path=str(out / INT8),
+    )
+    # up to here
+    lower_opset(out / INT8)
 
 
 def lower_opset(path: Path) -> None:

@@ -337,6 +337,34 @@ OWN_TITLES = [
 ]
 
 
+PEER_TITLES = {
+    "float": "nobody: FP32, on TensorRT FP16",
+    "this_project_sqnr": "this project, `sqnr`",
+    "this_project_entropy": "this project, `entropy`",
+    "this_project_max": "this project, `max`",
+    "this_project_float_head": "this project, pool and classifier float",
+    "pytorch_quantization_percentile": "pytorch-quantization, percentile",
+    "pytorch_quantization_max": "pytorch-quantization, max",
+    "modelopt_entropy": "Model Optimizer, entropy",
+    "modelopt_max": "Model Optimizer, max",
+    "onnxruntime": "ONNX Runtime",
+    "nncf": "NNCF",
+    "torchao": "torchao",
+}
+"""The folder of a graph -> who quantized it."""
+
+PEER_SCORES = {
+    "accuracy_pct": ("accuracy %", ".2f"),
+    "agreement_pct": ("agreement %", ".2f"),
+    "logits_sqnr_db": ("SQNR dB", ".1f"),
+    "calibration_s": ("calibration s", ".1f"),
+    "user_lines": ("lines", "d"),
+}
+"""Key of a row -> its title and format."""
+
+BACKEND_TITLES = {"tensorrt": "TensorRT", "openvino": "OpenVINO"}
+
+
 def cpu_table(groups: Groups) -> str:
     """Latency on a CPU, and what INT8 gains over the faster of two back ends in FP32.
 
@@ -381,6 +409,39 @@ def own_networks_table(folder: Path) -> str:
             cells.append(f"{float_ms / ms:.2f} ×" if float_ms and ms else "-")
         lines.append([name, size, *cells])
     return markdown_table(lines)
+
+
+def peers_table(folder: Path) -> str:
+    """One float network quantized by this project and by others: what is kept, and times in ms."""
+    rows: dict[tuple[str, str], Row] = {}
+    times_ms: dict[tuple[str, str], dict[str, float]] = {}
+    titles: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        record = records.read(path)
+        for row in record["rows"]:
+            key = record["network"], row["variant"]
+            rows.setdefault(key, row)
+            for size, time in row["latency_ms"].items():
+                title = f"{BACKEND_TITLES[record['backend']]} ms, batch {size}"
+                titles += [title] if title not in titles else []
+                times_ms.setdefault(key, {})[title] = time["p50"]
+
+    networks = list(dict.fromkeys(network for network, _ in rows))
+    lines = [["network", "quantized by", *(title for title, _ in PEER_SCORES.values()), *titles]]
+    for network in networks:
+        for variant, title in PEER_TITLES.items():
+            key = network, variant
+            if key not in rows:
+                continue
+            cells = [network, title]
+            for name, (_, spec) in PEER_SCORES.items():
+                value = rows[key].get(name)
+                cells.append("-" if value is None else format(value, spec))
+            for name in titles:
+                time_ms = times_ms.get(key, {}).get(name)
+                cells.append(f"{time_ms:.3f}" if time_ms else "-")
+            lines.append(cells)
+    return markdown_table(lines, names=2)
 
 
 # Tables of one record
@@ -575,6 +636,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": lambda folder: speed_table(load(folder)),
     "cpu": lambda folder: cpu_table(load(folder)),
     "own": own_networks_table,
+    "peers": peers_table,
     "table": record_table,
     "training": training_table,
     "gpus": gpus_table,

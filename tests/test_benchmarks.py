@@ -15,7 +15,7 @@ from torch import nn
 
 import infer
 import train
-from benchmarks import calibrators, cpu_speed, reproduce, train_speed
+from benchmarks import calibrators, cpu_speed, peers, reproduce, tables, train_speed
 from utils import checkpoint as ckpt
 from utils.errors import UserError
 from utils.files import locked
@@ -515,3 +515,49 @@ def test_cpu_speed_leaves_a_record_of_both_runtimes(
     cpu_speed.main([str(word) for word in argv])
     assert path.read_bytes() == before
     assert "| network | batch |" in capsys.readouterr().out
+
+
+# peers
+
+
+@pytest.mark.usefixtures("small_digits", "quick_latencies")
+def test_peers_are_compared_with_this_project(tmp_path):
+    """A peer's graph is a copy of one of ours here; another's has no file, as torchao's."""
+    argv = ["--m", "vanilla_cnn", "--dataset", "digits", "--num_epochs", "1"]
+    train.main([*argv, "--od", str(tmp_path), "--en", "run"])
+    best = tmp_path / "run" / "ckpt_best"
+    root, path = tmp_path / "graphs", tmp_path / "records" / "record.json"
+    peers.main(["export", str(best), str(root), "--calib_images", "16"])
+    ours = root / "this_project_max"
+    for name in ("modelopt_max", "torchao"):
+        (root / name).mkdir()
+        peers.note(root / name, calibration_s=1.0, user_lines=9)
+    (root / "modelopt_max" / peers.INT8).write_bytes((ours / peers.INT8).read_bytes())
+    count = len(np.load(root / peers.IMAGES)["labels"])
+    np.save(root / "torchao" / peers.LOGITS, np.eye(10, dtype=np.float32)[np.arange(count) % 10])
+
+    peers.main(["evaluate", str(root)])
+    words = ["--backend", "openvino", "--batch_size", "2", "1", "--rounds", "1"]
+    peers.main(["measure", str(root), *words, "--record", str(path)])
+
+    record = json.loads(path.read_text())
+    assert (record["kind"], record["dataset"], record["calib_images"]) == ("peers", "digits", 16)
+    rows = {row["variant"]: row for row in record["rows"]}
+    assert next(iter(rows)) == "float"
+    assert rows.keys() <= tables.PEER_TITLES.keys()
+    assert rows["float"]["agreement_pct"] == 100
+    assert rows["float"]["logits_sqnr_db"] is None
+    lines = [rows[name]["user_lines"] for name in ("this_project_max", "pytorch_quantization_max")]
+    assert 0 < lines[0] < lines[1]
+    for key in ("accuracy_pct", "agreement_pct", "logits_sqnr_db", "engine", "int8_layers"):
+        assert rows["modelopt_max"][key] == rows["this_project_max"][key]
+    assert list(rows["modelopt_max"]["latency_ms"]) == ["1", "2"]
+    # what is float in one of them is two layers more in the other
+    int8_layers = rows["this_project_sqnr"]["int8_layers"]
+    assert rows["this_project_float_head"]["int8_layers"] == int8_layers - 2
+    assert "engine" not in rows["torchao"]
+    assert rows["torchao"]["latency_ms"] == {}
+
+    table = tables.peers_table(path.parent)
+    assert table.splitlines()[0].endswith("| OpenVINO ms, batch 1 | OpenVINO ms, batch 2 |")
+    assert len(table.splitlines()) == 2 + len(rows)

@@ -110,7 +110,8 @@ def test_the_readme_shows_the_plot():
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "results")))
 def test_records_are_of_known_kinds_and_of_committed_code(path):
     record = json.loads(path.read_text())
-    assert record["kind"] in ("inference", "calibrators", "train_speed", "own_networks")
+    kinds = ("inference", "calibrators", "train_speed", "own_networks", "peers")
+    assert record["kind"] in kinds
     # None: it ran outside a checkout.
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
     assert record["rows"]
