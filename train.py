@@ -34,11 +34,9 @@ from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
-from utils.quantization.watch import example_images
 from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
-from utils.training import ranks
-from utils.training.fuse import fuse
+from utils.training import kernels, ranks
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
 from utils.training.run import BEST, Run, at_work_in, load_to_resume
@@ -248,6 +246,10 @@ def make_model(
 
     What QAT starts from goes into `base`.
     """
+    # these import pytorch-quantization: where that is missing, `run` says so in a line
+    from utils.quantization.watch import example_images
+    from utils.training.fuse import fuse
+
     torch.manual_seed(recipe.seed)
     size = base.data.size
     if recipe.quantize:
@@ -274,7 +276,7 @@ def make_model(
             base.ptq_state = {key: value.detach().cpu().clone() for key, value in state.items()}
         print_layers(model, size)
     model = ranks.share_model(model, recipe.sync_batchnorm)
-    if device.type == "cuda":
+    if kernels.usable():
         fuse(model, example_images(*size))
     return model
 
@@ -318,7 +320,8 @@ def train(
     normalize = Normalize(info.mean, info.std)
 
     # the train part twice: plain to calibrate with, augmented to train on
-    plain = Batches(*train_arrays, normalize, recipe.batch_size, here.device)
+    own_size = recipe.batch_size // here.world_size
+    plain = Batches(*train_arrays, normalize, own_size, here.device)
     augmented = Batches(
         *train_arrays,
         normalize,
@@ -329,7 +332,7 @@ def train(
         rank=here.rank,
         world_size=here.world_size,
     )
-    val = Batches(*val_arrays, normalize, recipe.batch_size, here.device)
+    val = Batches(*val_arrays, normalize, own_size, here.device)
 
     model = make_model(recipe, start, base, plain)
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -349,9 +352,7 @@ def train(
         if recipe.quantize and best.epoch == 0 < run.epoch:
             print("QAT ended below the calibrated network, which is ckpt_best: use a lower --lr")
         model.load_state_dict(best.state)
-        test = Batches(
-            data.test_images, data.test_labels, normalize, recipe.batch_size, here.device
-        )
+        test = Batches(data.test_images, data.test_labels, normalize, own_size, here.device)
         _, test_pct = evaluate(model, test)
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 

@@ -1,14 +1,14 @@
 """Kernels for training on an NVIDIA GPU: BatchNorm and what follows it, and fake quantization.
 
 More than half of a training step of eager torch moves bytes: BatchNorm, addition, ReLU and rounding
-read and write whole feature maps one after the other. Here one pass does all of them. They are
-written in Triton (Tillet et al., 2019), which comes with torch where it can run; importing this
-fails elsewhere.
+read and write whole feature maps one after the other. Here two passes do all of them, the first for
+BatchNorm's statistics. They are written in Triton (Tillet et al., 2019), which comes with torch
+where it can run; importing this fails elsewhere.
 
 Feature maps (N, C, H, W) lie channels last, so they are matrices (rows, channels), a row for each
 pixel of each image. A program of a kernel works on a tile of BLOCK_M rows and BLOCK_C channels.
-Triton compiles a kernel again where a number is 1 or a multiple of 16, unless it is told not to
-(`do_not_specialize`); few variants compile in a few seconds, and stay in its cache.
+Triton compiles a kernel anew for an integer argument that is 1 or divisible by 16, unless it is
+told not to (`do_not_specialize`); few variants compile in seconds, and stay in its cache.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _per_channel(pointer, c, exists):
 
 @triton.jit
 def _codes(x, amax):
-    """INT8 codes, still unlimited: as torch rounds, times the inverse of amax / 127."""
+    """INT8 codes, not clamped yet, as torch rounds: times the inverse of the scale."""
     scale = tl.div_rn(amax, 127.0)
     x = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -200.0), 200.0)
     return (x + ROUNDING) - ROUNDING, scale
@@ -97,7 +97,7 @@ def _gradient(
 @triton.jit
 def _activate(v, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        v = tl.maximum(v, 0.0)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
         v = tl.minimum(tl.maximum(v, 0.0), 6.0)
     if ACTIVATION == "silu":
@@ -280,7 +280,7 @@ class _Grid:
         return (triton.cdiv(self.channels, FINAL_C),)
 
 
-class _BatchNorm(torch.autograd.Function):
+class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -300,6 +300,8 @@ class _BatchNorm(torch.autograd.Function):
         other, amax = x if other is None else other, bias if amax is None else amax
         images, channels, height, width = x.shape
         grid = _Grid(images * height * width, channels)
+        if norm.training and grid.rows == 1:
+            raise ValueError(f"one value for each channel has no variance: {tuple(x.shape)}")
         if norm.training:
             mean, rstd = _batch_statistics(x, norm, grid)
         else:
@@ -357,7 +359,7 @@ def fused_batch_norm(
     activation: str = "",
     amax: Tensor | None = None,
 ) -> Tensor:
-    """round(activation(norm(x) + other)) of feature maps (N, C, H, W), with its gradients.
+    """round(activation(norm(x) + other)) of feature maps (N, C, H, W) in the type of `x`.
 
     `norm` in evaluation mode uses its running statistics; its scale and shift still train.
 
@@ -366,17 +368,19 @@ def fused_batch_norm(
         activation: "relu", "relu6", "silu" or "".
         amax: (), the range of an INT8 fake quantization with a straight-through gradient.
     """
-    return _BatchNorm.apply(x, norm.weight, norm.bias, other, norm, activation, amax)
+    return _FusedBatchNorm.apply(x, norm.weight, norm.bias, other, norm, activation, amax)
 
 
 # fake quantization on its own: of weights, and of what no BatchNorm makes
 
 
-@triton.jit(do_not_specialize=["width"])
-def _round_kernel(x_ptr, amax_ptr, y_ptr, width, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows (rows, width), each with its own range."""
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["width", "blocks"])
+def _round_kernel(
+    x_ptr, amax_ptr, y_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows (rows, width), each with its own range and in so many blocks."""
+    row = tl.program_id(0).to(tl.int64) // blocks
+    column = (tl.program_id(0) - row * blocks) * BLOCK + tl.arange(0, BLOCK)
     at = row * width + column
     x = tl.load(x_ptr + at, mask=column < width, other=0.0).to(tl.float32)
     code, scale = _codes(x, tl.load(amax_ptr + row))
@@ -384,12 +388,12 @@ def _round_kernel(x_ptr, amax_ptr, y_ptr, width, CODE_MIN: tl.constexpr, BLOCK: 
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "blocks"])
 def _round_gradient_kernel(
-    dy_ptr, x_ptr, amax_ptr, dx_ptr, width, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
+    dy_ptr, x_ptr, amax_ptr, dx_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) // blocks
+    column = (tl.program_id(0) - row * blocks) * BLOCK + tl.arange(0, BLOCK)
     at = row * width + column
     x = tl.load(x_ptr + at, mask=column < width, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=column < width, other=0.0).to(tl.float32)
@@ -406,10 +410,10 @@ class _FakeQuantize(torch.autograd.Function):
             x = x.contiguous()
         y = torch.empty_like(x, dtype=dtype)
         width = x.numel() // amax.numel()
-        grid = (triton.cdiv(width, TILE), amax.numel())
-        _round_kernel[grid](x, amax, y, width, code_min, TILE)
+        blocks = triton.cdiv(width, TILE)
+        _round_kernel[(blocks * amax.numel(),)](x, amax, y, width, blocks, code_min, TILE)
         ctx.save_for_backward(x, amax)
-        ctx.code_min, ctx.grid = code_min, grid
+        ctx.code_min, ctx.blocks = code_min, blocks
         return y
 
     @staticmethod
@@ -419,14 +423,16 @@ class _FakeQuantize(torch.autograd.Function):
         if dy.stride() != x.stride():
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         width = x.numel() // amax.numel()
-        _round_gradient_kernel[ctx.grid](dy, x, amax, dx, width, ctx.code_min, TILE)
+        grid = (ctx.blocks * amax.numel(),)
+        _round_gradient_kernel[grid](dy, x, amax, dx, width, ctx.blocks, ctx.code_min, TILE)
         return dx, None, None, None
 
 
 def fused_fake_quantize(x: Tensor, amax: Tensor, code_min: int, dtype: torch.dtype) -> Tensor:
-    """Fake quantization in `dtype`, with a straight-through gradient.
+    """Fake quantization of a tensor of any shape in `dtype`, with a straight-through gradient.
 
     Args:
+        code_min: the lowest INT8 code, -128 or -127.
         amax: () for the whole tensor, or (C,) for the first axis of `x`.
     """
     return _FakeQuantize.apply(x, amax, float(code_min), dtype)

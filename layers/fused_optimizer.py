@@ -1,6 +1,6 @@
 """Kernels of Muon's step on an NVIDIA GPU, in Triton: what it does beside matrix products.
 
-Every kernel tensor of a network takes one launch before the products and one after them.
+Every convolution's weight takes one launch before the products and one after them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BLOCK = 2048  # values of a program
 
 
 @triton.jit(do_not_specialize=["columns", "row_stride", "size"])
-def _look_ahead_kernel(
+def _momentum_kernel(
     gradient_ptr, buffer_ptr, out_ptr, columns, row_stride, column_stride, momentum, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -27,20 +27,20 @@ def _look_ahead_kernel(
 
 
 @triton.jit(do_not_specialize=["columns", "row_stride", "size"])
-def _take_step_kernel(
-    kernel_ptr, step_ptr, lr_ptr, length_ptr, wanted, columns, row_stride, column_stride, size,
+def _step_kernel(
+    weight_ptr, step_ptr, lr_ptr, norm_ptr, target_norm, columns, row_stride, column_stride, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    factor = wanted / tl.maximum(tl.load(length_ptr), 1e-7)
+    factor = target_norm / tl.maximum(tl.load(norm_ptr), 1e-7)
     step = step_ptr + (i // columns) * row_stride + (i % columns) * column_stride
     step = tl.load(step, mask=i < size, other=0.0).to(tl.float32)
-    kernel = tl.load(kernel_ptr + i, mask=i < size, other=0.0)
-    tl.store(kernel_ptr + i, kernel * factor - tl.load(lr_ptr) * step, mask=i < size)
+    weight = tl.load(weight_ptr + i, mask=i < size, other=0.0)
+    tl.store(weight_ptr + i, weight * factor - tl.load(lr_ptr) * step, mask=i < size)
 
 
-def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
-    """As `utils.training.optimizers.look_ahead`.
+def nesterov_momentum(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
+    """As `utils.training.optimizers.nesterov_momentum`.
 
     Args:
         gradient, buffer: (O, I, H, W) in one order, without gaps.
@@ -48,13 +48,15 @@ def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -
     """
     if gradient.stride() != buffer.stride():
         gradient = torch.empty_like(buffer).copy_(gradient)
-    _look_ahead_kernel[(triton.cdiv(buffer.numel(), BLOCK),)](
+    _momentum_kernel[(triton.cdiv(buffer.numel(), BLOCK),)](
         gradient, buffer, out, out.shape[1], *out.stride(), momentum, buffer.numel(), BLOCK
     )
 
 
-def take_step(kernel: Tensor, step: Tensor, lr: Tensor, length: Tensor, wanted: float) -> None:
-    """As `utils.training.optimizers.take_step`, with `step` (O, I H W) of any strides."""
-    _take_step_kernel[(triton.cdiv(kernel.numel(), BLOCK),)](
-        kernel, step, lr, length, wanted, step.shape[1], *step.stride(), kernel.numel(), BLOCK
+def rescale_and_step(
+    weight: Tensor, step: Tensor, lr: Tensor, norm: Tensor, target_norm: float
+) -> None:
+    """As `utils.training.optimizers.rescale_and_step`, with `step` (O, I H W) of any strides."""
+    _step_kernel[(triton.cdiv(weight.numel(), BLOCK),)](
+        weight, step, lr, norm, target_norm, step.shape[1], *step.stride(), weight.numel(), BLOCK
     )

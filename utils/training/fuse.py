@@ -1,7 +1,8 @@
 """Training in fewer passes over memory: which modules of a network run as one kernel.
 
 A chain is a BatchNorm, perhaps an addition, perhaps an activation, perhaps the rounding of what
-reads the result. It is found by watching the network run, so any network has them.
+reads the result. It is found by watching the network run, so other people's networks have them too,
+as far as their BatchNorms are torch's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from layers import Add
 from layers.quantized import QuantAdd
 from layers.quantizers import CODE_MAX, Quantizer
 from utils.quantization.watch import Operation, Watch
+from utils.training import kernels
+
+Forward = Callable[..., Tensor]
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 
@@ -41,28 +46,24 @@ class Chain:
 def fuse(model: nn.Module, example: Tensor) -> None:
     """Let a network on a GPU train in fused kernels, in place.
 
-    Only training under CUDA's autocast is changed: whatever else runs computes as before. Classes,
-    names and state dicts stay. Ranges must not change any more.
+    Nothing changes but while `utils.training.kernels.fusing`: whatever else runs, and copies,
+    compute as before. Classes, names and state dicts stay. Ranges must not change any more.
 
     Args:
         example: normalised images (B, 3, H, W), which a copy of the model is run with.
     """
-    try:
-        from layers.fused import fused_batch_norm, fused_fake_quantize
-    except ImportError:  # Triton comes with torch only where it can run
-        return
     for chain in find_chains(model, example):
-        _install(model, chain, fused_batch_norm)
+        _install(model, chain)
     for module in model.modules():
         if isinstance(module, Quantizer) and module.axis in (None, 0):
-            _install_rounding(module, fused_fake_quantize)
+            _replace_forward(module, partial(_round, module))
 
 
 def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
     """The chains of a network as it trains: what is random then, such as dropout, ends a chain."""
-    twin = copy.deepcopy(model).train()
-    with torch.no_grad(), Watch(twin, len(example)) as watched:
-        twin(example.to(next(model.parameters()).device))
+    copied = copy.deepcopy(model).train()
+    with torch.no_grad(), Watch(copied, len(example)) as watched:
+        copied(example.to(next(model.parameters()).device))
     calls = Counter(op.name for op in watched.operations if op.module is not None)
 
     found: list[tuple[Chain, Operation]] = []
@@ -70,8 +71,8 @@ def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
     for op in watched.operations:
         if not _is_plain_norm(op) or calls[op.name] > 1:
             continue
-        taken = {chain.add for chain, _ in found}
-        chain, last = _chain_from(op, calls, taken)
+        fused_additions = {chain.add for chain, _ in found}
+        chain, last = _chain_from(op, calls, fused_additions)
         ends[chain.activation] += 1
         found.append((chain, last))
 
@@ -85,22 +86,25 @@ def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
 
 
 def _is_plain_norm(operation: Operation) -> bool:
+    """Whether an operation is torch's own BatchNorm, with everything that the kernels expect."""
     norm = operation.module
-    if type(norm) is not nn.BatchNorm2d:
+    if type(norm) is not nn.BatchNorm2d or "forward" in vars(norm):
+        return False
+    if norm._forward_hooks or norm._forward_pre_hooks:
         return False
     return norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 def _chain_from(
-    operation: Operation, calls: Counter[str], taken: set[str]
+    operation: Operation, calls: Counter[str], fused_additions: set[str]
 ) -> tuple[Chain, Operation]:
     """The chain that a BatchNorm begins, but for quantizers, and its last operation."""
     chain, last = Chain(operation.name), operation
     reader = _only_reader(last)
     if reader is not None and isinstance(reader.module, Add):
         operand = reader.reads.index(last)
-        free = calls[reader.name] == 1 and reader.name not in taken
-        if reader.quantizer(operand) or not free or reader.reads.count(last) > 1:
+        free = calls[reader.name] == 1 and reader.name not in fused_additions
+        if reader.quantizer(operand) or not free:
             return chain, last
         chain.add, chain.operand, last = reader.name, operand, reader
         reader = _only_reader(last)
@@ -126,61 +130,77 @@ def _quantizers_of(model: nn.Module, operation: Operation, calls: Counter[str]) 
     return names if len(ranges) == 1 else []
 
 
-def _fusing() -> bool:
-    return torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
-
-
-def _install(model: nn.Module, chain: Chain, fused: Callable[..., Tensor]) -> None:
-    """Give the modules of a chain a `forward` of their own: the first that can does all."""
+def _install(model: nn.Module, chain: Chain) -> None:
+    """The addition, or else the BatchNorm, runs the kernel; the others return their input."""
     norm = model.get_submodule(chain.norm)
-    plain_norm = norm.forward
-    word = ""
-    if chain.activation:
-        activation = model.get_submodule(chain.activation)
-        word = ACTIVATIONS[type(activation)]
-        _pass_on_while_fusing(activation)
-    amax = None
-    for name in chain.quantizers:
-        quantizer = model.get_submodule(name)
-        amax = quantizer._amax
-        _pass_on_while_fusing(quantizer)
-    if not chain.add:
-        norm.forward = lambda x: fused(x, norm, None, word, amax) if _fusing() else plain_norm(x)
-        return
-
-    add = model.get_submodule(chain.add)
-    plain_add = add.forward
-    _pass_on_while_fusing(norm)
-
-    def forward(x: Tensor, other: Tensor) -> Tensor:
-        if not _fusing():
-            return plain_add(x, other)
-        operands = [x, other]
-        second = 1 - chain.operand
-        if isinstance(add, QuantAdd) and (name := add.quantizer_of(second)):
-            operands[second] = add.get_submodule(name)(operands[second])
-        return fused(operands[chain.operand], norm, operands[second], word, amax)
-
-    add.forward = forward
+    activation = model.get_submodule(chain.activation) if chain.activation else None
+    quantizers = [model.get_submodule(name) for name in chain.quantizers]
+    how = {
+        "activation": ACTIVATIONS[type(activation)] if activation is not None else "",
+        "quantizer": quantizers[0] if quantizers else None,
+    }
+    for module in (activation, *quantizers):
+        if module is not None:
+            _replace_forward(module, _return_input)
+    if chain.add:
+        _replace_forward(norm, _return_input)
+        add = model.get_submodule(chain.add)
+        _replace_forward(add, partial(_add, add, norm, chain.operand, **how))
+    else:
+        _replace_forward(norm, partial(_normalise, norm, other=None, **how))
 
 
-def _pass_on_while_fusing(module: nn.Module) -> None:
-    """Another module of the chain does this one's work; one that ends several is changed once."""
-    if "forward" in vars(module):
-        return
-    plain = module.forward
-    module.forward = lambda x: x if _fusing() else plain(x)
+def _replace_forward(module: nn.Module, fused: Forward) -> None:
+    """Let a module compute `fused` while kernels are fused; one that several chains share, once.
+
+    Only partial functions of this file and methods are kept, which a copy of the module binds to
+    itself.
+    """
+    if "forward" not in vars(module):
+        module.forward = partial(_either, module.forward, fused)
 
 
-def _install_rounding(quantizer: Quantizer, fused: Callable[..., Tensor]) -> None:
-    if "forward" in vars(quantizer):
-        return
-    plain = quantizer.forward
+def _either(plain: Forward, fused: Forward, *args: Tensor) -> Tensor:
+    return fused(*args) if kernels.are_fusing() else plain(*args)
+
+
+def _return_input(x: Tensor) -> Tensor:
+    return x
+
+
+def _normalise(
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    other: Tensor | None,
+    activation: str,
+    quantizer: Quantizer | None,
+) -> Tensor:
+    from layers.fused import fused_batch_norm
+
+    amax = quantizer._amax if quantizer is not None else None
+    return fused_batch_norm(x, norm, other, activation, amax)
+
+
+def _add(
+    add: Add,
+    norm: nn.BatchNorm2d,
+    operand: int,
+    x: Tensor,
+    other: Tensor,
+    activation: str,
+    quantizer: Quantizer | None,
+) -> Tensor:
+    """The addition of what `norm` should have made, which is its input, and the other operand."""
+    operands = [x, other]
+    second = 1 - operand
+    if isinstance(add, QuantAdd) and (name := add.quantizer_of(second)):
+        operands[second] = add.get_submodule(name)(operands[second])
+    return _normalise(norm, operands[operand], operands[second], activation, quantizer)
+
+
+def _round(quantizer: Quantizer, x: Tensor) -> Tensor:
+    from layers.fused import fused_fake_quantize
+
     code_min = -CODE_MAX if quantizer.narrow_range else -CODE_MAX - 1
-
-    def forward(x: Tensor) -> Tensor:
-        if not _fusing():
-            return plain(x)
-        return fused(x, quantizer._amax, code_min, torch.get_autocast_dtype("cuda"))
-
-    quantizer.forward = forward
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return fused_fake_quantize(x, quantizer._amax, code_min, dtype)

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.training import ranks
-
-try:
-    from layers import fused_optimizer
-
-    FUSED = True
-except ImportError:  # Triton comes with torch only where it can run
-    FUSED = False
+from utils.training import kernels, ranks
 
 WEIGHT_DECAY = 5e-4  # of kernels and matrices; BatchNorm parameters and biases do not decay
 MOMENTUM = 0.9
@@ -34,15 +27,16 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     fused = parameters[0].is_cuda
     if name == "muon":
-        kernels = []
+        filters = {}
         for module in model.modules():
             # one before a BatchNorm, as its missing bias tells
             if isinstance(module, nn.Conv2d) and module.bias is None and module.groups == 1:
-                kernels.append(module.weight)
-        orthogonal = {id(kernel) for kernel in kernels}
-        rest = [p for p in parameters if id(p) not in orthogonal]
+                weight = module._parameters.get("weight")
+                if weight is not None:  # it is not computed of others
+                    filters[id(weight)] = weight
+        rest = [p for p in parameters if id(p) not in filters]
         groups = [
-            {"params": kernels, "scale": 1.0},
+            {"params": list(filters.values()), "scale": 1.0},
             {"params": rest, "scale": SGD_SCALE, "orthogonal": False},
         ]
         return Muon(groups, MOMENTUM)
@@ -70,6 +64,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             kept = {key: own[key] for key in ("fused", "capturable") if key in own}
             groups.append({**saved, **kept})
         optimizer.load_state_dict({**state, "param_groups": groups})
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                # a GPU has the channels last, a CPU first
+                if value.shape == p.shape:
+                    values[key] = torch.empty_like(p).copy_(value)
         fits = all(_fits(p, values) for p, values in optimizer.state.items())
     except (AttributeError, KeyError, TypeError, ValueError):  # torch checks little, and late
         fits = False
@@ -98,23 +97,16 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            buffers = [self._buffer(p) for p in parameters]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             if not parameters:
                 continue
             if group["orthogonal"]:
-                turn(parameters, buffers, group["momentum"], group["lr"])
+                muon_step(parameters, buffers, group["momentum"], group["lr"])
             else:
                 _nesterov(parameters, buffers, group["momentum"], group["lr"])
-
-    def _buffer(self, p: Tensor) -> Tensor:
-        """The momentum of a parameter, which lies in memory as that does."""
-        buffer = self.state[p].get("momentum_buffer")
-        if buffer is None:
-            buffer = torch.zeros_like(p)
-        elif buffer.stride() != p.stride():  # it was saved on another device
-            buffer = torch.empty_like(p).copy_(buffer)
-        self.state[p]["momentum_buffer"] = buffer
-        return buffer
 
 
 def _nesterov(
@@ -130,75 +122,83 @@ def _nesterov(
     torch._foreach_sub_(parameters, updates)
 
 
-def turn(kernels: list[Tensor], buffers: list[Tensor], momentum: float, lr: Tensor | float) -> None:
-    """Give kernels (O, I, H, W) their length back, and a step whose directions are equally long.
+def muon_step(
+    filters: list[Tensor], buffers: list[Tensor], momentum: float, lr: Tensor | float
+) -> None:
+    """Give filters (O, I, H, W) their length back, and a step whose directions are equally long.
 
     Matrices of about equally many rows go through the iteration together, in bf16, which is enough
     for it. Several ranks share them out.
     """
-    lengths = torch._foreach_norm(kernels)
+    norms = torch._foreach_norm(filters)
     by_rows: dict[int, list[int]] = {}
-    for index, kernel in enumerate(kernels):
-        by_rows.setdefault(-(-min(_shape(kernel)) // ROW_STEP), []).append(index)
+    for index, weight in enumerate(filters):
+        by_rows.setdefault(-(-min(_shape(weight)) // ROW_STEP), []).append(index)
 
     for indices in by_rows.values():
         # every matrix in a slot of its own, filled up with zeros, which the iteration keeps
-        shapes = [sorted(_shape(kernels[i])) for i in indices]
+        shapes = [sorted(_shape(filters[i])) for i in indices]
         share = -(-len(indices) // ranks.world_size())
         rows, width = (max(sizes) for sizes in zip(*shapes, strict=True))
-        slots = kernels[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
+        slots = filters[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
         for i, slot in zip(indices, slots, strict=False):
-            look_ahead(kernels[i].grad, buffers[i], momentum, _part(slot, kernels[i]))
+            out = _view_in_slot(slot, filters[i])
+            nesterov_momentum(filters[i].grad, buffers[i], momentum, out)
 
-        # each rank turns its share of them
+        # each rank orthogonalises its share of them
         first = share * ranks.rank()
         slots = ranks.gather(newton_schulz(slots[first : first + share]))
         for i, slot in zip(indices, slots, strict=False):
-            kernel = kernels[i]
-            take_step(kernel, _part(slot, kernel), lr, lengths[i], len(kernel) ** 0.5)
+            target_norm = len(filters[i]) ** 0.5
+            step = _view_in_slot(slot, filters[i])
+            rescale_and_step(filters[i], step, lr, norms[i], target_norm)
 
 
-def _shape(kernel: Tensor) -> tuple[int, int]:
-    """Of a kernel (O, I, H, W) as a matrix (O, I H W)."""
-    return len(kernel), kernel[0].numel()
+def _shape(weight: Tensor) -> tuple[int, int]:
+    """Of a filter (O, I, H, W) as a matrix (O, I H W)."""
+    return len(weight), weight[0].numel()
 
 
-def _part(slot: Tensor, kernel: Tensor) -> Tensor:
-    """A kernel's part (O, I H W) of a slot (rows, width).
+def _view_in_slot(slot: Tensor, weight: Tensor) -> Tensor:
+    """A filter's part (O, I H W) of a slot (rows, width).
 
     A matrix that is taller than wide lies in it transposed: the iteration's products are then the
     smaller ones.
     """
-    rows, width = _shape(kernel)
+    rows, width = _shape(weight)
     return slot[:width, :rows].mT if rows > width else slot[:rows, :width]
 
 
-def _as_matrix(kernel: Tensor, like: Tensor) -> Tensor:
-    """A kernel (O, I, H, W) as (O, I H W), its columns in the order of `like`'s memory."""
+def _as_matrix(weight: Tensor, like: Tensor) -> Tensor:
+    """A filter (O, I, H, W) as (O, I H W), its columns in the order of `like`'s memory: a view."""
     if like.is_contiguous(memory_format=torch.channels_last):
-        kernel = kernel.permute(0, 2, 3, 1)
-    return kernel.reshape(len(kernel), -1)
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.view(len(weight), -1)
 
 
-def look_ahead(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
+def nesterov_momentum(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
     """Let `buffer` take up the gradient (O, I, H, W); into `out`, gradient + momentum * buffer."""
-    if FUSED and gradient.is_cuda:
-        fused_optimizer.look_ahead(gradient, buffer, momentum, out)
+    if gradient.is_cuda and kernels.usable():
+        from layers import fused_optimizer
+
+        fused_optimizer.nesterov_momentum(gradient, buffer, momentum, out)
         return
     buffer.mul_(momentum).add_(gradient)
-    ahead = gradient + momentum * buffer
+    ahead = torch.empty_like(buffer).copy_(gradient + momentum * buffer)
     out.copy_(_as_matrix(ahead, buffer))
 
 
-def take_step(
-    kernel: Tensor, step: Tensor, lr: Tensor | float, length: Tensor, wanted: float
+def rescale_and_step(
+    weight: Tensor, step: Tensor, lr: Tensor | float, norm: Tensor, target_norm: float
 ) -> None:
-    """Scale a kernel (O, I, H, W) from `length` to the wanted one; subtract lr times `step`."""
-    if FUSED and kernel.is_cuda:
-        fused_optimizer.take_step(kernel, step, lr, length, wanted)
+    """Scale a filter (O, I, H, W) from `norm` to `target_norm`; subtract lr times `step`."""
+    if weight.is_cuda and kernels.usable():
+        from layers import fused_optimizer
+
+        fused_optimizer.rescale_and_step(weight, step, lr, norm, target_norm)
         return
-    kernel.mul_(wanted / length.clamp_min(1e-7))
-    _as_matrix(kernel, kernel).sub_(step * lr)
+    weight.mul_(target_norm / norm.clamp_min(1e-7))
+    _as_matrix(weight, weight).sub_(step * lr)
 
 
 def newton_schulz(x: Tensor, iterations: int = ITERATIONS) -> Tensor:

@@ -24,7 +24,8 @@ from utils.errors import UserError, mendable
 T = TypeVar("T")
 
 MESSAGE = 4_000_000
-"""Values of a message of gradients, at least: small ones cost time, large ones wait long."""
+"""Least values of a message of gradients: smaller ones pay latency, larger ones overlap less with
+the backward pass."""
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells every process that it starts."""
@@ -210,11 +211,18 @@ def share_model(model: nn.Module, sync_batchnorm: bool) -> nn.Module:
     Args:
         sync_batchnorm: BatchNorm's statistics are those of all ranks' batches, by torch's own
             SyncBatchNorm. Otherwise each rank has its own.
+
+    Raises:
+        UserError: torch's would leave out what a BatchNorm of another library also computes.
     """
     if not active():
         return model
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     if sync_batchnorm:
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and type(module).forward is not _BatchNorm.forward:
+                kind = type(module).__name__
+                raise UserError(f"--sync_batchnorm: {name} is a {kind}, not torch's: drop it")
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from layers.normalize import logits_of
 from utils.device import full_precision
+from utils.errors import UserError
 from utils.metrics import percent_equal
-from utils.training import ranks
+from utils.training import kernels, ranks
 
 EAGER_STEPS = 3
 """Before a CUDA graph is recorded: they tune cuDNN, compile kernels and allocate state."""
@@ -52,9 +53,9 @@ class Step:
         self.sam_rho = sam_rho
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradient_sum = ranks.GradientSum(self.parameters) if ranks.active() else None
-        # SAM moves matrices; running statistics are to be those of the place itself
+        # SAM perturbs matrices only; running statistics stay those of the unperturbed weights
         self.matrices = [p for p in self.parameters if p.ndim > 1]
-        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self.float_buffers = [b for b in model.buffers() if b.is_floating_point()]
 
         self.loss_sum = torch.zeros((), device=self.device)
         self.hits = torch.zeros((), device=self.device)
@@ -94,10 +95,27 @@ class Step:
             self._run(self.images, self.labels)
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records without running
-                self._run(self.images, self.labels)
+            self._record()
         self.graph.replay()
+
+    def _record(self) -> None:
+        """Record the step without running it.
+
+        Raises:
+            UserError: the network does what no recorded step can repeat.
+        """
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self._run(self.images, self.labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): the "
+                "network's forward reads a value off the GPU or makes a tensor of Python numbers; "
+                "make that a buffer"
+            ) from None
 
     def _run(self, images: Tensor, labels: Tensor) -> None:
         loss, logits = self._gradient(images, labels)
@@ -110,7 +128,8 @@ class Step:
 
     def _gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the loss's gradient, over all ranks, in the parameters; the loss and the logits."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
+        with autocast, kernels.fusing():
             logits = logits_of(self.model(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         # the ranks' gradients are added up
@@ -125,7 +144,7 @@ class Step:
 
     def _sharpness_aware_gradient(self, images: Tensor, labels: Tensor) -> None:
         """Replace the gradient here by that at the end of a short step up the hill (SAM)."""
-        moved = [tensor.detach() for tensor in (*self.matrices, *self.statistics)]
+        moved = [tensor.detach() for tensor in (*self.matrices, *self.float_buffers)]
         before = torch._foreach_mul(moved, 1.0)  # copies
 
         # rho |p| / |g| for each matrix
@@ -186,7 +205,10 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
     A running average begins with what it was initialised to, and lags behind weights that change
     fast: after few steps it describes a network that never was.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = []
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            norms.append(module)
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.train()
     seen = 0
