@@ -29,9 +29,9 @@ OPTIONS = {
 }
 
 CHECKED_IMAGES = 32
-LARGEST_ERROR = 0.15
-"""Of logits of noise, as a share of how they differ from image to image. Trained networks whose
-INT8 is right have 0.07 and less, where 16 bits saturate 0.28 and more, and wrong graphs over 1."""
+LARGEST_ERROR = 0.3
+"""Of logits, as a share of how they differ from image to image. Networks whose INT8 is right have
+0.1 and less if trained well, 0.22 if hardly; where 16 bits saturate it is 0.45 and more."""
 
 TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's types -> a record's."""
@@ -157,9 +157,7 @@ def checked_network(path: Path) -> Network:
         print(f"{path.name}: not checked what OpenVINO computes, for want of ONNX Runtime")
         return network
     reference = OnnxRuntimeNetwork(path)
-    # noise drives the codes farther apart than images do
-    shape = (CHECKED_IMAGES, *network.image_shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = smooth_images(CHECKED_IMAGES, *network.image_shape)
     expected = reference(images).astype(np.float64)
     error = np.linalg.norm(network(images) - expected)
     spread = np.linalg.norm(expected - expected.mean(0))
@@ -168,6 +166,17 @@ def checked_network(path: Path) -> Network:
         return network
     print(f"{path.name}: OpenVINO computes something else in INT8 here: ONNX Runtime runs it")
     return reference
+
+
+def smooth_images(count: int, height: int, width: int, channels: int) -> np.ndarray:
+    """Images (N, H, W, C) uint8 that go over smoothly between a random colour in each corner.
+
+    Logits of noise hardly differ from image to image, and rounding then outweighs what they show.
+    """
+    corners = np.random.default_rng(0).uniform(0, 255, (count, 2, 2, channels))
+    down, right = np.linspace(0, 1, height), np.linspace(0, 1, width)
+    rows, columns = np.stack([1 - down, down]), np.stack([1 - right, right])
+    return np.einsum("nijc,ih,jw->nhwc", corners, rows, columns).astype(np.uint8)
 
 
 def read_layers(compiled: openvino.CompiledModel) -> list[Layer]:
