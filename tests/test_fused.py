@@ -4,11 +4,14 @@ Without a GPU, Triton interprets the kernels in NumPy.
 """
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXAMPLE
+from conftest import EXAMPLE, ROOT
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -240,3 +243,51 @@ def test_a_fused_network_trains_as_before(quantized):
         assert (mine.grad - p.grad).norm() <= 2e-2 * p.grad.norm(), name
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), plain.eval()(images))
+
+
+# for a GPU, without one
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from layers import fused, fused_optimizer
+
+FLOATS = ("eps", "momentum", "target_norm")
+MAPS = ("x_ptr", "other_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dother_ptr", "out_ptr", "step_ptr")
+
+def compile_for_an_h100(kernel, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        kind = "*fp32" if name.endswith("_ptr") else "i32"
+        kind = "fp32" if name in FLOATS else "*bf16" if name in MAPS else kind
+        kind = "*i64" if name == "batches_ptr" else kind
+        signature[name] = "constexpr" if name in constants else kind
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+tile, final = {"BLOCK_M": 32, "BLOCK_C": 64}, {"BLOCK_P": 128, "BLOCK_C": 16}
+compile_for_an_h100(fused._sum_kernel, **tile)
+compile_for_an_h100(fused._statistics_kernel, **final)
+compile_for_an_h100(fused._parameter_gradient_kernel, **final)
+for activation in ("relu", "silu"):
+    how = {"ADDS": True, "ACTIVATION": activation, "ROUNDS": True, **tile}
+    compile_for_an_h100(fused._forward_kernel, **how)
+    compile_for_an_h100(fused._gradient_sum_kernel, **how)
+    compile_for_an_h100(fused._backward_kernel, FROZEN=False, **how)
+for kernel in (fused._round_kernel, fused._round_gradient_kernel):
+    compile_for_an_h100(kernel, CODE_MIN=-127.0, BLOCK=2048)
+for kernel in (fused_optimizer._momentum_kernel, fused_optimizer._step_kernel):
+    compile_for_an_h100(kernel, BLOCK=2048)
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    """What the interpreter runs need not compile; it needs no GPU."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
