@@ -311,7 +311,13 @@ def test_a_rank_that_is_killed_is_one_line_that_says_how_to_go_on(tmp_path, data
             os.killpg(process.pid, signal.SIGKILL)
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     hint = f"torchrun --nproc_per_node=2 train.py --resume {tmp_path}/run"
-    assert lines == [f"error: another rank has ended; continue with: {hint}"]
+    # torchrun ends the other rank, which may not yet have missed this one
+    said = [
+        f"error: {what}; continue with: {hint}"
+        for what in ("another rank has ended", "interrupted")
+    ]
+    assert len(lines) == 1
+    assert lines[0] in said
     assert "utils/" not in stderr
 
 
