@@ -30,8 +30,8 @@ OPTIONS = {
 
 CHECKED_IMAGES = 32
 LARGEST_ERROR = 0.2
-"""Of logits, as a share of how they differ from image to image. Trained networks whose INT8 is right
-have 0.1 and less, hardly trained ones up to 0.22. Where 16 bits saturate it is 0.27 or more."""
+"""Of logits, as a share of how they differ from image to image. Networks whose INT8 is right have
+0.1 and less, hardly trained ones up to 0.22. Where 16 bits saturate it is 0.27 or more."""
 
 TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's types -> a record's."""
