@@ -100,6 +100,11 @@ class Quantizer(TensorQuantizer):
         return self._amax / CODE_MAX
 
     @property
+    def code_min(self) -> int:
+        """The lowest code: -127 of a weight, -128 of an activation."""
+        return -CODE_MAX if self.narrow_range else -CODE_MAX - 1
+
+    @property
     def calibrated(self) -> bool:
         return bool(torch.isfinite(self._amax).all())
 
@@ -108,8 +113,7 @@ class Quantizer(TensorQuantizer):
         self._amax.copy_(amax.detach().reshape(self._amax.shape).clamp_min(RANGE_FLOOR))
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
-        code_min = -CODE_MAX if self.narrow_range else -CODE_MAX - 1
-        return fake_quantize(inputs, self.scale, self._zero_point, code_min, self.axis or 0)
+        return fake_quantize(inputs, self.scale, self._zero_point, self.code_min, self.axis or 0)
 
 
 class FrozenQuantizer(nn.Module):

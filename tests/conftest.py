@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # isort: split
+import errno
 import resource
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def plain_net(num_classes=4):
     """Without BatchNorm: ranks that train it together do exactly what one process does."""
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+def forbid_listing(folder, monkeypatch):
+    """Nobody may list `folder`, as root still could without its permission."""
+    plain = os.scandir
+
+    def guarded(path):
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
 
 
 def build(name, stem="cifar", num_classes=10):

@@ -19,7 +19,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, normalised
+from conftest import ROOT, forbid_listing, normalised
 from PIL import Image
 
 import dataset
@@ -785,14 +785,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     write_classes(tmp_path, ("a", "b"))
     closed = tmp_path / "train" / "a" / "deep"
     closed.mkdir()
-    plain = os.scandir
-
-    def guarded(path):
-        if str(path) == str(closed):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return plain(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
+    forbid_listing(closed, monkeypatch)
     assert f"{closed} cannot be read (Permission denied)" in load_error("folder", tmp_path)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import digits_cut_to
+from conftest import digits_cut_to, forbid_listing
 from PIL import Image
 
 import dataset
@@ -172,14 +172,7 @@ def test_what_cannot_be_used_is_said_in_the_end_and_the_others_are_predicted(
     closed.mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("no image")
-    plain = os.scandir
-
-    def guarded(path):
-        if str(path) == str(closed):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return plain(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
+    forbid_listing(closed, monkeypatch)
     named = ["empty", "text.txt", "none.png", "photos"]
     flags = ["--onnx", export, "--backend", "onnxruntime", "--predict"]
     line = error_line(infer.main, [*flags, *(tmp_path / name for name in named)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layers import Add
 from layers.quantized import QuantAdd
-from layers.quantizers import CODE_MAX, Quantizer
+from layers.quantizers import Quantizer
 from utils.quantization.watch import Operation, Watch
 from utils.training import kernels
 
@@ -201,6 +201,5 @@ def _add(
 def _round(quantizer: Quantizer, x: Tensor) -> Tensor:
     from layers.fused import fused_fake_quantize
 
-    code_min = -CODE_MAX if quantizer.narrow_range else -CODE_MAX - 1
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return fused_fake_quantize(x, quantizer._amax, code_min, dtype)
+    return fused_fake_quantize(x, quantizer._amax, quantizer.code_min, dtype)
