@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -300,6 +301,33 @@ def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset
     return compare.load_data(recipe.dataset, recipe.data_dir, recipe.img_size, known, mend=mend)
 
 
+def train_batches(
+    recipe: Recipe,
+    info: DataSpec,
+    arrays: tuple[np.ndarray, np.ndarray],
+    mirror_and_cutout: bool,
+    here: Ranks,
+) -> tuple[Batches, Batches]:
+    """The train part twice: as it is, to calibrate with, and augmented, to train on.
+
+    Args:
+        arrays: images (N, H, W, 3) uint8 and labels (N,) int64.
+    """
+    normalize = Normalize(info.mean, info.std)
+    plain = Batches(*arrays, normalize, recipe.batch_size // here.world_size, here.device)
+    augmented = Batches(
+        *arrays,
+        normalize,
+        recipe.batch_size,
+        here.device,
+        augment=True,
+        mirror_and_cutout=mirror_and_cutout,
+        rank=here.rank,
+        world_size=here.world_size,
+    )
+    return plain, augmented
+
+
 def train(
     recipe: Recipe, start: Checkpoint | None, folder: Path, here: Ranks, resume: bool = False
 ) -> None:
@@ -317,21 +345,9 @@ def train(
     shared = len(train_arrays[0]) // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
     base = describe(recipe, start, info)
-    normalize = Normalize(info.mean, info.std)
-
-    # the train part twice: plain to calibrate with, augmented to train on
+    plain, augmented = train_batches(recipe, info, train_arrays, data.mirror_and_cutout, here)
     own_size = recipe.batch_size // here.world_size
-    plain = Batches(*train_arrays, normalize, own_size, here.device)
-    augmented = Batches(
-        *train_arrays,
-        normalize,
-        recipe.batch_size,
-        here.device,
-        augment=True,
-        mirror_and_cutout=data.mirror_and_cutout,
-        rank=here.rank,
-        world_size=here.world_size,
-    )
+    normalize = plain.normalize
     val = Batches(*val_arrays, normalize, own_size, here.device)
 
     model = make_model(recipe, start, base, plain)

@@ -62,8 +62,6 @@ import dataset
 import layers.quantizers  # noqa: F401  keeps pytorch-quantization from logging each step
 import models
 import train
-from dataset.batches import Batches
-from layers import Normalize
 from utils import networks, records
 from utils.checkpoint import Checkpoint, State
 from utils.device import default_device
@@ -323,16 +321,7 @@ def ours(
     train_part, _ = data.split(info.split_seed)
     recipe = fit_to_images(recipe, train.DEFAULTS[recipe.kind], len(train_part[0]))
     base = train.describe(recipe, None, info)
-    normalize = Normalize(base.data.mean, base.data.std)
-    shared = (*train_part, normalize, recipe.batch_size, here.device)
-    plain = Batches(*shared)
-    batches = Batches(
-        *shared,
-        augment=True,
-        mirror_and_cutout=data.mirror_and_cutout,
-        rank=here.rank,
-        world_size=here.world_size,
-    )
+    plain, batches = train.train_batches(recipe, info, train_part, data.mirror_and_cutout, here)
 
     # the network; QAT always starts from another
     if mode == "qat" and not state:
