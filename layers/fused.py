@@ -13,7 +13,6 @@ told not to (`do_not_specialize`); few variants compile in seconds, and stay in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,16 +70,16 @@ def _add_up(sums_ptr, c, channels, programs, BLOCK_P: tl.constexpr, BLOCK_C: tl.
 @triton.jit
 def _gradient(
     dy_ptr, x_ptr, other_ptr, amax_ptr, at, inside, mean, rstd, weight, bias,
-    ADDS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the sum before the activation, and the normalised x."""
     gradient = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     normalised = (x - mean) * rstd
     v = normalised * weight + bias
-    if ADDS:
+    if other_ptr is not None:
         v += tl.load(other_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if ROUNDS:
+    if amax_ptr is not None:
         # straight through, but for what the codes do not reach
         code, scale = _codes(_activate(v, ACTIVATION), tl.load(amax_ptr))
         gradient = tl.where((code >= -128.0) & (code <= 127.0), gradient, 0.0)
@@ -160,8 +159,7 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr, other_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr, rows, channels,
-    ADDS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What `fused_batch_norm` says."""
     c, exists, at, inside = _tile(rows, channels, tl.program_id(0), BLOCK_M, BLOCK_C)
@@ -170,10 +168,10 @@ def _forward_kernel(
 
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = (x - mean) * rstd * weight + bias
-    if ADDS:
+    if other_ptr is not None:
         y += tl.load(other_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = _activate(y, ACTIVATION)
-    if ROUNDS:
+    if amax_ptr is not None:
         code, scale = _codes(y, tl.load(amax_ptr))
         y = tl.minimum(tl.maximum(code, -128.0), 127.0) * scale
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -183,8 +181,7 @@ def _forward_kernel(
 def _gradient_sum_kernel(
     dy_ptr, x_ptr, other_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr, sums_ptr,
     rows, channels, tiles,
-    ADDS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of the gradient g and of g times the normalised x: (programs, 2, channels)."""
     program = tl.program_id(0)
@@ -196,8 +193,7 @@ def _gradient_sum_kernel(
     for tile in range(tiles):
         c, exists, at, inside = _tile(rows, channels, program * tiles + tile, BLOCK_M, BLOCK_C)
         gradient, normalised = _gradient(
-            dy_ptr, x_ptr, other_ptr, amax_ptr, at, inside, mean, rstd, weight, bias,
-            ADDS, ACTIVATION, ROUNDS,
+            dy_ptr, x_ptr, other_ptr, amax_ptr, at, inside, mean, rstd, weight, bias, ACTIVATION
         )  # fmt: skip
         plain += gradient
         weighted += gradient * normalised
@@ -221,8 +217,7 @@ def _parameter_gradient_kernel(
 def _backward_kernel(
     dy_ptr, x_ptr, other_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, amax_ptr,
     dbias_ptr, dweight_ptr, dx_ptr, dother_ptr, rows, channels, FROZEN: tl.constexpr,
-    ADDS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient dx = weight / deviation * (g - mean(g) - normalised x * mean(g normalised x)).
 
@@ -232,10 +227,9 @@ def _backward_kernel(
     mean, rstd = _per_channel(mean_ptr, c, exists), _per_channel(rstd_ptr, c, exists)
     weight, bias = _per_channel(weight_ptr, c, exists), _per_channel(bias_ptr, c, exists)
     gradient, normalised = _gradient(
-        dy_ptr, x_ptr, other_ptr, amax_ptr, at, inside, mean, rstd, weight, bias,
-        ADDS, ACTIVATION, ROUNDS,
+        dy_ptr, x_ptr, other_ptr, amax_ptr, at, inside, mean, rstd, weight, bias, ACTIVATION
     )  # fmt: skip
-    if ADDS:
+    if dother_ptr is not None:
         tl.store(dother_ptr + at, gradient.to(dother_ptr.dtype.element_ty), mask=inside)
     if not FROZEN:
         dbias = _per_channel(dbias_ptr, c, exists) / rows
@@ -245,39 +239,21 @@ def _backward_kernel(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
 class _Grid:
-    """How programs share a feature map."""
+    """How programs share a feature map (N, C, H, W)."""
 
-    rows: int
-    channels: int
-
-    @property
-    def block_c(self) -> int:
-        return 64 if self.channels > 32 else 32
-
-    @property
-    def block_m(self) -> int:
-        return TILE // self.block_c
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        return triton.cdiv(self.rows, self.block_m), triton.cdiv(self.channels, self.block_c)
-
-    @property
-    def tiles_of_a_sum(self) -> int:
-        """Of one program."""
-        row_tiles, channel_tiles = self.tiles
-        return triton.cdiv(row_tiles * channel_tiles, PROGRAMS)
-
-    @property
-    def sums(self) -> tuple[int, int]:
-        row_tiles, channel_tiles = self.tiles
-        return triton.cdiv(row_tiles, self.tiles_of_a_sum), channel_tiles
-
-    @property
-    def final(self) -> tuple[int]:
-        return (triton.cdiv(self.channels, FINAL_C),)
+    def __init__(self, x: Tensor):
+        self.channels = x.shape[1]
+        self.rows = x.numel() // self.channels
+        self.block_c = 64 if self.channels > 32 else 32
+        self.block_m = TILE // self.block_c
+        row_tiles = triton.cdiv(self.rows, self.block_m)
+        channel_tiles = triton.cdiv(self.channels, self.block_c)
+        self.tiles = (row_tiles, channel_tiles)
+        # a sum over rows: each program adds up several tiles, then a few add up what these have
+        self.tiles_of_a_sum = triton.cdiv(row_tiles * channel_tiles, PROGRAMS)
+        self.sums = (triton.cdiv(row_tiles, self.tiles_of_a_sum), channel_tiles)
+        self.final = (triton.cdiv(self.channels, FINAL_C),)
 
 
 class _FusedBatchNorm(torch.autograd.Function):
@@ -292,24 +268,21 @@ class _FusedBatchNorm(torch.autograd.Function):
         activation: str,
         amax: Tensor | None,
     ) -> Tensor:
+        # as matrices of pixels and channels
         x = x.contiguous(memory_format=torch.channels_last)
-        adds, rounds = other is not None, amax is not None
-        if adds:
+        if other is not None:
             other = other.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        # what a kernel does not use may be any tensor
-        other, amax = x if other is None else other, bias if amax is None else amax
-        images, channels, height, width = x.shape
-        grid = _Grid(images * height * width, channels)
-        if norm.training and grid.rows == 1:
-            raise ValueError(f"one value for each channel has no variance: {tuple(x.shape)}")
+        grid = _Grid(x)
+        # first pass: the batch's statistics, unless they are frozen
         if norm.training:
             mean, rstd = _batch_statistics(x, norm, grid)
         else:
             mean, rstd = norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps)
+        # second pass: everything else
         y = torch.empty_like(x)
-        how = (adds, activation, rounds, grid.block_m, grid.block_c)
+        how = (activation, grid.block_m, grid.block_c)
         _forward_kernel[grid.tiles](
-            x, other, y, mean, rstd, weight, bias, amax, grid.rows, channels, *how
+            x, other, y, mean, rstd, weight, bias, amax, grid.rows, grid.channels, *how
         )
         ctx.save_for_backward(x, other, mean, rstd, weight, bias, amax)
         ctx.frozen, ctx.how, ctx.grid = not norm.training, how, grid
@@ -318,23 +291,24 @@ class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, other, mean, rstd, weight, bias, amax = ctx.saved_tensors
-        grid, adds = ctx.grid, ctx.how[0]
+        grid = ctx.grid
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         given = (dy, x, other, mean, rstd, weight, bias, amax)
         sizes = (grid.rows, grid.channels)
-
+        # first pass: the sums that make the gradients of scale and shift
         sums = weight.new_empty(grid.sums[0], 2, grid.channels)
         dbias, dweight = torch.empty_like(bias), torch.empty_like(weight)
         _gradient_sum_kernel[grid.sums](*given, sums, *sizes, grid.tiles_of_a_sum, *ctx.how)
         _parameter_gradient_kernel[grid.final](
             sums, dbias, dweight, grid.channels, len(sums), BLOCK_P, FINAL_C
         )
+        # second pass: the gradients of x and other
         dx = torch.empty_like(x)
-        dother = torch.empty_like(x) if adds else dx
+        dother = None if other is None else torch.empty_like(x)
         _backward_kernel[grid.tiles](
             *given, dbias, dweight, dx, dother, *sizes, ctx.frozen, *ctx.how
         )
-        return dx, dweight, dbias, dother if adds else None, None, None, None
+        return dx, dweight, dbias, dother, None, None, None
 
 
 def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d, grid: _Grid) -> tuple[Tensor, Tensor]:
@@ -376,30 +350,30 @@ def fused_batch_norm(
 
 @triton.jit(do_not_specialize=["width", "blocks"])
 def _round_kernel(
-    x_ptr, amax_ptr, y_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, dy_ptr, amax_ptr, out_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows (rows, width), each with its own range and in so many blocks."""
+    """Rows (rows, width), each with its own range and in so many blocks.
+
+    Into `out`, x rounded or, if there is a gradient `dy` of that, the gradient of x.
+    """
     row = tl.program_id(0).to(tl.int64) // blocks
     column = (tl.program_id(0) - row * blocks) * BLOCK + tl.arange(0, BLOCK)
     at = row * width + column
     x = tl.load(x_ptr + at, mask=column < width, other=0.0).to(tl.float32)
     code, scale = _codes(x, tl.load(amax_ptr + row))
-    y = tl.minimum(tl.maximum(code, CODE_MIN), 127.0) * scale
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=column < width)
+    if dy_ptr is None:
+        out = tl.minimum(tl.maximum(code, CODE_MIN), 127.0) * scale
+    else:
+        dy = tl.load(dy_ptr + at, mask=column < width, other=0.0).to(tl.float32)
+        out = tl.where((code >= CODE_MIN) & (code <= 127.0), dy, 0.0)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["width", "blocks"])
-def _round_gradient_kernel(
-    dy_ptr, x_ptr, amax_ptr, dx_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) // blocks
-    column = (tl.program_id(0) - row * blocks) * BLOCK + tl.arange(0, BLOCK)
-    at = row * width + column
-    x = tl.load(x_ptr + at, mask=column < width, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=column < width, other=0.0).to(tl.float32)
-    code, scale = _codes(x, tl.load(amax_ptr + row))
-    dx = tl.where((code >= CODE_MIN) & (code <= 127.0), dy, 0.0)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=column < width)
+def _round(x: Tensor, dy: Tensor | None, amax: Tensor, out: Tensor, code_min: float) -> None:
+    """Launch `_round_kernel`; the tensors have one order in memory."""
+    width = x.numel() // amax.numel()
+    blocks = triton.cdiv(width, TILE)
+    _round_kernel[(blocks * amax.numel(),)](x, dy, amax, out, width, blocks, code_min, TILE)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -409,11 +383,9 @@ class _FakeQuantize(torch.autograd.Function):
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         y = torch.empty_like(x, dtype=dtype)
-        width = x.numel() // amax.numel()
-        blocks = triton.cdiv(width, TILE)
-        _round_kernel[(blocks * amax.numel(),)](x, amax, y, width, blocks, code_min, TILE)
+        _round(x, None, amax, y, code_min)
         ctx.save_for_backward(x, amax)
-        ctx.code_min, ctx.blocks = code_min, blocks
+        ctx.code_min = code_min
         return y
 
     @staticmethod
@@ -422,9 +394,7 @@ class _FakeQuantize(torch.autograd.Function):
         dx = torch.empty_like(x)
         if dy.stride() != x.stride():
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
-        width = x.numel() // amax.numel()
-        grid = (ctx.blocks * amax.numel(),)
-        _round_gradient_kernel[grid](dy, x, amax, dx, width, ctx.blocks, ctx.code_min, TILE)
+        _round(x, dy, amax, dx, ctx.code_min)
         return dx, None, None, None
 
 

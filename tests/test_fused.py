@@ -271,13 +271,17 @@ tile, final = {"BLOCK_M": 32, "BLOCK_C": 64}, {"BLOCK_P": 128, "BLOCK_C": 16}
 compile_for_an_h100(fused._sum_kernel, **tile)
 compile_for_an_h100(fused._statistics_kernel, **final)
 compile_for_an_h100(fused._parameter_gradient_kernel, **final)
-for activation in ("relu", "silu"):
-    how = {"ADDS": True, "ACTIVATION": activation, "ROUNDS": True, **tile}
+for activation, absent in (
+    ("relu", {}), ("silu", {}), ("", {"other_ptr": None, "amax_ptr": None})
+):
+    how = {"ACTIVATION": activation, **absent, **tile}
     compile_for_an_h100(fused._forward_kernel, **how)
     compile_for_an_h100(fused._gradient_sum_kernel, **how)
+    if absent:
+        how["dother_ptr"] = None
     compile_for_an_h100(fused._backward_kernel, FROZEN=False, **how)
-for kernel in (fused._round_kernel, fused._round_gradient_kernel):
-    compile_for_an_h100(kernel, CODE_MIN=-127.0, BLOCK=2048)
+for absent in ({}, {"dy_ptr": None}):
+    compile_for_an_h100(fused._round_kernel, CODE_MIN=-127.0, BLOCK=2048, **absent)
 for kernel in (fused_optimizer._momentum_kernel, fused_optimizer._step_kernel):
     compile_for_an_h100(kernel, BLOCK=2048)
 """
