@@ -67,15 +67,12 @@ def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
     calls = Counter(op.name for op in watched.operations if op.module is not None)
 
     found: list[tuple[Chain, Operation]] = []
-    ends: Counter[str] = Counter()
     for op in watched.operations:
-        if not _is_plain_norm(op) or calls[op.name] > 1:
-            continue
-        fused_additions = {chain.add for chain, _ in found}
-        chain, last = _chain_from(op, calls, fused_additions)
-        ends[chain.activation] += 1
-        found.append((chain, last))
+        if _is_plain_norm(op) and calls[op.name] == 1:
+            fused_additions = {chain.add for chain, _ in found}
+            found.append(_chain_from(op, calls, fused_additions))
 
+    ends = Counter(chain.activation for chain, _ in found)
     for chain, last in found:
         # one ReLU may end several chains; it stays where it also follows something else
         if chain.activation and ends[chain.activation] < calls[chain.activation]:
@@ -124,7 +121,7 @@ def _quantizers_of(model: nn.Module, operation: Operation, calls: Counter[str]) 
         for operand, source in enumerate(reader.reads):
             if source is operation:
                 names.append(reader.quantizer(operand) if calls[reader.name] == 1 else "")
-    if not names or not all(names):
+    if not all(names):
         return []
     ranges = {float(model.get_submodule(name)._amax) for name in names}
     return names if len(ranges) == 1 else []
@@ -132,29 +129,29 @@ def _quantizers_of(model: nn.Module, operation: Operation, calls: Counter[str]) 
 
 def _install(model: nn.Module, chain: Chain) -> None:
     """The addition, or else the BatchNorm, runs the kernel; the others return their input."""
+    from layers.fused import fused_batch_norm
+
     norm = model.get_submodule(chain.norm)
-    activation = model.get_submodule(chain.activation) if chain.activation else None
-    quantizers = [model.get_submodule(name) for name in chain.quantizers]
-    how = {
-        "activation": ACTIVATIONS[type(activation)] if activation is not None else "",
-        "quantizer": quantizers[0] if quantizers else None,
-    }
-    for module in (activation, *quantizers):
-        if module is not None:
-            _replace_forward(module, _return_input)
+    fused = partial(fused_batch_norm, norm=norm)
+    if chain.activation:
+        activation = model.get_submodule(chain.activation)
+        fused = partial(fused, activation=ACTIVATIONS[type(activation)])
+        _replace_forward(activation, _return_input)
+    for name in chain.quantizers:
+        quantizer = model.get_submodule(name)
+        fused = partial(fused, amax=quantizer._amax)  # they have one range
+        _replace_forward(quantizer, _return_input)
     if chain.add:
-        _replace_forward(norm, _return_input)
         add = model.get_submodule(chain.add)
-        _replace_forward(add, partial(_add, add, norm, chain.operand, **how))
-    else:
-        _replace_forward(norm, partial(_normalise, norm, other=None, **how))
+        _replace_forward(add, partial(_add, add, chain.operand, fused))
+        fused = _return_input
+    _replace_forward(norm, fused)
 
 
 def _replace_forward(module: nn.Module, fused: Forward) -> None:
     """Let a module compute `fused` while kernels are fused; one that several chains share, once.
 
-    Only partial functions of this file and methods are kept, which a copy of the module binds to
-    itself.
+    Only methods and partial functions are kept, which a copy of the module binds to itself.
     """
     if "forward" not in vars(module):
         module.forward = partial(_either, module.forward, fused)
@@ -168,34 +165,13 @@ def _return_input(x: Tensor) -> Tensor:
     return x
 
 
-def _normalise(
-    norm: nn.BatchNorm2d,
-    x: Tensor,
-    other: Tensor | None,
-    activation: str,
-    quantizer: Quantizer | None,
-) -> Tensor:
-    from layers.fused import fused_batch_norm
-
-    amax = quantizer._amax if quantizer is not None else None
-    return fused_batch_norm(x, norm, other, activation, amax)
-
-
-def _add(
-    add: Add,
-    norm: nn.BatchNorm2d,
-    operand: int,
-    x: Tensor,
-    other: Tensor,
-    activation: str,
-    quantizer: Quantizer | None,
-) -> Tensor:
-    """The addition of what `norm` should have made, which is its input, and the other operand."""
+def _add(add: Add, operand: int, normalise: Forward, x: Tensor, other: Tensor) -> Tensor:
+    """`normalise` adds; `operand` is what its BatchNorm should have made, which is its input."""
     operands = [x, other]
     second = 1 - operand
     if isinstance(add, QuantAdd) and (name := add.quantizer_of(second)):
         operands[second] = add.get_submodule(name)(operands[second])
-    return _normalise(norm, operands[operand], operands[second], activation, quantizer)
+    return normalise(operands[operand], other=operands[second])
 
 
 def _round(quantizer: Quantizer, x: Tensor) -> Tensor:
