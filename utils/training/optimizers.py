@@ -69,16 +69,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 # a GPU has the channels last, a CPU first
                 if value.shape == p.shape:
                     values[key] = torch.empty_like(p).copy_(value)
-        fits = all(_fits(p, values) for p, values in optimizer.state.items())
+                elif value.ndim > 0:  # no count of steps either
+                    raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):  # torch checks little, and late
-        fits = False
-    if not fits:
-        raise UserError("the checkpoint's optimizer state does not fit; start with --load_ckpt")
-
-
-def _fits(p: Tensor, values: dict[str, Tensor]) -> bool:
-    """Whether an optimizer's tensors are a parameter's: of its shape, but for a count of steps."""
-    return all(value.ndim == 0 or value.shape == p.shape for value in values.values())
+        mend = "the checkpoint's optimizer state does not fit; start with --load_ckpt"
+        raise UserError(mend) from None
 
 
 class Muon(torch.optim.Optimizer):
@@ -130,6 +125,13 @@ def muon_step(
     Matrices of about equally many rows go through the iteration together, in bf16, which is enough
     for it. Several ranks share them out.
     """
+    # what is no matrix product: in fused kernels where they can run
+    take_momentum, take_step = nesterov_momentum, rescale_and_step
+    if filters[0].is_cuda and kernels.usable():
+        from layers import fused_optimizer
+
+        take_momentum = fused_optimizer.nesterov_momentum
+        take_step = fused_optimizer.rescale_and_step
     norms = torch._foreach_norm(filters)
     by_rows: dict[int, list[int]] = {}
     for index, weight in enumerate(filters):
@@ -143,7 +145,7 @@ def muon_step(
         slots = filters[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
         for i, slot in zip(indices, slots, strict=False):
             out = _view_in_slot(slot, filters[i])
-            nesterov_momentum(filters[i].grad, buffers[i], momentum, out)
+            take_momentum(filters[i].grad, buffers[i], momentum, out)
 
         # each rank orthogonalises its share of them
         first = share * ranks.rank()
@@ -151,7 +153,7 @@ def muon_step(
         for i, slot in zip(indices, slots, strict=False):
             target_norm = len(filters[i]) ** 0.5
             step = _view_in_slot(slot, filters[i])
-            rescale_and_step(filters[i], step, lr, norms[i], target_norm)
+            take_step(filters[i], step, lr, norms[i], target_norm)
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
@@ -169,36 +171,25 @@ def _view_in_slot(slot: Tensor, weight: Tensor) -> Tensor:
     return slot[:width, :rows].mT if rows > width else slot[:rows, :width]
 
 
-def _as_matrix(weight: Tensor, like: Tensor) -> Tensor:
-    """A filter (O, I, H, W) as (O, I H W), its columns in the order of `like`'s memory: a view."""
-    if like.is_contiguous(memory_format=torch.channels_last):
+def _as_matrix(weight: Tensor) -> Tensor:
+    """A filter (O, I, H, W) as (O, I H W), its columns in the order of its memory: a view."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.permute(0, 2, 3, 1)
     return weight.view(len(weight), -1)
 
 
 def nesterov_momentum(gradient: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> None:
     """Let `buffer` take up the gradient (O, I, H, W); into `out`, gradient + momentum * buffer."""
-    if gradient.is_cuda and kernels.usable():
-        from layers import fused_optimizer
-
-        fused_optimizer.nesterov_momentum(gradient, buffer, momentum, out)
-        return
     buffer.mul_(momentum).add_(gradient)
-    ahead = torch.empty_like(buffer).copy_(gradient + momentum * buffer)
-    out.copy_(_as_matrix(ahead, buffer))
+    out.copy_(_as_matrix(buffer.mul(momentum).add_(gradient)))
 
 
 def rescale_and_step(
     weight: Tensor, step: Tensor, lr: Tensor | float, norm: Tensor, target_norm: float
 ) -> None:
     """Scale a filter (O, I, H, W) from `norm` to `target_norm`; subtract lr times `step`."""
-    if weight.is_cuda and kernels.usable():
-        from layers import fused_optimizer
-
-        fused_optimizer.rescale_and_step(weight, step, lr, norm, target_norm)
-        return
     weight.mul_(target_norm / norm.clamp_min(1e-7))
-    _as_matrix(weight, weight).sub_(step * lr)
+    _as_matrix(weight).sub_(step * lr)
 
 
 def newton_schulz(x: Tensor, iterations: int = ITERATIONS) -> Tensor:
