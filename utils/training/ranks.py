@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,21 +68,17 @@ def started() -> Iterator[Ranks]:
         ) from None
     here = Ranks(dist.get_rank(), dist.get_world_size(), device)
     try:
-        if here.first:
+        with nullcontext() if here.first else redirect_stdout(io.StringIO()):
             yield here
-        else:
-            with redirect_stdout(io.StringIO()):
-                yield here
     except (UserError, RuntimeError) as error:
-        lost = isinstance(error, RuntimeError) and lost_another(error)
-        if not lost and not isinstance(error, UserError):
-            raise
+        if isinstance(error, RuntimeError):
+            if not lost_another(error):
+                raise
+            error = UserError("another rank has ended")
         # what is wrong with flags or files is so for all ranks of a host: one says it
         if os.environ["LOCAL_RANK"] != "0":
             sys.exit(1)
-        if lost:
-            raise UserError("another rank has ended") from None
-        raise
+        raise error from None
     finally:
         dist.destroy_process_group()
 
@@ -157,11 +153,15 @@ def average(tensors: list[Tensor]) -> None:
 def average_statistics(model: nn.Module) -> None:
     """Every BatchNorm's running statistics become the mean of those of the ranks, in place."""
     statistics = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            statistics += [module.running_mean, module.running_var]
+    for norm in norms_with_statistics(model):
+        statistics += [norm.running_mean, norm.running_var]
     if statistics:
         average(statistics)
+
+
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.track_running_stats]
 
 
 def _copy_back(flat: Tensor, tensors: list[Tensor]) -> None:

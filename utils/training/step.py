@@ -205,10 +205,7 @@ def estimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor
     A running average begins with what it was initialised to, and lags behind weights that change
     fast: after few steps it describes a network that never was.
     """
-    norms = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            norms.append(module)
+    norms = ranks.norms_with_statistics(model)
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.train()
     seen = 0
