@@ -25,6 +25,9 @@ FACTOR_FLOOR = 1e-12
 class QuantizedLayer(nn.Module):
     """What the quantized layers share: how they are made of float ones."""
 
+    QUANTIZERS = ("input_quantizer",)
+    """What rounds each operand of `forward`."""
+
     weight_axis = 0
     """Where the weight, if there is one, has its output channels."""
 
@@ -40,14 +43,16 @@ class QuantizedLayer(nn.Module):
 
     def add_quantizers(self) -> None:
         """Give the layer a quantizer for each operand that it rounds."""
-        self.input_quantizer = Quantizer()
+        for operand, name in enumerate(self.QUANTIZERS):
+            if self.quantizer_of(operand):
+                self.add_module(name, Quantizer())
         if hasattr(self, "weight"):
             channels = self.weight.shape[self.weight_axis]
             self.weight_quantizer = Quantizer(channels, self.weight_axis)
 
     def quantizer_of(self, operand: int) -> str:
         """Name of the quantizer of what `forward` takes at that place; "" if it is not rounded."""
-        return "input_quantizer"
+        return self.QUANTIZERS[operand]
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -94,10 +99,6 @@ class QuantAdd(QuantizedLayer, Add):
 
     QUANTIZERS = ("x_quantizer", "other_quantizer")
 
-    def add_quantizers(self) -> None:
-        for operand in self.rounds:
-            self.add_module(self.QUANTIZERS[operand], Quantizer())
-
     def quantizer_of(self, operand: int) -> str:
         return self.QUANTIZERS[operand] if operand in self.rounds else ""
 
@@ -124,12 +125,7 @@ class QuantMul(QuantizedLayer, Mul):
     feature map to FP16 first.
     """
 
-    def add_quantizers(self) -> None:
-        super().add_quantizers()
-        self.factor_quantizer = Quantizer()
-
-    def quantizer_of(self, operand: int) -> str:
-        return ("factor_quantizer", "input_quantizer")[operand]
+    QUANTIZERS = ("factor_quantizer", "input_quantizer")
 
     def forward(self, factor: Tensor, x: Tensor) -> Tensor:
         return self.factor_quantizer(factor) * self.input_quantizer(x)
