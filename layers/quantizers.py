@@ -44,11 +44,11 @@ def fake_quantize(
         x: any shape.
         scale, zero_point: float32 and int32, both () for the whole tensor or both (C,) for `axis`.
     """
-    # on a GPU, torch's own kernel for channels waits for the device
-    if x.is_cuda and scale.ndim > 0:
-        return StraightThrough.apply(x, per_channel(scale, x, axis), code_min)
     if scale.ndim == 0:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, code_min, CODE_MAX)
+    # on a GPU, torch's own kernel for channels waits for the device
+    if x.is_cuda:
+        return StraightThrough.apply(x, per_channel(scale, x, axis), code_min)
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, code_min, CODE_MAX)
 
 
@@ -131,7 +131,3 @@ class FrozenQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale, self.zero_point, -CODE_MAX - 1, self.channel_axis)
-
-    def extra_repr(self) -> str:
-        granularity = "per-tensor" if self.scale.ndim == 0 else f"per-channel({len(self.scale)})"
-        return f"int8 {granularity} scale={self.scale.min():.3g}..{self.scale.max():.3g}"

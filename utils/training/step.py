@@ -64,8 +64,7 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.on_gpu:
             for group in optimizer.param_groups:
-                lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
-                group["lr"] = lr
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of each group, times the group's "scale" if it has one."""
