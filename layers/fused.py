@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-TILE = 2048  # values of a tile
+TILE = tl.constexpr(2048)  # values of a tile
 PROGRAMS = 528  # that share a sum over all rows: four for each multiprocessor of an H100
-BLOCK_P = 128  # of whose sums so many are added up at a time
-FINAL_C = 16  # channels of a program that adds them up
+BLOCK_P = tl.constexpr(128)  # of whose sums so many are added up at a time
+FINAL_C = tl.constexpr(16)  # channels of a program that adds them up
 ROUNDING = tl.constexpr(1.5 * 2**23)
 """Added to a float32 of at most 2^22 and taken off again, it rounds to even."""
 
@@ -54,10 +54,10 @@ def _codes(x, amax):
 
 
 @triton.jit
-def _add_up(sums_ptr, c, channels, programs, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums (programs, 2, channels) over all programs, (BLOCK_C,) each."""
-    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+def _add_up(sums_ptr, c, channels, programs):
+    """Both sums (programs, 2, channels) over all programs, (FINAL_C,) each."""
+    first = tl.zeros([BLOCK_P, FINAL_C], tl.float32)
+    second = tl.zeros([BLOCK_P, FINAL_C], tl.float32)
     for start in range(0, programs, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         inside = (p < programs)[:, None] & (c < channels)[None, :]
@@ -130,15 +130,15 @@ def _sum_kernel(
 @triton.jit(do_not_specialize=["rows", "programs"])
 def _statistics_kernel(
     sums_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    rows, channels, programs, eps, momentum, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows, channels, programs, eps, momentum,
 ):  # fmt: skip
     """Mean and 1 / deviation of each channel; the running averages follow them.
 
     The sums are of x - running mean, so that the difference below loses no digits.
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(0) * FINAL_C + tl.arange(0, FINAL_C)
     inside = c < channels
-    total, squares = _add_up(sums_ptr, c, channels, programs, BLOCK_P, BLOCK_C)
+    total, squares = _add_up(sums_ptr, c, channels, programs)
     running_mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0)
     running_var = tl.load(running_var_ptr + c, mask=inside, other=0.0)
 
@@ -203,12 +203,9 @@ def _gradient_sum_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _parameter_gradient_kernel(
-    sums_ptr, dbias_ptr, dweight_ptr, channels, programs,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dbias, dweight = _add_up(sums_ptr, c, channels, programs, BLOCK_P, BLOCK_C)
+def _parameter_gradient_kernel(sums_ptr, dbias_ptr, dweight_ptr, channels, programs):
+    c = tl.program_id(0) * FINAL_C + tl.arange(0, FINAL_C)
+    dbias, dweight = _add_up(sums_ptr, c, channels, programs)
     tl.store(dbias_ptr + c, dbias, mask=c < channels)
     tl.store(dweight_ptr + c, dweight, mask=c < channels)
 
@@ -246,7 +243,7 @@ class _Grid:
         self.channels = x.shape[1]
         self.rows = x.numel() // self.channels
         self.block_c = 64 if self.channels > 32 else 32
-        self.block_m = TILE // self.block_c
+        self.block_m = TILE.value // self.block_c
         row_tiles = triton.cdiv(self.rows, self.block_m)
         channel_tiles = triton.cdiv(self.channels, self.block_c)
         self.tiles = (row_tiles, channel_tiles)
@@ -299,9 +296,7 @@ class _FusedBatchNorm(torch.autograd.Function):
         sums = weight.new_empty(grid.sums[0], 2, grid.channels)
         dbias, dweight = torch.empty_like(bias), torch.empty_like(weight)
         _gradient_sum_kernel[grid.sums](*given, sums, *sizes, grid.tiles_of_a_sum, *ctx.how)
-        _parameter_gradient_kernel[grid.final](
-            sums, dbias, dweight, grid.channels, len(sums), BLOCK_P, FINAL_C
-        )
+        _parameter_gradient_kernel[grid.final](sums, dbias, dweight, grid.channels, len(sums))
         # second pass: the gradients of x and other
         dx = torch.empty_like(x)
         dother = None if other is None else torch.empty_like(x)
@@ -321,7 +316,7 @@ def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d, grid: _Grid) -> tuple[Ten
     )  # fmt: skip
     _statistics_kernel[grid.final](
         sums, mean, rstd, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-        grid.rows, grid.channels, len(sums), norm.eps, norm.momentum, BLOCK_P, FINAL_C,
+        grid.rows, grid.channels, len(sums), norm.eps, norm.momentum,
     )  # fmt: skip
     return mean, rstd
 
@@ -349,15 +344,13 @@ def fused_batch_norm(
 
 
 @triton.jit(do_not_specialize=["width", "blocks"])
-def _round_kernel(
-    x_ptr, dy_ptr, amax_ptr, out_ptr, width, blocks, CODE_MIN: tl.constexpr, BLOCK: tl.constexpr
-):
+def _round_kernel(x_ptr, dy_ptr, amax_ptr, out_ptr, width, blocks, CODE_MIN: tl.constexpr):
     """Rows (rows, width), each with its own range and in so many blocks.
 
     Into `out`, x rounded or, if there is a gradient `dy` of that, the gradient of x.
     """
     row = tl.program_id(0).to(tl.int64) // blocks
-    column = (tl.program_id(0) - row * blocks) * BLOCK + tl.arange(0, BLOCK)
+    column = (tl.program_id(0) - row * blocks) * TILE + tl.arange(0, TILE)
     at = row * width + column
     x = tl.load(x_ptr + at, mask=column < width, other=0.0).to(tl.float32)
     code, scale = _codes(x, tl.load(amax_ptr + row))
@@ -373,7 +366,7 @@ def _round(x: Tensor, dy: Tensor | None, amax: Tensor, out: Tensor, code_min: fl
     """Launch `_round_kernel`; the tensors have one order in memory."""
     width = x.numel() // amax.numel()
     blocks = triton.cdiv(width, TILE)
-    _round_kernel[(blocks * amax.numel(),)](x, dy, amax, out, width, blocks, code_min, TILE)
+    _round_kernel[(blocks * amax.numel(),)](x, dy, amax, out, width, blocks, code_min)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # values of a program
+BLOCK = tl.constexpr(2048)  # values of a program
 
 
 @triton.jit(do_not_specialize=["columns", "row_stride", "size"])
 def _momentum_kernel(
-    gradient_ptr, buffer_ptr, out_ptr, columns, row_stride, column_stride, momentum, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    gradient_ptr, buffer_ptr, out_ptr, columns, row_stride, column_stride, momentum, size
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(gradient_ptr + i, mask=i < size, other=0.0)
     buffer = tl.load(buffer_ptr + i, mask=i < size, other=0.0) * momentum + gradient
@@ -28,9 +27,8 @@ def _momentum_kernel(
 
 @triton.jit(do_not_specialize=["columns", "row_stride", "size"])
 def _step_kernel(
-    weight_ptr, step_ptr, lr_ptr, norm_ptr, target_norm, columns, row_stride, column_stride, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    weight_ptr, step_ptr, lr_ptr, norm_ptr, target_norm, columns, row_stride, column_stride, size
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     factor = target_norm / tl.maximum(tl.load(norm_ptr), 1e-7)
     step = step_ptr + (i // columns) * row_stride + (i % columns) * column_stride
@@ -49,7 +47,7 @@ def nesterov_momentum(gradient: Tensor, buffer: Tensor, momentum: float, out: Te
     if gradient.stride() != buffer.stride():
         gradient = torch.empty_like(buffer).copy_(gradient)
     _momentum_kernel[(triton.cdiv(buffer.numel(), BLOCK),)](
-        gradient, buffer, out, out.shape[1], *out.stride(), momentum, buffer.numel(), BLOCK
+        gradient, buffer, out, out.shape[1], *out.stride(), momentum, buffer.numel()
     )
 
 
@@ -58,5 +56,5 @@ def rescale_and_step(
 ) -> None:
     """As `utils.training.optimizers.rescale_and_step`, with `step` (O, I H W) of any strides."""
     _step_kernel[(triton.cdiv(weight.numel(), BLOCK),)](
-        weight, step, lr, norm, target_norm, step.shape[1], *step.stride(), weight.numel(), BLOCK
+        weight, step, lr, norm, target_norm, step.shape[1], *step.stride(), weight.numel()
     )

@@ -266,10 +266,10 @@ def compile_for_an_h100(kernel, **constants):
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
-tile, final = {"BLOCK_M": 32, "BLOCK_C": 64}, {"BLOCK_P": 128, "BLOCK_C": 16}
+tile = {"BLOCK_M": 32, "BLOCK_C": 64}
 compile_for_an_h100(fused._sum_kernel, **tile)
-compile_for_an_h100(fused._statistics_kernel, **final)
-compile_for_an_h100(fused._parameter_gradient_kernel, **final)
+compile_for_an_h100(fused._statistics_kernel)
+compile_for_an_h100(fused._parameter_gradient_kernel)
 for activation, absent in (
     ("relu", {}), ("silu", {}), ("", {"other_ptr": None, "amax_ptr": None})
 ):
@@ -280,9 +280,9 @@ for activation, absent in (
         how["dother_ptr"] = None
     compile_for_an_h100(fused._backward_kernel, FROZEN=False, **how)
 for absent in ({}, {"dy_ptr": None}):
-    compile_for_an_h100(fused._round_kernel, CODE_MIN=-127.0, BLOCK=2048, **absent)
+    compile_for_an_h100(fused._round_kernel, CODE_MIN=-127.0, **absent)
 for kernel in (fused_optimizer._momentum_kernel, fused_optimizer._step_kernel):
-    compile_for_an_h100(kernel, BLOCK=2048)
+    compile_for_an_h100(kernel)
 """
 
 
