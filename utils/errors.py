@@ -8,7 +8,6 @@ import getpass
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -16,11 +15,6 @@ from typing import Any, TextIO
 
 OWN_FAULTS = (errno.EBADF, errno.EINVAL)
 """What the system answers to a wrong program. All else that it refuses can be mended."""
-
-TOO_LITTLE_MEMORY = (
-    "the machine is out of memory: use a smaller --batch_size or --img_size, or a file of another "
-    "origin if one claims to hold that much"
-)
 
 
 class UserError(Exception):
@@ -74,10 +68,9 @@ def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
         getpass.getuser()
     except (KeyError, OSError):  # docker run -u 12345: torch names a folder by the user
         os.environ["USER"] = str(os.getuid())
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-        # it ends by itself then, and nothing would catch what the signal raises
-        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # it ends by itself then, and nothing would catch what the signal raises
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     try:
         try:
             main()
@@ -114,7 +107,7 @@ def mendable(error: Exception) -> str | None:
         return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; {mend}"
     # torch's own error on a CPU is a RuntimeError
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return TOO_LITTLE_MEMORY
+        return "the machine is out of memory: use a smaller --batch_size or --img_size"
     if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's, without importing torch
         return "the GPU is out of memory: use a smaller --batch_size"
     return None
@@ -125,9 +118,11 @@ def _excepthook(
 ) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError):
+        print(f"error: {mendable(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
 sys.excepthook = _excepthook
-"""For Ctrl-C while a script still imports: it imports this file first."""
+"""For what ends a script while it still imports: it imports this file first."""
