@@ -89,19 +89,6 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     assert (tmp_path / "file").exists()
 
 
-def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, error_line):
-    def broken(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(fcntl, "flock", broken)
-
-    def work(_):
-        with locked(tmp_path):
-            pass
-
-    assert "Input/output error" in error_line(work, [])
-
-
 @pytest.mark.parametrize("names", [LEFT_BEHIND, {"RANK": "0"}, {"LOCAL_RANK": "x"}])
 def test_what_another_program_left_in_the_environment_starts_no_ranks(monkeypatch, names):
     for name in ranks.TORCHRUN:

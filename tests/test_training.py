@@ -535,7 +535,6 @@ def test_a_run_killed_before_it_linked_its_best_checkpoint_equals_an_uninterrupt
         ckpt.save(folder / "ckpt_best", before)
     (folder / ".ckpt_best.x1.partial").mkdir()
     (folder / ".ckpt_best.x1.partial" / "ckpt_best").write_bytes(b"half")
-    (folder / ".ckpt_7.1.partial").write_bytes(b"half")  # as earlier versions named them
     assert_finishes_like(runs["float"], folder)
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from utils.errors import UserError
 
 PARTIAL = ".partial"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers (Lustre and NFS may be such)."""
 
 
 def user_path(text: str) -> Path:
@@ -85,15 +83,6 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
         raise
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what killed processes left in `folder`, which must be locked."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        # a file, of an earlier version, or a planted link; else a folder
-        with suppress(OSError):
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
-
-
 @contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files move to `folder`, which exists, if the block succeeds.
@@ -142,11 +131,10 @@ def locked(folder: Path, make: bool = False) -> Iterator[None]:
         except BlockingIOError:
             what = f"another process is at work in {folder}"
             raise UserError(f"{what}: wait for it, or name another folder") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        except OSError:  # Lustre and NFS may have no locks
             print(f"{folder} cannot be locked: let no other process use it", file=sys.stderr)
-        remove_partial(folder)
+        for path in folder.glob(f".*{PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
         yield
     finally:
         for path in made:
