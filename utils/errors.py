@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import getpass
 import os
 import signal
 import sys
@@ -64,10 +63,8 @@ def run(main: Callable[[], None], needs_stdout: bool = True) -> None:
     sys.stderr = _Quiet(sys.stderr)
     if not needs_stdout or sys.stdout is None:
         sys.stdout = _Quiet(sys.stdout)
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # docker run -u 12345: torch names a folder by the user
-        os.environ["USER"] = str(os.getuid())
+    # torch names a folder by the user, who may have no name: docker run -u 12345
+    os.environ.setdefault("USER", str(os.getuid()))
     signal.signal(signal.SIGTERM, _interrupt)
     # it ends by itself then, and nothing would catch what the signal raises
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
