@@ -194,7 +194,7 @@ def by_epoch(folder: Path) -> dict[int, Path]:
     found = {}
     for path in folder.glob("ckpt_*"):
         epoch = path.name.removeprefix("ckpt_")
-        if epoch.isascii() and epoch.isdigit():
+        if epoch.isdecimal():
             found[int(epoch)] = path
     return found
 
@@ -203,10 +203,9 @@ def latest(path: Path) -> Path:
     """`path` itself if it is a file, else the `ckpt_<epoch>` of the highest epoch in that folder.
 
     Raises:
-        UserError: the folder holds none, or there is no file.
+        UserError: the folder holds none.
     """
     if not path.is_dir():
-        _require_file(path)
         return path
     there = by_epoch(path)
     if not there:
@@ -313,29 +312,25 @@ def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) 
 
 
 def classifier_keys(model: nn.Module, state: State) -> set[str]:
-    """Names of the last layer's parameters, and of those of auxiliary heads.
+    """Names of the last layer's tensors, and of those of auxiliary heads.
 
     The last layer is the last Linear or Conv2d of which only the number of outputs differs from
     that in `state`, or the last of all if there is none. Heads differ as it does.
     """
-    layers = {}
+    heads = []
     # layer -> outputs here and there
     outputs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            prefix = f"{name}." if name else ""
-            layers[prefix] = module
-            here, there = module.weight.shape, state.get(f"{prefix}weight", torch.ones(())).shape
-            if here[1:] == there[1:] and here != there:
-                outputs[prefix] = (here[0], there[0])
-    heads = list(layers)[-1:]
+            heads = [name]
+            here, there = module.weight.shape, state.get(f"{name}.weight", module.weight).shape
+            if here != there and here[1:] == there[1:]:
+                outputs[name] = (here[0], there[0])
     if outputs:
         last = list(outputs.values())[-1]
-        heads = [prefix for prefix, pair in outputs.items() if pair == last]
-    keys = set()
-    for prefix in heads:
-        keys |= {f"{prefix}{name}" for name, _ in layers[prefix].named_parameters(recurse=False)}
-    return keys
+        heads = [name for name, pair in outputs.items() if pair == last]
+    prefixes = tuple(f"{name}." for name in heads)
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 
 def _listed(problems: dict[str, set[str]]) -> str:
