@@ -35,7 +35,7 @@ from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
-from utils.recipe import RESUME_REFUSALS, Defaults, Recipe, fit_to_images, resolve, stored_flags
+from utils.recipe import Defaults, Recipe, fit_to_images, given_refusals, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import kernels, ranks
 from utils.training.optimizers import make_optimizer
@@ -411,7 +411,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     given = build_parser().parse_args(argv)
-    flags.refuse(RESUME_REFUSALS, given)
+    flags.refuse([given_refusals], given)
     torch.backends.cudnn.benchmark = True
     with ranks.started() as here:
         if given.resume:

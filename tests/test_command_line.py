@@ -1128,7 +1128,7 @@ def test_without_latencies_an_engine_is_for_the_batches_of_the_evaluation(tmp_pa
             ["--FP16", "--INT8PTC", "--backend", "tensorrt"],
             "--FP16, --INT8PTC, --backend: nothing is exported here",
         ),
-        (["--resume", "x", "--load_ckpt", "y"], "--resume and --load_ckpt"),
+        (["--resume", "x", "--load_ckpt", "y"], "--load_ckpt: --resume goes on"),
         (
             ["--test_trt", "--FP16", "--ptc_mode", "implicit"],
             "--ptc_mode implicit is a second --INT8PTC",

@@ -521,7 +521,7 @@ def test_foreign_weights_train_with_the_normalisation_that_is_said(
         ("--new_classifier --load_ckpt {} --quantize", "--new_classifier: in float training"),
         (
             "--new_classifier --resume x",
-            "--new_classifier: --resume goes on with a run as it began",
+            "--new_classifier, --output_dir: --resume goes on with a run as it began",
         ),
         ("--dataset folder --img_size 8 8 8", "--img_size 8 8 8: height and width, or one"),
         ("--dataset folder --img_size 8 5000", "--img_size: 8 to 4096 pixels"),

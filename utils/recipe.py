@@ -15,13 +15,12 @@ from utils.errors import UserError
 from utils.flags import Flags, Refusal
 from utils.manifest import PRECISIONS
 from utils.networks import require_known
-from utils.schema import parse, parse_fields
+from utils.schema import parse_fields
 from utils.specs import MAX_SEED, Quantization, is_foreign
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
 LABEL_SMOOTHING = 0.1
 SAM_RHO = 0.005
-SAM, FROZEN_BATCH_NORM = "SAM", "frozen BatchNorm"
 
 
 @dataclass(frozen=True)
@@ -126,32 +125,22 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
     values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
     # Muon's runs end with SAM. With SGD it cost accuracy on digits, and in QAT, where the
     # statistics are frozen, nothing cancels the perturbation
-    sam = defaults.last_third == SAM and optimizer == "muon"
+    sam = defaults.last_third == "SAM" and optimizer == "muon"
     values.setdefault("sam_rho", SAM_RHO if sam else 0.0)
-    values.setdefault("freeze_batch_norm", defaults.last_third == FROZEN_BATCH_NORM)
-    return parse(Recipe, values, "the recipe")
+    values.setdefault("freeze_batch_norm", defaults.last_third == "frozen BatchNorm")
+    return Recipe(**values)
 
 
-def resume_refusals(args: Flags) -> Iterator[str]:
-    if not args.resume:
-        return
-    if args.load_ckpt:
-        yield "--resume and --load_ckpt both name a checkpoint to start from: drop one"
-    if found := flags.given(args, ("pretrain", "partial_ckpt", "new_classifier")):
-        yield f"{found}: --resume goes on with a run as it began; drop it"
-    if found := flags.given(args, ("output_dir", "exp_name")):
-        yield f"{found}: a resumed run stays in its folder; drop it"
-
-
-def normalization_refusals(args: Flags) -> Iterator[str]:
+def given_refusals(args: Flags) -> Iterator[str]:
+    """What the command line may not say, before a resumed run's own flags fill it."""
+    starts = ("load_ckpt", "pretrain", "partial_ckpt", "new_classifier")
+    found = flags.given(args, (*starts, "output_dir", "exp_name"))
+    if args.resume and found:
+        yield f"{found}: --resume goes on with a run as it began, in its folder; drop it"
     if (args.mean is None) != (args.std is None):
         yield "--mean and --std belong together: name both"
     if args.normalization and args.mean:
         yield "--normalization and --mean both say how images are normalised: drop one"
-
-
-RESUME_REFUSALS: tuple[Refusal, ...] = (resume_refusals, normalization_refusals)
-"""What train.py's command line may not say, before a resumed run's own flags fill it."""
 
 
 def start_refusals(args: Flags) -> Iterator[str]:
@@ -195,8 +184,6 @@ LIMITS = {
     "lr": (0, 1e38),  # what float32 holds
     "lrdt": (1, 10**6),
     "keep": (1, 10**6),
-    "label_smoothing": (0, 1),
-    "sam_rho": (0, 1),
     "seed": (0, MAX_SEED),
 }
 """Field of a recipe -> its lowest and highest value."""

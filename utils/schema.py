@@ -58,8 +58,6 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if hint is Any:
         return value
     if is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
         return parse(hint, value, f"{what}: {name}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
