@@ -354,9 +354,7 @@ def train(
     optimizer = make_optimizer(model, recipe.optimizer)
     run = Run(folder, model, optimizer, base, keep=recipe.keep)
     if resume:
-        run.go_on(start)
-        if here.first:
-            run.mend_best(start)
+        run.go_on(start, write=here.first)
     elif recipe.quantize and here.first:
         # ckpt_0: calibrated, not yet fine-tuned; it is the best where QAT clearly lost
         val_loss, _ = evaluate(model, val)

@@ -729,10 +729,8 @@ def test_truncated_checkpoint_ends_training_in_one_line(tmp_path, float_checkpoi
 
 def test_plain_state_dict_is_no_checkpoint_for_infer_or_resume(tmp_path, error_line):
     torch.save(network().state_dict(), tmp_path / "weights.pt")
-    assert "bare state dict" in error_line(infer.main, ["--load_ckpt", tmp_path / "weights.pt"])
-    assert "not a checkpoint of train.py" in error_line(
-        train.main, ["--resume", tmp_path / "weights.pt"]
-    )
+    for main, flag in ((infer.main, "--load_ckpt"), (train.main, "--resume")):
+        assert "bare state dict" in error_line(main, [flag, tmp_path / "weights.pt"])
 
 
 # folders

@@ -100,17 +100,18 @@ class Run:
         )
         ckpt.save(self.path, checkpoint)
         if best:
-            self._save_best(checkpoint)
+            # half the size, since it is no place to resume from
+            ckpt.save(self.best, replace(checkpoint, optimizer=None))
         for epoch, path in ckpt.by_epoch(self.folder).items():
             if epoch <= self.epoch - self.keep:
                 path.unlink()
 
-    def _save_best(self, checkpoint: Checkpoint) -> None:
-        """Write `ckpt_best`: half the size, since it is no place to resume from."""
-        ckpt.save(self.best, replace(checkpoint, optimizer=None))
-
-    def go_on(self, checkpoint: Checkpoint) -> None:
+    def go_on(self, checkpoint: Checkpoint, write: bool) -> None:
         """Take over the optimizer's state and the progress of a checkpoint.
+
+        Args:
+            write: whether this rank is to write `ckpt_best` where a killed process did not, or a
+                copied checkpoint came without.
 
         Raises:
             UserError: the optimizer's state is of another network or optimizer.
@@ -119,34 +120,25 @@ class Run:
         self.epoch = checkpoint.epoch
         self.best_val_loss = checkpoint.best_val_loss
         self.history = checkpoint.history
-
-    def mend_best(self, checkpoint: Checkpoint) -> None:
-        """Write `ckpt_best` where a killed process did not, or a copied checkpoint came without.
-
-        Args:
-            checkpoint: the one that the run goes on from.
-        """
         last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
         if not self.best.exists():
             self.best_val_loss = last_loss
-        if last_loss == self.best_val_loss:
-            self._save_best(checkpoint)
+        if write and last_loss == self.best_val_loss:
+            ckpt.save(self.best, replace(checkpoint, optimizer=None))
 
 
 def load_to_resume(path: Path) -> Checkpoint:
     """The newest checkpoint of a run's folder, or the one at `path` itself.
 
     Raises:
-        UserError: it is not train.py's, or the run went on from there.
+        UserError: it is not train.py's, the run went on from there, or it is a `ckpt_best`.
     """
     newest = ckpt.latest(path)
-    checkpoint = ckpt.load(newest)
+    checkpoint = ckpt.load_whole(newest)
     there = ckpt.by_epoch(newest.parent)
     last = max(there, default=0)
     if last > checkpoint.epoch:
         raise UserError(f"--resume {newest}: the run went on to {there[last]}; resume that")
-    if not checkpoint.whole:
-        raise UserError(f"--resume {path}: not a checkpoint of train.py")
     if checkpoint.optimizer is None:
         raise UserError(
             f"--resume {path}: it holds no optimizer state; resume the last epoch's ckpt_<epoch>, "
