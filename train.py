@@ -18,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +29,18 @@ from tqdm import tqdm
 
 import dataset
 from dataset.batches import Batches
-from layers import Normalize
 from utils import checkpoint as ckpt
 from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
 from utils.device import default_device, memory_format
 from utils.files import locked, new_folder, user_path
 from utils.manifest import read_export
+from utils.quantization import layer_table
+from utils.quantization.watch import example_images
 from utils.recipe import Defaults, Recipe, fit_to_images, given_refusals, resolve, stored_flags
 from utils.specs import DataSpec, NetworkSpec
 from utils.training import kernels, ranks
+from utils.training.fuse import fuse
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
 from utils.training.run import BEST, Run, at_work_in, load_to_resume
@@ -67,12 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--partial_ckpt", action="store_true", help="--load_ckpt is float: it has no ranges")
     other = "--load_ckpt is of other classes or images: all but its last layer is loaded"
     add("--new_classifier", action="store_true", help=other)
-    add(
-        "--resume",
-        type=user_path,
-        metavar="DIR",
-        help="go on with an interrupted run, by its own flags",
-    )
+    resume = "go on with an interrupted run, by its own flags"
+    add("--resume", type=user_path, metavar="DIR", help=resume)
 
     add = parser.add_argument_group("normalisation, which a checkpoint knows").add_argument
     rgb = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
@@ -118,37 +117,31 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     """
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
     last_part = recipe.num_epochs - int(recipe.num_epochs * LAST_PART)
-    step = None
-    bar = progress_bar(run, recipe, train_part)
-    try:
-        for epoch in range(run.epoch, recipe.num_epochs):
-            bar.set_description(f"epoch {epoch + 1}/{recipe.num_epochs}")
-            torch.manual_seed(1_000_003 * (recipe.seed + 1) + epoch)
-            last = epoch >= last_part
-            set_mode(run.model, recipe, last)
-            if step is None or epoch == last_part:
-                if step is not None:
-                    step.close()
-                step = make_step(run.model, run.optimizer, recipe, last)
+    with progress_bar(run, recipe, train_part) as bar:
+        for last, end in ((False, last_part), (True, recipe.num_epochs)):
+            with closing(make_step(run.model, run.optimizer, recipe, last)) as step:
+                while run.epoch < end:
+                    # one pass over the images
+                    bar.set_description(f"epoch {run.epoch + 1}/{recipe.num_epochs}")
+                    torch.manual_seed(1_000_003 * (recipe.seed + 1) + run.epoch)
+                    set_mode(run.model, recipe, last)
+                    started = time.perf_counter()
+                    loss, train_pct = train_epoch(step, train_part, schedule, run.epoch, bar)
+                    seconds = time.perf_counter() - started
 
-            started = time.perf_counter()
-            loss, train_pct = train_epoch(step, train_part, schedule, epoch, bar)
-            seconds = time.perf_counter() - started
-            ranks.average_statistics(run.model)
-            few = (epoch + 1) * len(train_part) < FEW_STEPS
-            if few and not (last and recipe.freeze_batch_norm):
-                estimate_batch_norm(run.model, plain)
-            val_loss, val_pct = evaluate(run.model, val)
-            run.require_finite(loss + val_loss, recipe.lr)
+                    # its network on the val part
+                    ranks.average_statistics(run.model)
+                    few = (run.epoch + 1) * len(train_part) < FEW_STEPS
+                    if few and not (last and recipe.freeze_batch_norm):
+                        estimate_batch_norm(run.model, plain)
+                    val_loss, val_pct = evaluate(run.model, val)
+                    run.require_finite(loss + val_loss, recipe.lr)
 
-            run.finish_epoch(loss, train_pct, val_loss, val_pct, write=train_part.rank == 0)
-            line = f"train loss {loss:.4f}, {train_pct:.2f} %, val loss {val_loss:.4f}"
-            line = f"epoch {run.epoch}: {line}, {val_pct:.2f} %, {seconds:.2f} s"
-            bar.write(line, file=sys.stdout)
-    finally:
-        if step is not None:
-            step.close()
-        bar.close()
+                    # what it leaves
+                    run.finish_epoch(loss, train_pct, val_loss, val_pct, train_part.rank == 0)
+                    line = f"train loss {loss:.4f}, {train_pct:.2f} %, val loss {val_loss:.4f}"
+                    line = f"epoch {run.epoch}: {line}, {val_pct:.2f} %, {seconds:.2f} s"
+                    bar.write(line, file=sys.stdout)
 
 
 def progress_bar(run: Run, recipe: Recipe, train_part: Batches) -> tqdm:
@@ -178,7 +171,7 @@ def set_mode(model: nn.Module, recipe: Recipe, last: bool) -> None:
 def make_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, last: bool
 ) -> Step:
-    """The step of the last part of a run or of all before; the model is in its mode.
+    """The step of the last part of a run, or of all before.
 
     Muon's runs end with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373).
     """
@@ -194,13 +187,9 @@ def train_epoch(
         step.set_lr(schedule(epoch + index / len(batches)))
         step(images, labels)
         if not step.on_gpu:  # reading a value off a GPU would make it wait
-            loss = step.loss_sum / step.count
-            train_pct = 100 * step.hits / step.count
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %", refresh=False)
+            bar.set_postfix(loss=step.loss_sum.item() / step.count, refresh=False)
         bar.update(batches.batch_size)
-    loss, train_pct = step.totals()
-    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {train_pct:.1f} %")
-    return loss, train_pct
+    return step.totals()
 
 
 def describe_data(recipe: Recipe, start: Checkpoint | None, data: dataset.ImageData) -> DataSpec:
@@ -247,19 +236,14 @@ def make_model(
 
     What QAT starts from goes into `base`.
     """
-    # these import pytorch-quantization: where that is missing, `run` says so in a line
-    from utils.quantization.watch import example_images
-    from utils.training.fuse import fuse
-
     torch.manual_seed(recipe.seed)
     size = base.data.size
     if recipe.quantize:
-        state = start.state if start else None
-        model = networks.build_quantized(base.network, base.quantization, size, state)
+        model = networks.build_quantized(base.network, base.quantization, size, start.state)
     else:
         model = networks.build_float(base.network, size)
     if start:
-        partial = recipe.quantize and recipe.partial_ckpt and start.quantization is None
+        partial = recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:
             ckpt.load_weights(model, start.ptq_state)  # an export will need it
         # a run that is resumed has its own classifier by now
@@ -273,25 +257,18 @@ def make_model(
     if recipe.quantize:
         if start.quantization is None:
             networks.calibrate_model(model, base.quantization, train_part)
-            state = model.state_dict()
-            base.ptq_state = {key: value.detach().cpu().clone() for key, value in state.items()}
-        print_layers(model, size)
+            # a copy, which training does not change
+            base.ptq_state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        print(layer_table(model, example_images(*size)))
     model = ranks.share_model(model, recipe.sync_batchnorm)
     if kernels.usable():
         fuse(model, example_images(*size))
     return model
 
 
-def print_layers(model: nn.Module, size: tuple[int, int]) -> None:
-    # imports pytorch-quantization: where that is missing, `run` says so in a line
-    from utils.quantization import layer_table
-    from utils.quantization.watch import example_images
-
-    print(layer_table(model, example_images(*size)))
-
-
-def load_images(recipe: Recipe, known: DataSpec | None, resume: bool) -> dataset.ImageData:
+def load_images(recipe: Recipe, start: Checkpoint | None, resume: bool) -> dataset.ImageData:
     """The images of a run; those of the checkpoint that it starts from, if that has any."""
+    known = start.data if start else None
     # what to do with others: weights are of use for them, ranges and a half-done run are not
     mend = "add --new_classifier"
     if recipe.quantize:
@@ -313,11 +290,10 @@ def train_batches(
     Args:
         arrays: images (N, H, W, 3) uint8 and labels (N,) int64.
     """
-    normalize = Normalize(info.mean, info.std)
-    plain = Batches(*arrays, normalize, recipe.batch_size // here.world_size, here.device)
+    plain = networks.batches_of(*arrays, info, recipe.batch_size // here.world_size)
     augmented = Batches(
         *arrays,
-        normalize,
+        plain.normalize,
         recipe.batch_size,
         here.device,
         augment=True,
@@ -337,19 +313,20 @@ def train(
         start: the checkpoint to start from or, with `resume`, to go on from.
     """
     print(f"experiment folder: {folder}", flush=True)
-    known = start.data if start else None
-    data = load_images(recipe, known, resume)
+    check_ranks(recipe, here)
+
+    # the images, and what the recipe makes of so many
+    data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
-    check_ranks(recipe, here, len(train_arrays[0]))
     shared = len(train_arrays[0]) // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
     base = describe(recipe, start, info)
     plain, augmented = train_batches(recipe, info, train_arrays, data.mirror_and_cutout, here)
     own_size = recipe.batch_size // here.world_size
-    normalize = plain.normalize
-    val = Batches(*val_arrays, normalize, own_size, here.device)
+    val = networks.batches_of(*val_arrays, info, own_size)
 
+    # the network, trained from where it is
     model = make_model(recipe, start, base, plain)
     optimizer = make_optimizer(model, recipe.optimizer)
     run = Run(folder, model, optimizer, base, keep=recipe.keep)
@@ -361,22 +338,19 @@ def train(
         run.save(HANDICAP * val_loss)
     fit(run, recipe, augmented, plain, val)
 
+    # the test images, for the first time
     if here.first:
         best = ckpt.load(run.best)
         if recipe.quantize and best.epoch == 0 < run.epoch:
             print("QAT ended below the calibrated network, which is ckpt_best: use a lower --lr")
         model.load_state_dict(best.state)
-        test = Batches(data.test_images, data.test_labels, normalize, own_size, here.device)
+        test = networks.batches_of(data.test_images, data.test_labels, info, own_size)
         _, test_pct = evaluate(model, test)
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 
 
-def check_ranks(recipe: Recipe, here: Ranks, train_images: int) -> None:
-    """Raises UserError where there are too many ranks for the images, or for what is asked."""
-    if train_images < here.world_size:
-        raise UserError(
-            f"{train_images} train images for {here.world_size} ranks: start fewer of them"
-        )
+def check_ranks(recipe: Recipe, here: Ranks) -> None:
+    """Raises UserError where what is asked cannot be shared out to the ranks."""
     if recipe.batch_size % here.world_size:
         raise UserError(
             f"--batch_size {recipe.batch_size} is not a multiple of the {here.world_size} ranks"
@@ -436,7 +410,7 @@ def list_layers(recipe: Recipe) -> None:
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
     size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)
-    print_layers(model, size)
+    print(layer_table(model, example_images(*size)))
 
 
 def compare_best(path: Path, recipe: Recipe) -> None:
@@ -448,11 +422,9 @@ def compare_best(path: Path, recipe: Recipe) -> None:
     folder = compare.export_folder(path)
     with locked(folder, make=True):
         compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
-        export = read_export(folder)
-        rows, _ = compare.evaluate_export(folder, *export, data, recipe.comparison)
-    manifest, _ = export
-    record = compare.make_record(manifest, rows)
-    compare.print_record(record)
+        manifest, predictions = read_export(folder)
+        rows, _ = compare.evaluate_export(folder, manifest, predictions, data, recipe.comparison)
+    compare.print_record(compare.make_record(manifest, rows))
 
 
 if __name__ == "__main__":

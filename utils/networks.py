@@ -18,6 +18,10 @@ from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
 from utils.device import default_device
 from utils.errors import UserError, mendable
+from utils.quantization.calibrate import calibrate
+from utils.quantization.modularize import modularize
+from utils.quantization.swap import follow_ranges, swap_layers
+from utils.quantization.watch import evaluating, example_images
 from utils.specs import OWN_STEM, DataSpec, NetworkSpec, Quantization, is_foreign
 
 
@@ -40,10 +44,6 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     Raises:
         UserError: no such model, or one from elsewhere cannot be built.
     """
-    from utils.quantization.modularize import modularize
-    from utils.quantization.watch import example_images
-
-    require_known(spec.name, spec.stem)
     model = models.build(spec.name, spec.num_classes, spec.stem)
     example = example_images(*size)
     if is_foreign(spec.name):
@@ -59,8 +59,6 @@ def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None
     Args:
         images: (N, 3, H, W), normalised.
     """
-    from utils.quantization.watch import evaluating
-
     try:
         with evaluating(model):
             logits = model(images)
@@ -86,9 +84,6 @@ def build_quantized(
     Args:
         state: weights and ranges that are to be loaded: additions round what these say.
     """
-    from utils.quantization.swap import follow_ranges, swap_layers
-    from utils.quantization.watch import example_images
-
     model = build_float(spec, size)
     example = example_images(*size)
     swap_layers(model, example, quantization.quant_layers, quantization.skip_layers)
@@ -98,8 +93,6 @@ def build_quantized(
 
 def calibrate_model(model: nn.Module, quantization: Quantization, batches: Batches) -> None:
     """Calibrate with the first images of `batches`, a train part without augmentation."""
-    from utils.quantization.calibrate import calibrate
-
     calibrate(model, batches.first(quantization.calib_images), quantization.calibrator)
 
 
