@@ -44,10 +44,23 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _draft_folder(parent: Path, name: str) -> tempfile.TemporaryDirectory:
-    """A folder that no other process has the name of, so that no planted link is in it."""
-    prefix = f".{name[:99]}."
-    return tempfile.TemporaryDirectory(PARTIAL, prefix, parent, ignore_cleanup_errors=True)
+@contextmanager
+def _draft_folder(parent: Path, target: Path) -> Iterator[Path]:
+    """A folder that no other process has the name of, so that no planted link is in it.
+
+    Args:
+        target: what is made in it, for the message where that fails.
+    """
+    prefix = f".{target.name[:99]}."
+    try:
+        folder = tempfile.TemporaryDirectory(PARTIAL, prefix, parent, ignore_cleanup_errors=True)
+        with folder as draft:
+            yield Path(draft)
+    except OSError as error:
+        # a write to a full disk does not name its file, and the folder is gone
+        if error.filename is None or PARTIAL in str(error.filename):
+            error.filename = str(target)
+        raise
 
 
 @contextmanager
@@ -66,21 +79,13 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
     if follow_link:
         path = real_path(path)
         if path.exists() and not path.is_file() and not path.is_dir():
-            # a FIFO that nobody reads fails here, where plain opening would wait for ever
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb"):
-                yield path
+            yield path
             return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _draft_folder(path.parent, path.name) as draft:
-            partial = Path(draft, path.name)
-            yield partial
-            partial.replace(path)
-    except OSError as error:
-        # a write to a full disk does not name its file
-        if error.filename is None or PARTIAL in str(error.filename):
-            error.filename = str(path)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _draft_folder(path.parent, path) as draft:
+        partial = draft / path.name
+        yield partial
+        partial.replace(path)
 
 
 @contextmanager
@@ -96,16 +101,11 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written.
     """
-    try:
-        with _draft_folder(folder, "export") as draft_name:
-            draft = Path(draft_name)
-            yield draft
-            (folder / last).unlink(missing_ok=True)
-            for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
-                path.replace(folder / path.name)
-    except OSError as error:
-        error.filename = str(folder)  # the temporary one is gone
-        raise
+    with _draft_folder(folder, folder) as draft:
+        yield draft
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
 
 
 @contextmanager
