@@ -32,9 +32,8 @@ def parse(cls: type[T], content: Any, what: str) -> T:
         raise UserError(f"{what}: {reprlib.repr(content)} stands where {cls.__name__} should")
     values = parse_fields(cls, content, what)
     for field in fields(cls):
-        if field.name in values:
-            continue
-        if field.default is MISSING and field.default_factory is MISSING:
+        needed = field.default is MISSING and field.default_factory is MISSING
+        if needed and field.name not in values:
             raise UserError(f"{what} lacks {field.name!r}")
     try:
         return cls(**values)
@@ -62,11 +61,10 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        # one of these: a list where one may stand, else the first
+        # one of these: where a list may stand for one value, it is the last
         kinds = [arg for arg in args if arg is not type(None)]
-        lists = [arg for arg in kinds if typing.get_origin(arg) is list]
-        is_list = isinstance(value, list | tuple) and lists
-        return _value(lists[0] if is_list else kinds[0], value, what, name)
+        kind = kinds[-1] if isinstance(value, list | tuple) else kinds[0]
+        return _value(kind, value, what, name)
     if origin in (list, Sequence) and isinstance(value, list | tuple):
         return [_value(args[0], item, what, name) for item in value]
     if origin is dict and isinstance(value, dict):
