@@ -22,11 +22,6 @@ from utils.weights import State, is_safetensors, read_safetensors, unwrapped, wi
 
 FORMAT = 3
 RANGE_SUFFIX = "_quantizer._amax"
-TINY = torch.finfo(torch.float32).tiny
-VARIANCE_SUFFIX = ".running_var"
-COUNTER_SUFFIX = ".num_batches_tracked"
-"""BatchNorm's count of batches, of no use to its arithmetic here: files older than it, such as
-torchvision's, lack it."""
 
 
 @dataclass
@@ -203,9 +198,10 @@ def latest(path: Path) -> Path:
     """`path` itself if it is a file, else the `ckpt_<epoch>` of the highest epoch in that folder.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or there is no file.
     """
     if not path.is_dir():
+        _require_file(path)
         return path
     there = by_epoch(path)
     if not there:
@@ -268,7 +264,8 @@ def _problems(expected: set[str], own: State, state: State) -> defaultdict[str, 
     Args:
         expected: what should be there of the model's `own` tensors.
     """
-    missing = {key for key in expected - state.keys() if not key.endswith(COUNTER_SUFFIX)}
+    # files older than BatchNorm's counters, such as torchvision's, lack them; nothing reads them
+    missing = {key for key in expected - state.keys() if not key.endswith(".num_batches_tracked")}
     problems = defaultdict(set, {"missing": missing, "unexpected": state.keys() - expected})
     for key in expected & state.keys():
         if what := _fault(key, state[key], own[key]):
@@ -280,19 +277,18 @@ def _fault(key: str, value: Tensor, own: Tensor) -> str:
     """What is wrong with a tensor that is to replace the model's own; "" if nothing is."""
     if own.shape != value.shape:
         return "of another shape"
-    # integers, booleans, complex numbers and sparse tensors would be turned into floats
-    floats = value.is_floating_point() == own.is_floating_point() and not value.is_complex()
-    dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-    if not floats or not dense:
+    # integers, booleans and complex numbers would be turned into floats
+    dense = value.layout == torch.strided and not value.is_meta
+    if value.is_floating_point() != own.is_floating_point() or not dense:
         return "of another type"
     # as the model will hold it: a float64 may be too large for that
     value = value.to(own.dtype)
     if not value.isfinite().all():
         return "not finite"
     # a scale is a range / 127, and must not become 0 either
-    if key.endswith(RANGE_SUFFIX) and not (value / 127 >= TINY).all():
+    if key.endswith(RANGE_SUFFIX) and not (value / 127 >= torch.finfo(value.dtype).tiny).all():
         return "not above 0"
-    if key.endswith(VARIANCE_SUFFIX) and not (value >= 0).all():
+    if key.endswith(".running_var") and not (value >= 0).all():
         return "below 0"
     return ""
 
