@@ -177,8 +177,7 @@ def agreed_normalization(
     if mean is None:
         return (known.mean, known.std) if known else (None, None)
     if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-        mend = "divide those of bytes by 255"
-        raise UserError(f"--mean and --std are in units of the full range, 0 to 1: {mend}")
+        raise UserError("--mean and --std are in units of the full range, 0 to 1: bytes / 255")
     mean = agreed("--mean", mean, known and known.mean)
     return mean, agreed("--std", std, known and known.std)
 

@@ -116,8 +116,7 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     try:
         pretrained = weights.get_state_dict(progress=True)
     except Exception as error:  # the network's errors, and whatever torch.load raises on damage
-        reason = getattr(error, "reason", error)
-        what = f"cannot download {weights.url} or read what was downloaded ({reason})"
+        what = f"cannot download {weights.url} or read what was downloaded ({error})"
         mend = f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         raise UserError(f"--pretrain: {what}; {mend}") from None
     try:

@@ -19,7 +19,6 @@ from utils.schema import parse_fields
 from utils.specs import MAX_SEED, Quantization, is_foreign
 
 BATCH_SIZE = {"cuda": 512, "cpu": 128}
-LABEL_SMOOTHING = 0.1
 SAM_RHO = 0.005
 
 
@@ -69,7 +68,7 @@ class Recipe:
     optimizer: str
     lr: float
     lrdt: int | None = None
-    label_smoothing: float = LABEL_SMOOTHING
+    label_smoothing: float = 0.1
     sam_rho: float = 0.0
     freeze_batch_norm: bool = False
     sync_batchnorm: bool = False
@@ -120,8 +119,8 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
     default = defaults.optimizer if device_type == "cuda" else defaults.cpu_optimizer
     optimizer = values.setdefault("optimizer", default)
     if optimizer not in defaults.peak_lr:
-        why = "sets the length of every kernel, so it trains from scratch only"
-        raise UserError(f"--optimizer {optimizer} {why}: use {' or '.join(defaults.peak_lr)}")
+        others = " or ".join(defaults.peak_lr)
+        raise UserError(f"--optimizer {optimizer} trains from scratch only: use {others}")
     values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
     # Muon's runs end with SAM. With SGD it cost accuracy on digits, and in QAT, where the
     # statistics are frozen, nothing cancels the perturbation
@@ -154,8 +153,7 @@ def start_refusals(args: Flags) -> Iterator[str]:
         yield "--pretrain and --load_ckpt both name weights to start from: drop one"
     name = args.model or ""
     if args.pretrain and is_foreign(name) and not name.startswith("torchvision/"):
-        mend = "name a file with --load_ckpt, and add --new_classifier if it is of other classes"
-        yield f"--pretrain: torchvision has no weights for {name}; {mend}"
+        yield f"--pretrain: torchvision has no weights for {name}; name a file with --load_ckpt"
 
 
 def engine_refusals(args: Flags) -> Iterator[str]:
@@ -171,8 +169,7 @@ def engine_refusals(args: Flags) -> Iterator[str]:
     if engines and not args.test_trt:
         yield f"{', '.join(engines)}: nothing is exported here; add --test_trt, or drop it"
     if not args.quantize and "INT8-QAT" in precisions:
-        mend = "fine-tune its checkpoint with --quantize, and build that engine then"
-        yield f"--INT8QAT: this run trains in float; {mend}"
+        yield "--INT8QAT: this run trains in float; add --quantize, or drop it"
 
 
 REFUSALS: tuple[Refusal, ...] = (start_refusals, engine_refusals, comparison_refusals)
@@ -279,19 +276,16 @@ def _refuse_start(args: Flags, checkpoint: Checkpoint) -> None:
     quantized = checkpoint.quantization is not None
     if args.resume:
         if args.quantize != quantized:
-            mend = "QAT starts with --load_ckpt, --quantize and --partial_ckpt"
-            raise UserError(f"--resume goes on with a run as it was; {mend}")
+            raise UserError("--resume: QAT starts with --load_ckpt, --quantize and --partial_ckpt")
         # the optimizer's state is of no use to another
         flags.agreed("--optimizer", args.optimizer, checkpoint.recipe.get("optimizer"))
     if not has_ranges(checkpoint.state):
         return
-    start = f"--load_ckpt {args.load_ckpt}"
+    what = f"--load_ckpt {args.load_ckpt} is a quantized network"
     if not args.quantize:
-        mend = "add --quantize, or load a float checkpoint"
-        raise UserError(f"{start} is a quantized network, and this run trains in float: {mend}")
+        raise UserError(f"{what}, and this run trains in float: add --quantize")
     if not quantized:
-        mend = "load train.py's checkpoint itself"
-        raise UserError(f"{start}: ranges, but not what they are of; {mend}")
+        raise UserError(f"{what} without its settings: load train.py's checkpoint itself")
 
 
 def _check_limits(values: Mapping[str, Any], quantize: bool) -> None:

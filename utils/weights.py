@@ -38,8 +38,7 @@ def unwrapped(content: Any, path: Path) -> State:
     if not found:
         raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
     if len(found) > 1:
-        what = f"several state dicts ({', '.join(found)})"
-        raise UserError(f"{path} holds {what}: save the one by torch.save")
+        raise UserError(f"{path} holds several state dicts ({', '.join(found)}): save one alone")
     others = [str(key) for key in content if key != found[0]]
     beside = f"; left aside: {', '.join(others)}" if others else ""
     print(f"{path}: the state dict under {found[0]!r}{beside}")
