@@ -22,7 +22,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -42,7 +41,6 @@ from utils.specs import DataSpec, NetworkSpec
 from utils.training import kernels, ranks
 from utils.training.fuse import fuse
 from utils.training.optimizers import make_optimizer
-from utils.training.ranks import Ranks
 from utils.training.run import BEST, Run, at_work_in, load_to_resume
 from utils.training.schedule import make_schedule
 from utils.training.step import Step, estimate_batch_norm, evaluate, freeze_batch_norm
@@ -279,20 +277,12 @@ def load_images(recipe: Recipe, start: Checkpoint | None, resume: bool) -> datas
 
 
 def train_batches(
-    recipe: Recipe,
-    info: DataSpec,
-    arrays: tuple[np.ndarray, np.ndarray],
-    mirror_and_cutout: bool,
-    here: Ranks,
+    recipe: Recipe, info: DataSpec, part: dataset.Part, mirror_and_cutout: bool, here: ranks.Ranks
 ) -> tuple[Batches, Batches]:
-    """The train part twice: as it is, to calibrate with, and augmented, to train on.
-
-    Args:
-        arrays: images (N, H, W, 3) uint8 and labels (N,) int64.
-    """
-    plain = networks.batches_of(*arrays, info, recipe.batch_size // here.world_size)
+    """The train part twice: as it is, to calibrate with, and augmented, to train on."""
+    plain = networks.batches_of(*part, info, recipe.batch_size // here.world_size)
     augmented = Batches(
-        *arrays,
+        *part,
         plain.normalize,
         recipe.batch_size,
         here.device,
@@ -305,7 +295,7 @@ def train_batches(
 
 
 def train(
-    recipe: Recipe, start: Checkpoint | None, folder: Path, here: Ranks, resume: bool = False
+    recipe: Recipe, start: Checkpoint | None, folder: Path, here: ranks.Ranks, resume: bool = False
 ) -> None:
     """Train as the recipe says and test the best checkpoint.
 
@@ -349,17 +339,16 @@ def train(
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 
 
-def check_ranks(recipe: Recipe, here: Ranks) -> None:
+def check_ranks(recipe: Recipe, here: ranks.Ranks) -> None:
     """Raises UserError where what is asked cannot be shared out to the ranks."""
-    if recipe.batch_size % here.world_size:
-        raise UserError(
-            f"--batch_size {recipe.batch_size} is not a multiple of the {here.world_size} ranks"
-        )
-    if recipe.sync_batchnorm and here.world_size > 1 and here.device.type != "cuda":
+    size, count = recipe.batch_size, here.world_size
+    if size % count:
+        raise UserError(f"--batch_size {size} is not a multiple of the {count} ranks")
+    if recipe.sync_batchnorm and count > 1 and here.device.type != "cuda":
         raise UserError("--sync_batchnorm: torch's SyncBatchNorm needs GPUs: drop it")
 
 
-def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
+def read_flags(argv: Sequence[str] | None) -> tuple[Recipe, Checkpoint | None]:
     """The recipe that the flags mean, and the checkpoint to start from, if any.
 
     A resumed run's flags are its own unless given again.
@@ -381,7 +370,6 @@ def read_flags(argv: Sequence[str]) -> tuple[Recipe, Checkpoint | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     given = build_parser().parse_args(argv)
     flags.refuse([given_refusals], given)
     torch.backends.cudnn.benchmark = True
@@ -399,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
             folder = ranks.from_first(lambda: new_folder(parent, name))
-            with at_work_in(folder, here.first, new=True):
+            with at_work_in(folder, here.first):
                 train(recipe, start, folder, here)
     if recipe.comparison and here.first:
         compare_best(folder / BEST, recipe)

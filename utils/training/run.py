@@ -61,24 +61,16 @@ class Run:
         left = "no checkpoint was written yet"
         if self.path.exists():
             left = f"the last good checkpoint is {self.path}"
-        raise UserError(
-            f"the loss became {loss} in epoch {self.epoch + 1}: use a lower --lr than {lr:g}; "
-            f"{left}"
-        )
+        raise UserError(f"the loss became {loss}: use a lower --lr than {lr:g}; {left}")
 
     def finish_epoch(
         self, loss: float, train_pct: float, val_loss: float, val_pct: float, write: bool
     ) -> None:
         """One epoch more: into the history, and to disk if this rank is to `write`."""
         self.epoch += 1
-        self.history.append(
-            {
-                "loss": loss,
-                "train_accuracy_pct": train_pct,
-                "val_loss": val_loss,
-                "val_accuracy_pct": val_pct,
-            }
-        )
+        past = {"loss": loss, "train_accuracy_pct": train_pct}
+        past |= {"val_loss": val_loss, "val_accuracy_pct": val_pct}
+        self.history.append(past)
         if write:
             self.save(val_loss)
 
@@ -140,26 +132,23 @@ def load_to_resume(path: Path) -> Checkpoint:
     if last > checkpoint.epoch:
         raise UserError(f"--resume {newest}: the run went on to {there[last]}; resume that")
     if checkpoint.optimizer is None:
-        raise UserError(
-            f"--resume {path}: it holds no optimizer state; resume the last epoch's ckpt_<epoch>, "
-            "or start from it with --load_ckpt"
-        )
+        mend = "resume the last ckpt_<epoch>, or start from it with --load_ckpt"
+        raise UserError(f"--resume {path}: it holds no optimizer state; {mend}")
     return checkpoint
 
 
 @contextmanager
-def at_work_in(folder: Path, first: bool, new: bool = False) -> Iterator[None]:
-    """Meanwhile no other process trains in `folder`.
+def at_work_in(folder: Path, first: bool) -> Iterator[None]:
+    """Meanwhile no other process trains in `folder`, which goes if it is empty in the end.
 
     Args:
         first: whether this is the rank that writes.
-        new: a run that ends without a checkpoint leaves no folder.
 
     Raises:
         UserError: another process does; or this one is interrupted, and how to go on.
     """
     try:
-        with locked(folder, make=new) if first else nullcontext():
+        with locked(folder, make=True) if first else nullcontext():
             yield
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, KeyboardInterrupt):
