@@ -530,7 +530,7 @@ def test_attributes_methods_and_hooks_stay():
 @pytest.mark.parametrize(
     ("network", "why"),
     [
-        (Unlike, "differs between training and evaluation"),
+        (Unlike, "control flow"),
         (TwoNames, "in place that has another name"),
         (Branch, "control flow"),
         (ByShape, "control flow"),

@@ -12,16 +12,18 @@ its children count as single steps, whatever they do.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from layers import Add, Mul
-from utils.quantization.watch import Operation, evaluating, file_and_line, watch
+from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
 ADDING = ("add", "iadd", "radd")
 MULTIPLYING = ("mul", "multiply", "imul", "rmul")
@@ -61,8 +63,12 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
 
 def is_candidate(operation: Operation) -> bool:
     """Whether it is a function on feature maps (N, C, H, W) that may become a module."""
-    word = operation.function.strip("_")
-    maps = [shape for shape in operation.shapes if len(shape) == 4]
+    return _may_become_module(operation.function.strip("_"), operation.shapes)
+
+
+def _may_become_module(word: str, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """The same of a function's name and the shapes of the tensors that it reads."""
+    maps = [shape for shape in shapes if len(shape) == 4]
     if word in ADDING:
         return len(maps) == 2 and maps[0] == maps[1]
     if word in MULTIPLYING:
@@ -71,35 +77,27 @@ def is_candidate(operation: Operation) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Traces one module's own `forward` as it was called.
+    """Traces one module's own `forward` as it is called in evaluation.
 
     `self.training` becomes a node of the graph, so that `F.dropout` goes on to obey it.
-
-    Args:
-        given: its arguments by name, those of the call or else the defaults.
-        training: which way a branch on `self.training` takes.
     """
-
-    def __init__(self, given: dict[str, Any], training: bool):
-        super().__init__()
-        self._given = given
-        self._training = training
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
-    def to_bool(self, proxy: fx.Proxy) -> bool:
-        if (proxy.node.op, proxy.node.target) == ("get_attr", "training"):
-            return self._training
-        return super().to_bool(proxy)
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any]) -> fx.Graph:
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            root.training = False
 
     def create_args_for_root(
-        self, forward: Callable[..., Any], is_module: bool, concrete_args: Any = None
+        self, forward: Callable[..., Any], is_module: bool, concrete_args: dict[str, Any]
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Stand-ins for tensors and lists of them; what else is given counts as constant."""
         args: list[Any] = [self.root]
         parameters = inspect.signature(self.root.forward).parameters
-        for name, value in self._given.items():
+        for name, value in concrete_args.items():
             default = parameters[name].default
             proxy = self.create_proxy(
                 "placeholder", name, () if default is inspect.Parameter.empty else (default,), {}
@@ -114,25 +112,19 @@ class _Tracer(fx.Tracer):
         return forward, args
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph, and notes the shape of each node that is a tensor."""
+class _Interpreter(fx.Interpreter):
+    """Runs a graph node by node, and keeps what each makes in `env`."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # fx's lists cannot be changed, and HRNet changes those that it gets
         lists = [list(arg) if isinstance(arg, list) else arg for arg in args]
         return super().call_module(target, tuple(lists), kwargs)
 
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if isinstance(value, Tensor):
-            node.meta["shape"] = tuple(value.shape)
-        return value
-
 
 def _reason(error: Exception) -> str:
     """Why the functional operations of a module stay: an error, and where it was raised."""
-    places = [file_and_line(f.f_code.co_filename, n) for f, n in walk_tb(error.__traceback__)]
-    at = next((place for place in reversed(places) if place), "its forward")
+    innermost_first = reversed(list(walk_tb(error.__traceback__)))
+    at = first_place(innermost_first) or "its forward"
     return f"which torch.fx cannot trace at {at}: {str(error).splitlines()[0]}"
 
 
@@ -140,10 +132,14 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Replace the functional operations of one module's own `forward`, called as shown."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    expected = _run(module, bound.arguments)
-    graph = _graph_of(module, bound.arguments)
+    expected = _run(module.forward, bound.arguments)
+    graph = _Tracer().trace(module, bound.arguments)
     holder = fx.GraphModule(module, graph)
-    _Shapes(holder).run(*_cloned(bound.arguments).values())
+    interpreter = _Interpreter(holder, garbage_collect_values=False)
+    interpreter.run(*_cloned(bound.arguments).values())
+    for node, value in interpreter.env.items():
+        if isinstance(value, Tensor):
+            node.meta["shape"] = tuple(value.shape)
     children = {}
     for node in list(graph.nodes):
         made = _module_for(node)
@@ -163,18 +159,16 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         graph.erase_node(node)
     if not children:
         return
-    # the children, and the new `forward` in a subclass of the module's own class, of its name
     holder.recompile()
-    cls = type(module)
-    content = {"forward": type(holder).forward, "__module__": cls.__module__}
-    module.__class__ = type(cls.__name__, (cls,), content | {"__doc__": cls.__doc__})
+    pairs = zip(_run(holder.forward, bound.arguments), expected, strict=True)
+    if not all(torch.equal(found, wanted) for found, wanted in pairs):
+        raise ValueError("it changes a tensor in place that has another name, too")
+    # the children, and the new `forward` in a subclass of the module's own class, of its name
     for child_name, child in children.items():
         module.add_module(child_name, child.eval())
-    if not _equal(_run(module, bound.arguments), expected):
-        module.__class__ = cls
-        for child_name in children:
-            delattr(module, child_name)
-        raise ValueError("it changes a tensor in place that has another name, too")
+    cls = type(module)
+    content = {"forward": type(holder).forward, "__module__": cls.__module__}
+    module.__class__ = type(cls.__name__, (cls,), content)
 
 
 def _cloned(values: Any) -> Any:
@@ -182,59 +176,39 @@ def _cloned(values: Any) -> Any:
     return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
 
 
-def _run(module: nn.Module, given: dict[str, Any]) -> Any:
-    """What a module returns, and what it leaves of the tensors that it is given."""
+def _run(forward: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:
+    """What a module's `forward` returns, and what it leaves of the tensors that it is given."""
     given = _cloned(given)
-    tensors = tree_leaves(given)
-    return module(**given), tensors
+    tensors = tensors_in(given)
+    return [*tensors_in(forward(**given)), *tensors]
 
 
-def _equal(result: Any, other: Any) -> bool:
-    """Whether all tensors of two results are the same bit for bit."""
-    pairs = zip(tree_leaves(result), tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
-
-
-def _graph_of(module: nn.Module, given: dict[str, Any]) -> fx.Graph:
-    """The graph of a module's own `forward`, its children as single nodes.
-
-    Raises:
-        ValueError: training takes another way than evaluation.
-    """
-    training = module.training
-    try:
-        graphs = [_Tracer(given, mode).trace(module) for mode in (True, False)]
-    finally:
-        module.training = training
-    if str(graphs[0]) != str(graphs[1]):
-        raise ValueError("its forward differs between training and evaluation")
-    return graphs[1]
-
-
-def _module_for(node: fx.Node) -> tuple[str, nn.Module, tuple[Any, ...]] | None:
+def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
     """Name and module to put in place of a functional call, and what it reads; None: none."""
-    if node.op not in ("call_function", "call_method") or not node.args or not _shape(node):
-        return None
     word = _word(node)
-    first, *rest = node.args
     shapes = [_shape(arg) for arg in node.args]
-    two_maps = len(node.args) == 2 and not node.kwargs and all(len(s) == 4 for s in shapes)
-    if word in ADDING and two_maps and shapes[0] == shapes[1]:
+    is_function = node.op in ("call_function", "call_method")
+    if not is_function or not _may_become_module(word, shapes):
+        return None
+    # `alpha=` makes another operation of it
+    if word in ADDING and not node.kwargs:
         return "add", Add(), node.args
-    if word in MULTIPLYING and two_maps:
+    if word in MULTIPLYING:
         factor = _factor(node, shapes)
         if factor is not None:
             return "mul", Mul(), (node.args[factor], node.args[1 - factor])
-    if len(shapes[0]) != 4 or any(isinstance(arg, fx.Node) for arg in rest):
+    # the size of a pool's windows may be computed, too
+    inputs = node.args[:1]
+    if tuple(node.all_input_nodes) != inputs:
         return None
     if word == "mean" and _is_global_mean(node):
-        return "avgpool", nn.AdaptiveAvgPool2d(1), (first,)
+        return "avgpool", nn.AdaptiveAvgPool2d(1), inputs
     if word in UNARY:
         name, kind = UNARY[word]
-        child = kind(*rest, **node.kwargs)
+        child = kind(*node.args[1:], **node.kwargs)
         # what the quantized form reads is a copy
         child.inplace = False
-        return name, child, (first,)
+        return name, child, inputs
     return None
 
 
@@ -270,12 +244,11 @@ def _factor(node: fx.Node, shapes: list[tuple[int, ...]]) -> int | None:
 
 def _comes_from_pool(node: fx.Node) -> bool:
     """Whether one of the steps before, each with a single input, is an average pool."""
-    modules = dict(node.graph.owning_module.named_modules())
-    while node.op != "placeholder" and node.all_input_nodes:
-        if _word(node) in ("mean", "adaptive_avg_pool2d"):
-            return True
-        if node.op == "call_module" and isinstance(modules[node.target], nn.AdaptiveAvgPool2d):
-            return True
+    while node.all_input_nodes:
+        if node.op == "call_module":
+            module = node.graph.owning_module.get_submodule(node.target)
+            if isinstance(module, nn.AdaptiveAvgPool2d):
+                return True
         node = node.all_input_nodes[0]
     return False
 
@@ -297,21 +270,18 @@ def place_additions(operations: list[Operation]) -> None:
     convolutions the one adds that has less to lose: a 1x1 rather than a 3x3, and of two of a size
     the one with less work. Where no convolution is, both operands are rounded.
     """
-    rounds: dict[Add, set[int]] = {}
+    # one module may add at several places
+    rounds: dict[Add, set[int]] = defaultdict(set)
     for operation in operations:
         if not isinstance(operation.module, Add):
             continue
-        rounded = {0, 1}
         costs = {}
         for operand, source in enumerate(operation.reads):
             conv = _convolution(source)
             if conv is not None:
-                area = conv.module.kernel_size[0] * conv.module.kernel_size[1]
-                costs[operand] = (area, conv.macs)
-        if costs:
-            rounded.discard(min(costs, key=costs.__getitem__))
-        # one module may add at several places
-        rounds.setdefault(operation.module, set()).update(rounded)
+                costs[operand] = (math.prod(conv.module.kernel_size), conv.macs)
+        adding = min(costs, key=costs.__getitem__, default=None)
+        rounds[operation.module] |= {0, 1} - {adding}
     for module, operands in rounds.items():
         module.rounds = tuple(sorted(operands))
 

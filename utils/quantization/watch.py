@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_stack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,22 +84,20 @@ class Watch(TorchFunctionMode):
         self._owners: list[str] = []
         self._layers_deep = 0
         self._flops = FlopCounterMode(display=False)
-        self._flops_before = 0
+        self._flops_noted = 0
         self._made: dict[int, Operation] = {}
         # an id names a tensor only as long as that is there
         self._kept: list[Tensor] = []
-        self._hooks: list[Any] = []
+        self._exits = ExitStack()
 
     def __enter__(self) -> Watch:
         self._hook(self._model, "", set())
-        self._flops.__enter__()
+        self._exits.enter_context(self._flops)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._flops.__exit__(*exception)
-        for hook in self._hooks:
-            hook.remove()
+        self._exits.close()
 
     def _hook(self, module: nn.Module, name: str, seen: set[nn.Module]) -> None:
         """Look on at each call of a layer, and at which module's `forward` is running."""
@@ -110,7 +109,6 @@ class Watch(TorchFunctionMode):
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer:
                 self._layers_deep += 1
-                self._flops_before = self._flops.get_total_flops()
                 return
             self._owners.append(name)
             # a list may be appended to later: DenseNet's is
@@ -123,8 +121,8 @@ class Watch(TorchFunctionMode):
             else:
                 self._owners.pop()
 
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
+        self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._exits.enter_context(module.register_forward_hook(after, with_kwargs=True))
         # the activation that a BatchNorm may hold is a layer too
         if not layer or isinstance(module, nn.modules.batchnorm._BatchNorm):
             for child_name, child in module.named_children():
@@ -136,39 +134,40 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._layers_deep or not self._owners:
             return function(*args, **kwargs)
-        self._flops_before = self._flops.get_total_flops()
         out = function(*args, **kwargs)
         word = getattr(function, "__name__", "")
-        computed = any(id(tensor) in self._made for tensor in _tensors((args, kwargs)))
+        where = first_place(walk_stack(sys._getframe()))
+        computed = any(id(tensor) in self._made for tensor in tensors_in((args, kwargs)))
         if word in READS_A_VALUE and computed:
-            self.value_reads.append(_where())
-        elif any(True for _ in _tensors(out)):
-            self._note(self._owners[-1], None, word, (args, kwargs), out, _where())
+            self.value_reads.append(where)
+        else:
+            self._note(self._owners[-1], None, word, (args, kwargs), out, where)
         return out
 
     def _note(
         self, name: str, module: nn.Module | None, function: str, given: Any, out: Any, where: str
     ) -> None:
-        read, made = list(_tensors(given)), list(_tensors(out))
+        read, made = tensors_in(given), tensors_in(out)
         if not made:
             return
         parameters = [tensor for tensor in read if isinstance(tensor, nn.Parameter)]
         self.parameters_read.update(map(id, parameters))
         read = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
-        flops = self._flops.get_total_flops() - self._flops_before
+        flops = self._flops.get_total_flops()
         operation = Operation(
             name,
             module,
             function,
             shapes=[tuple(tensor.shape) for tensor in read],
             shape=tuple(made[0].shape),
-            macs=flops // 2 // self._images,
+            macs=(flops - self._flops_noted) // 2 // self._images,
             where=where,
             reads=[self._made.get(id(tensor)) for tensor in read],
         )
         for source in operation.reads:
             if source is not None:
                 source.readers.append(operation)
+        self._flops_noted = flops
         # what works in place returns the tensor that it read: from now on it is this one's
         for tensor in made:
             self._made[id(tensor)] = operation
@@ -176,10 +175,14 @@ class Watch(TorchFunctionMode):
         self.operations.append(operation)
 
 
+def is_quantizable(module: nn.Module | None) -> bool:
+    """Whether a layer is quantized or has a quantized form."""
+    return isinstance(module, QuantizedLayer) or quantized_form(module) is not None
+
+
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one operation: torch's own, a quantized one, or a BatchNorm."""
-    known = isinstance(module, (QuantizedLayer, nn.modules.batchnorm._BatchNorm))
-    if known or quantized_form(module) is not None:
+    """Whether a module is one operation: torch's own, a quantizable one, or a BatchNorm."""
+    if is_quantizable(module) or isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
     return type(module).__module__.startswith("torch.nn") and not any(module.children())
 
@@ -210,19 +213,14 @@ def example_images(height: int, width: int, channels: int = 3) -> Tensor:
     return (values * 0.7).sin().reshape(2, channels, height, width)
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+def tensors_in(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _where() -> str:
-    """File and line of the innermost call that is not torch's or this file's."""
-    for frame, line in walk_stack(sys._getframe(1)):
-        if place := file_and_line(frame.f_code.co_filename, line):
-            return place
+def first_place(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """`net.py:12`, the first that is not torch's or of this folder; "" if there is none."""
+    for frame, line in frames:
+        file = frame.f_code.co_filename
+        if not file.startswith((TORCH_FOLDER, str(Path(__file__).parent))):
+            return f"{Path(file).name}:{line}"
     return ""
-
-
-def file_and_line(file: str, line: int) -> str:
-    """`net.py:12`; "" if the file is torch's or of this folder."""
-    ours = file.startswith((TORCH_FOLDER, str(Path(__file__).parent)))
-    return "" if ours else f"{Path(file).name}:{line}"
