@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from layers.quantized import QuantizedLayer
 from layers.quantizers import CODE_MAX, Quantizer, per_channel
-from utils.quantization.swap import is_quantizable
-from utils.quantization.watch import Operation, evaluating, watch
+from utils.quantization.watch import Operation, evaluating, is_quantizable, watch
 from utils.specs import CodeUse, LayerFacts
 
 LOWEST, HIGHEST = -CODE_MAX - 2, CODE_MAX + 1
@@ -34,8 +33,7 @@ def layer_facts(model: nn.Module, images: Tensor) -> list[LayerFacts]:
     example = images[:2]
     for operation in watch(model, example).operations:
         module = operation.module
-        quantized = isinstance(module, QuantizedLayer)
-        if module is not None and (quantized or operation.macs or is_quantizable(module)):
+        if module is not None and (operation.macs or is_quantizable(module)):
             calls[operation.name].append(operation)
     return [_facts(name, called, len(example), counts) for name, called in calls.items()]
 
@@ -89,10 +87,8 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
 def _code_use(operand: str, quantizer: Quantizer, counts: Tensor) -> CodeUse:
     """What `counts` of `count_codes` say in short."""
     total = int(counts.sum())
-    # a weight's codes end at -127
-    first = -CODE_MAX if quantizer.narrow_range else -CODE_MAX - 1
     found = torch.arange(LOWEST, HIGHEST + 1)
-    given = found.clamp(first, CODE_MAX)
+    given = found.clamp(quantizer.code_min, CODE_MAX)
     clipped = int(counts[found != given].sum())
     # -128..127; what is beyond the range gets its last code
     codes = torch.zeros(256, dtype=torch.int64).index_add_(0, given + 128, counts)

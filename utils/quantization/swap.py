@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
 from utils.quantization.modularize import modularize
-from utils.quantization.watch import watch
+from utils.quantization.watch import is_quantizable, watch
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every layer that is quantized or could be, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_quantizable(module)}
-
-
-def is_quantizable(module: nn.Module | None) -> bool:
-    """Whether a layer is quantized or has a quantized form."""
-    return isinstance(module, QuantizedLayer) or quantized_form(module) is not None
 
 
 def select(
