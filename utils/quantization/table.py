@@ -8,15 +8,12 @@ from layers import Add
 from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
 from utils.quantization.modularize import is_candidate
-from utils.quantization.swap import is_quantizable
-from utils.quantization.watch import Operation, watch
+from utils.quantization.watch import Operation, is_quantizable, watch
 from utils.records import text_table
-
-CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 def layer_table(model: nn.Module, example: Tensor) -> str:
-    """Every operation with a weight or of feature maps: its form, its ranges, or why it is float.
+    """Every operation that multiplies or could be INT8: its form, its ranges, or why it is float.
 
     The last lines say how much of the multiply-adds is INT8, and what stays in float.
 
@@ -26,23 +23,16 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
     operations = []
     for operation in watch(model, example).operations:
         worth_a_row = is_quantizable(operation.module) or is_candidate(operation)
-        if operation.macs or worth_a_row or operation.function in CONCATENATIONS:
+        if operation.macs or worth_a_row:
             operations.append(operation)
     total = sum(operation.macs for operation in operations) or 1
 
     rows = [("layer", "type", "multiply-adds", "form", "ranges: input; weight, factor or other")]
     for operation in operations:
         share = f"{100 * operation.macs / total:.1f} %" if operation.macs else "-"
-        module = operation.module
         name = operation.name or "(the network itself)"
-        kind = operation.function or type(module).__name__
-        if isinstance(module, QuantizedLayer):
-            quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
-            rows.append((name, kind, share, "INT8", "; ".join(map(_range, quantizers))))
-        elif operation.function in CONCATENATIONS:
-            rows.append((name, kind, share, "-", "rounded as what reads it says"))
-        else:
-            rows.append((name, kind, share, "float", _why_float(operation)))
+        kind = operation.function or type(operation.module).__name__
+        rows.append((name, kind, share, *_form(operation)))
     called = {operation.name for operation in operations}
     for name, module in model.named_modules():
         if is_quantizable(module) and name not in called:
@@ -50,12 +40,15 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
     return f"{text_table(rows, names=len(rows[0]))}\n{_summary(operations, total)}"
 
 
-def _why_float(operation: Operation) -> str:
-    if operation.module is None:
-        return f"functional, at {operation.where}"
-    if not is_quantizable(operation.module):
-        return "no quantized form"
-    return "not selected"
+def _form(operation: Operation) -> tuple[str, str]:
+    """The form of an operation, and its ranges or why it has none."""
+    module = operation.module
+    if isinstance(module, QuantizedLayer):
+        quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
+        return "INT8", "; ".join(map(_range, quantizers))
+    if module is None:
+        return "float", f"functional, at {operation.where}"
+    return "float", "not selected" if is_quantizable(module) else "no quantized form"
 
 
 def _summary(operations: list[Operation], total: int) -> str:
@@ -67,12 +60,9 @@ def _summary(operations: list[Operation], total: int) -> str:
     text = f"INT8: {100 * macs / total:.1f} % of the multiply-adds"
     if additions:
         text += f", {len(added)} of {len(additions)} additions"
-    rest = []
-    for op in operations:
-        name = f"{op.name}.{op.function}".strip(".") if op.function else op.name
-        passes = op in quantized or op.function in CONCATENATIONS
-        if not passes and name not in rest:
-            rest.append(name)
+    floats = [op for op in operations if op not in quantized]
+    # a layer may be called several times
+    rest = list(dict.fromkeys(f"{op.name}.{op.function}".strip(".") for op in floats))
     if not rest:
         return f"{text}; float: nothing of these"
     more = f" and {len(rest) - 8} more" if len(rest) > 8 else ""
