@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from layers.normalize import FromImages
 from layers.quantized import QuantizedLayer
@@ -67,7 +67,7 @@ def export_onnx(
             "always go the one way: compute both and choose by torch.where"
         )
     network = FromImages(to_inference(model, example), mean, std).eval()
-    graph = _traced(network, image_size)
+    graph = _traced(network, torch.zeros(2, *image_size, len(mean), dtype=torch.uint8))
     merge_shared_quantizers(graph)
     fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
     for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16_stem))):
@@ -76,15 +76,14 @@ def export_onnx(
             partial.write_bytes(version.SerializeToString())
 
 
-def _traced(network: FromImages, image_size: tuple[int, int]) -> ModelProto:
-    channels = len(network.normalize.scale)
+def _traced(network: nn.Module, images: Tensor) -> ModelProto:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # this exporter is deprecated, but its successor cannot export fake quantization
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            (torch.zeros(2, *image_size, channels, dtype=torch.uint8),),
+            (images,),
             buffer,
             dynamo=False,
             opset_version=OPSET,
@@ -109,15 +108,15 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
     shapes = {}
     for value in graph.value_info:
         shapes[value.name] = [side.dim_value for side in value.type.tensor_type.shape.dim]
-    # codes of activations and what is dequantized of them; nodes are in the order of their runs
+    # activations that are rounded; nodes are in the order of their runs
     quantized: set[str] = set()
     names, idle = [], []
     for node in graph.node:
         source = node.input[0] if node.input else ""
-        if node.op_type == QUANTIZE:
-            quantized.update(node.output if source not in constants else ())
-        elif node.op_type == DEQUANTIZE:
-            quantized.update(node.output if source in quantized else ())
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            # a weight that is rounded is a constant still
+            like_source = constants if source in constants else quantized
+            like_source.update(node.output)
         elif node.op_type == "GlobalAveragePool" and shapes.get(source, [])[2:] == [1, 1]:
             idle.append(node.name)
         elif not quantized.isdisjoint(node.input):
@@ -147,17 +146,11 @@ def to_fp16(model: ModelProto) -> ModelProto:
 def _round_constants(model: ModelProto) -> None:
     """Every FP32 constant to FP16, in place; quantized weights keep their codes."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    scales, sizes = set(), set()
-    quantizers = {}
+    sizes = set()
     for node in model.graph.node:
-        if node.op_type in ("Constant", "ConstantOfShape"):
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    tensors[node.output[0]] = attribute.t
-        if node.op_type == QUANTIZE:
-            quantizers[node.input[0]] = node
-        if node.op_type in (QUANTIZE, DEQUANTIZE):
-            scales.add(node.input[1])
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                tensors[node.output[0]] = attribute.t
         # how much larger an image becomes is FP32 by definition
         if node.op_type == "Resize":
             sizes.update(node.input[1:3])
@@ -167,16 +160,18 @@ def _round_constants(model: ModelProto) -> None:
         if tensor.data_type == TensorProto.FLOAT and name not in sizes:
             values[name] = numpy_helper.to_array(tensor)
             rounded[name] = values[name].astype(np.float16)
-            # a channel that does nothing has a scale of almost 0, and no engine accepts 0
-            if name in scales:
-                rounded[name] = np.maximum(rounded[name], np.float16(SMALLEST_FP16))
-    # a weight's scale was rounded: the weight moves to the new grid, where its codes are the same
-    for name in quantizers.keys() & values.keys():
-        axis = helper.get_node_attr_value(quantizers[name], "axis")
-        scale = quantizers[name].input[1]
-        codes = np.rint(values[name] / per_channel(values[scale], values[name], axis))
-        new_scale = per_channel(rounded[scale].astype(np.float32), codes, axis)
-        rounded[name] = (codes * new_scale).astype(np.float16)
+    for node in model.graph.node:
+        if node.op_type != QUANTIZE:
+            continue
+        # a channel that does nothing has a scale of almost 0, and no engine accepts 0
+        name, scale = node.input[:2]
+        rounded[scale] = np.maximum(rounded[scale], np.float16(SMALLEST_FP16))
+        # the scale was rounded: a weight moves to the new grid, where its codes are the same
+        if name in values:
+            axis = helper.get_node_attr_value(node, "axis")
+            codes = np.rint(values[name] / per_channel(values[scale], values[name], axis))
+            new_scale = per_channel(rounded[scale].astype(np.float32), codes, axis)
+            rounded[name] = (codes * new_scale).astype(np.float16)
     for name, value in rounded.items():
         tensors[name].CopyFrom(numpy_helper.from_array(value, tensors[name].name))
 
@@ -204,20 +199,19 @@ def merge_shared_quantizers(model: ModelProto) -> None:
     is enough.
     """
     renamed: dict[str, str] = {}
-    seen: dict[tuple[str, ...], str] = {}
+    made: dict[tuple[str, ...], str] = {}
     kept = []
     # nodes are in the order in which they run, so what a node reads has its final name by then
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        if node.op_type == "Identity" and node.output[0] != OUTPUT:
-            renamed[node.output[0]] = node.input[0]
-            continue
-        if node.op_type in (QUANTIZE, DEQUANTIZE):
-            key = (node.op_type, *node.input)
-            if key in seen:
-                renamed[node.output[0]] = seen[key]
-                continue
-            seen[key] = node.output[0]
-        kept.append(node)
+        output = same = node.output[0]
+        if node.op_type == "Identity" and output != OUTPUT:
+            same = node.input[0]
+        elif node.op_type in (QUANTIZE, DEQUANTIZE):
+            same = made.setdefault((node.op_type, *node.input), output)
+        if same == output:
+            kept.append(node)
+        else:
+            renamed[output] = same
     del model.graph.node[:]
     model.graph.node.extend(kept)
