@@ -66,25 +66,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     if not batches:
         raise UserError("there are no images to calibrate with")
     quantizers = _quantizers(model)
-    activations = {name: found for name, found in quantizers.items() if found.axis is None}
 
-    # first pass, in float: the largest magnitudes, which are all that "max" needs
+    # first pass, in float: the largest magnitudes, which are all that weights and "max" need
     for quantizer in quantizers.values():
         quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
         quantizer.disable_quant()
-    for module in model.modules():
-        if hasattr(module, "weight_quantizer"):
-            module.weight_quantizer._calibrator.collect(module.weight)
-    _collect(model, batches, activations.values())
-    largest = {name: quantizer._calibrator.compute_amax() for name, quantizer in quantizers.items()}
-    _require_finite(largest)
+    _collect(model, batches, quantizers.values())
+    for name, quantizer in quantizers.items():
+        _require_finite(name, quantizer._calibrator.compute_amax())
 
     # second pass: how the activations are spread below them
     if method != "max":
         counter = _Histogram if method in ("percentile", "entropy") else _RoundingError
-        for name, quantizer in activations.items():
-            quantizer._calibrator = counter(largest[name], method)
-        _collect(model, batches, activations.values())
+        activations = [found for found in quantizers.values() if found.axis is None]
+        for quantizer in activations:
+            quantizer._calibrator = counter(quantizer._calibrator.compute_amax(), method)
+        _collect(model, batches, activations)
 
     progress = tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False)
     for quantizer in progress:
@@ -98,12 +95,11 @@ def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {name: child for name, child in model.named_modules() if isinstance(child, Quantizer)}
 
 
-def _require_finite(largest: dict[str, Tensor | None]) -> None:
-    for name, amax in largest.items():
-        if amax is None:
-            raise UserError(f"{name} was never computed: the model does not call its layer")
-        if not torch.isfinite(amax).all():
-            raise UserError(f"{name} met values that are not finite: weights or images are broken")
+def _require_finite(name: str, amax: Tensor | None) -> None:
+    if amax is None:
+        raise UserError(f"{name} was never computed: the model does not call its layer")
+    if not torch.isfinite(amax).all():
+        raise UserError(f"{name} met values that are not finite: weights or images are broken")
 
 
 def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Quantizer]) -> None:
