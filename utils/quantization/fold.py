@@ -41,7 +41,7 @@ def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
         only_reader = len(source.readers) == 1
         called_once = calls[source.name] == calls[op.name] == 1
         parameters = [*source.module.parameters(), *op.module.parameters()]
-        read_directly = not watched.parameters_read.isdisjoint(map(id, parameters))
+        read_directly = not watched.parameters_read.isdisjoint(parameters)
         if only_reader and called_once and not read_directly:
             pairs.append((source.name, op.name))
     return pairs

@@ -68,9 +68,9 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         operations: in the order of their calls.
-        inputs: name of each module with children -> arguments of its first call.
+        inputs: name of each module -> arguments of its first call.
         value_reads: file and line of each place where Python reads a computed value.
-        parameters_read: ids of the parameters that functions read, outside of their layers.
+        parameters_read: those that functions read, outside of their layers.
     """
 
     def __init__(self, model: nn.Module, images: int):
@@ -78,16 +78,14 @@ class Watch(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.value_reads: list[str] = []
-        self.parameters_read: set[int] = set()
+        self.parameters_read: set[Tensor] = set()
         self._model = model
         self._images = images
-        self._owners: list[str] = []
-        self._layers_deep = 0
+        # names of the modules whose `forward` is running, the innermost last; None is a layer
+        self._running: list[str | None] = []
         self._flops = FlopCounterMode(display=False)
         self._flops_noted = 0
-        self._made: dict[int, Operation] = {}
-        # an id names a tensor only as long as that is there
-        self._kept: list[Tensor] = []
+        self._made: dict[Tensor, Operation] = {}
         self._exits = ExitStack()
 
     def __enter__(self) -> Watch:
@@ -107,19 +105,14 @@ class Watch(TorchFunctionMode):
         layer = is_layer(module)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer:
-                self._layers_deep += 1
-                return
-            self._owners.append(name)
+            self._running.append(None if layer else name)
             # a list may be appended to later: DenseNet's is
             self.inputs.setdefault(name, tree_map(lambda value: value, (args, kwargs)))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if layer:
                 self._note(name, module, "", (args, kwargs), out, "")
-                self._layers_deep -= 1
-            else:
-                self._owners.pop()
+            self._running.pop()
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         self._exits.enter_context(module.register_forward_hook(after, with_kwargs=True))
@@ -132,16 +125,16 @@ class Watch(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._layers_deep or not self._owners:
-            return function(*args, **kwargs)
         out = function(*args, **kwargs)
+        if not self._running or None in self._running:
+            return out
         word = getattr(function, "__name__", "")
         where = first_place(walk_stack(sys._getframe()))
-        computed = any(id(tensor) in self._made for tensor in tensors_in((args, kwargs)))
+        computed = any(tensor in self._made for tensor in tensors_in((args, kwargs)))
         if word in READS_A_VALUE and computed:
             self.value_reads.append(where)
         else:
-            self._note(self._owners[-1], None, word, (args, kwargs), out, where)
+            self._note(self._running[-1], None, word, (args, kwargs), out, where)
         return out
 
     def _note(
@@ -150,8 +143,7 @@ class Watch(TorchFunctionMode):
         read, made = tensors_in(given), tensors_in(out)
         if not made:
             return
-        parameters = [tensor for tensor in read if isinstance(tensor, nn.Parameter)]
-        self.parameters_read.update(map(id, parameters))
+        self.parameters_read.update(t for t in read if isinstance(t, nn.Parameter))
         read = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
         flops = self._flops.get_total_flops()
         operation = Operation(
@@ -162,7 +154,7 @@ class Watch(TorchFunctionMode):
             shape=tuple(made[0].shape),
             macs=(flops - self._flops_noted) // 2 // self._images,
             where=where,
-            reads=[self._made.get(id(tensor)) for tensor in read],
+            reads=[self._made.get(tensor) for tensor in read],
         )
         for source in operation.reads:
             if source is not None:
@@ -170,8 +162,7 @@ class Watch(TorchFunctionMode):
         self._flops_noted = flops
         # what works in place returns the tensor that it read: from now on it is this one's
         for tensor in made:
-            self._made[id(tensor)] = operation
-        self._kept += made
+            self._made[tensor] = operation
         self.operations.append(operation)
 
 
