@@ -113,7 +113,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph node by node, and keeps what each makes in `env`."""
+    """Runs a graph node by node."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # fx's lists cannot be changed, and HRNet changes those that it gets
@@ -135,6 +135,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     expected = _run(module.forward, bound.arguments)
     graph = _Tracer().trace(module, bound.arguments)
     holder = fx.GraphModule(module, graph)
+    # `env` is what each node makes
     interpreter = _Interpreter(holder, garbage_collect_values=False)
     interpreter.run(*_cloned(bound.arguments).values())
     for node, value in interpreter.env.items():
