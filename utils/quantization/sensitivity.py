@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,8 +129,7 @@ def switched(model: nn.Module) -> Iterator[Switched]:
 
 def before(calls: Calls, changed: Collection[str]) -> Calls:
     """The calls before the first of a layer that is `changed`."""
-    names = [name for name, _ in calls]
-    return calls[: next(index for index, name in enumerate(names) if name in changed)]
+    return list(takewhile(lambda call: call[0] not in changed, calls))
 
 
 def parts_of(names: Sequence[str]) -> dict[str, list[str]]:
@@ -180,43 +180,38 @@ def scan(
         progress: what is known already; it is gone on with, in place.
         save: called with it after each batch.
     """
-    parts = parts_of(list(network.layers))
-    steps = len(parts) * len(batches)
-    images = 0
-    with tqdm(total=steps, desc="sensitivity", unit="part", leave=False) as bar:
-        for index, (batch, labels) in enumerate(batches):
-            images += len(labels)
-            if index < progress.batches:
-                bar.update(len(parts))
-                continue
-            _add_batch(network, batch, labels, parts, progress, bar)
+    count = 0
+    for index, (images, labels) in enumerate(batches):
+        count += len(labels)
+        if index >= progress.batches:
+            what = f"sensitivity, batch {index + 1} of {len(batches)}"
+            _add_batch(network, images, labels, progress, what)
             progress.batches += 1
             save(progress)
-    return _result(progress, precision, images)
+    return _result(progress, precision, count)
 
 
 def _add_batch(
-    network: Switched,
-    images: Tensor,
-    labels: Tensor,
-    parts: dict[str, list[str]],
-    progress: Progress,
-    bar: tqdm,
+    network: Switched, images: Tensor, labels: Tensor, progress: Progress, what: str
 ) -> None:
-    """Let a batch go through all runs, and add what that measures to `progress`."""
+    """Let a batch go through all runs, and add what that measures to `progress`.
+
+    Args:
+        what: label of the progress bar.
+    """
     in_float: Calls = []
     in_int8: Calls = []
     logits = network(images, (), keep=in_float).double()
     network(images, network.layers, keep=in_int8)
     progress.signal += float(logits.square().sum())
-    for part, members in parts.items():
+    parts = parts_of(list(network.layers))
+    for part, members in tqdm(parts.items(), what, unit="part", leave=False):
         others = network.layers.keys() - set(members)
         only = network(images, members, before(in_float, members))
         without = network(images, others, before(in_int8, members))
         sums = progress.sums.get(part, [0.0] * 4)
         found = [*_sums(only, logits, labels), *_sums(without, logits, labels)]
         progress.sums[part] = [a + b for a, b in zip(sums, found, strict=True)]
-        bar.update()
 
 
 def _sums(logits: Tensor, reference: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -226,14 +221,15 @@ def _sums(logits: Tensor, reference: Tensor, labels: Tensor) -> tuple[float, flo
 
 
 def _result(progress: Progress, precision: str, images: int) -> Scan:
+    def sqnr_db(noise: float) -> float | None:
+        found = decibels(progress.signal, noise)
+        return found if math.isfinite(found) else None
+
     rows = []
-    for part, sums in progress.sums.items():
-        sqnrs_db: list[float | None] = []
-        for noise in sums[::2]:
-            sqnr_db = decibels(progress.signal, noise)
-            sqnrs_db.append(sqnr_db if math.isfinite(sqnr_db) else None)
-        only, without = (100 * right / images for right in sums[1::2])
-        rows.append(Sensitivity(part, sqnrs_db[0], only, sqnrs_db[1], without))
+    for part, (noise, right, noise_without, right_without) in progress.sums.items():
+        only = sqnr_db(noise), 100 * right / images
+        without = sqnr_db(noise_without), 100 * right_without / images
+        rows.append(Sensitivity(part, *only, *without))
     # most noise first
     rows.sort(key=lambda row: math.inf if row.only_sqnr_db is None else row.only_sqnr_db)
     return Scan(precision, images, rows)
