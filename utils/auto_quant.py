@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -24,10 +23,11 @@ import numpy as np
 import dataset
 from utils import compare, records
 from utils.backends.network import Network
-from utils.checkpoint import Checkpoint, load_weights
+from utils.checkpoint import Checkpoint
 from utils.compare import Comparison
+from utils.engine_layers import held
 from utils.errors import UserError
-from utils.manifest import ENGINES, PRECISIONS, graph_file, layer_of
+from utils.manifest import ENGINES, PRECISIONS, graph_file
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
@@ -129,23 +129,20 @@ class Tuner:
             UserError: the back end cannot be had.
         """
         val = batches_of(*self.val, self.checkpoint.data)
+        images = compare.random_images(self.checkpoint.data, self.comparison.batch_sizes[0])
         with tempfile.TemporaryDirectory() as draft, switched(self.model) as network:
             names = list(network.layers)
-
-            def accuracy(skip: Sequence[str]) -> float:
-                return accuracy_pct(network, val, set(names) - set(skip))
-
             # the export has some of these graphs again, and so has another run: built once
             cache = self.folder / ENGINES
             backend = compare.choose_backend(Path(draft), self.comparison, engines=cache)
 
+            def accuracy(skip: Sequence[str]) -> float:
+                return accuracy_pct(network, val, set(names) - set(skip))
+
             def engines(skip: Sequence[str]) -> list[Network]:
-                precisions = self._draft(Path(draft), skip)
-                return [backend(precision) for precision in precisions]
+                return [backend(precision) for precision in self._draft(Path(draft), skip)]
 
             def milliseconds(engine: Network) -> float:
-                [batch_size] = self.comparison.batch_sizes
-                images = compare.random_images(self.checkpoint.data, batch_size)
                 return float(np.median(engine.latencies_ms(images)))
 
             return search(found, names, engines, milliseconds, accuracy, max_drop)
@@ -159,8 +156,8 @@ class Tuner:
             quantization = replace(self.quantization, skip_layers=skip)
             state = self.model.state_dict()
             model = build_quantized(self.checkpoint.network, quantization, info.size, state)
-            own = model.state_dict()
-            load_weights(model, {key: value for key, value in state.items() if key in own})
+            # all but the ranges of what is skipped
+            model.load_state_dict(state, strict=False)
             precisions = ("INT8-PTC",)
         # that in FP16 is written beside it
         export_onnx(model, folder / graph_file(precisions[0]), info.size, info.mean, info.std)
@@ -194,24 +191,25 @@ def search(
         lost[name] = float_times[name] - int8_times[name]
     order = by_gain(found, lost, NO_TIME * float_ms)
 
-    def keeps(count: int) -> bool:
-        return accuracy(order[:count]) >= least_pct
+    def keeps(skip: Sequence[str]) -> bool:
+        return accuracy(skip) >= least_pct
 
     # as few as keep the accuracy: none, whose engine is there, or else by halves. With all layers
     # in float nothing is lost.
-    count = 0 if keeps(0) else bisect_left(range(len(order)), True, key=keeps)
-    needed = [name for name in names if name in order[:count]]
+    prefixes = [order[:count] for count in range(len(order))]
+    first = [] if keeps([]) else order[: bisect_left(prefixes, True, key=keeps)]
+    needed = [name for name in names if name in first]
     # of these, not all may matter
-    for name in order[:count]:
+    for name in first:
         others = [other for other in needed if other != name]
-        if accuracy(others) >= least_pct:
+        if keeps(others):
             needed = others
     with_slow = [name for name in names if name in needed or lost[name] < 0]
 
     # whole engines; where all is float, there is none of INT8
     best_ms, best = np.inf, [ALL]
-    for skip in [needed] if with_slow == needed else [needed, with_slow]:
-        if len(skip) < len(names) and accuracy(skip) >= least_pct:
+    for skip in (needed, with_slow):
+        if skip != best and len(skip) < len(names) and keeps(skip):
             [engine] = engines(skip) if skip else [int8_engine]
             best_ms, best = min((best_ms, best), (milliseconds(engine), skip))
     times = f"{best_ms:.3f} ms, float {float_ms:.3f} ms"
@@ -227,8 +225,7 @@ def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
     """
     times: dict[str, float] = {}
     for layer, layer_ms in zip(engine.layers, engine.layer_times_ms(), strict=True):
-        modules = [f"{layer_of(node)}." for node in re.findall(r"/[\w./]+", layer.name)]
-        owners = [name for name in names if any(m.startswith(f"{name}.") for m in modules)]
+        owners = set().union(*held(layer, names))
         for name in owners if layer_ms is not None else ():
             times[name] = times.get(name, 0) + layer_ms / len(owners)
     return times

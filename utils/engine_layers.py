@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from utils.manifest import layer_of
@@ -112,8 +112,9 @@ def spent_by(engine: Engine, layers: Sequence[LayerFacts]) -> dict[str, Spent]:
     at: dict[str, list[tuple[Layer, list[LayerFacts]]]] = defaultdict(list)
     for layer in engine.layers:
         computed, prepared = held(layer, known)
-        if parts := computed or prepared:
-            at[max(parts, key=lambda part: part.macs).name].append((layer, computed))
+        if names := computed or prepared:
+            largest = max(names, key=lambda name: known[name].macs)
+            at[largest].append((layer, [known[name] for name in computed]))
 
     spent = {}
     for name, pairs in at.items():
@@ -126,20 +127,14 @@ def spent_by(engine: Engine, layers: Sequence[LayerFacts]) -> dict[str, Spent]:
     return spent
 
 
-def held(
-    layer: Layer, known: Mapping[str, LayerFacts]
-) -> tuple[list[LayerFacts], list[LayerFacts]]:
-    """The layers of the network that an engine layer computes, and those that it prepares."""
-    computed, prepared = {}, {}
-    for node in re.findall(r"/[^\s\],]+", layer.name):
-        name = layer_of(node)
-        if name in known:
-            computed[name] = known[name]
-        # a quantizer's node: its layer's name is above its own
-        above = name.rpartition(".")[0]
-        if above in known:
-            prepared[above] = known[above]
-    return list(computed.values()), list(prepared.values())
+def held(layer: Layer, names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Which layers of the network an engine layer computes, and which it prepares."""
+    modules = [layer_of(node) for node in re.findall(r"/[^\s\],]+", layer.name)]
+    # a quantizer's node: its layer's name is above its own
+    above = [module.rpartition(".")[0] for module in modules]
+    computed = dict.fromkeys(name for name in modules if name in names)
+    prepared = dict.fromkeys(name for name in above if name in names)
+    return list(computed), list(prepared)
 
 
 def rates(
@@ -180,7 +175,7 @@ def audit_lines(engine: Engine, layers: Sequence[LayerFacts]) -> Iterator[str]:
     yield f"{'ms':>8} {'TFLOP/s':>8} {'GB/s':>7}  {'kernel of':16} type  {'kind':24} name  kernel"
     for layer in engine.layers:
         computed, _ = held(layer, known)
-        tops, gb_s = rates(engine.batch_size, layer, computed)
+        tops, gb_s = rates(engine.batch_size, layer, [known[name] for name in computed])
         cells = []
         for value, form in ((layer.ms, "8.4f"), (tops, "8.2f"), (gb_s, "7.1f")):
             cells.append(format("-", ">" + form[0]) if value is None else format(value, form))
