@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -180,14 +180,12 @@ def scan(
         progress: what is known already; it is gone on with, in place.
         save: called with it after each batch.
     """
-    count = 0
-    for index, (images, labels) in enumerate(batches):
-        count += len(labels)
-        if index >= progress.batches:
-            what = f"sensitivity, batch {index + 1} of {len(batches)}"
-            _add_batch(network, images, labels, progress, what)
-            progress.batches += 1
-            save(progress)
+    for images, labels in islice(batches, progress.batches, None):
+        what = f"sensitivity, batch {progress.batches + 1} of {len(batches)}"
+        _add_batch(network, images, labels, progress, what)
+        progress.batches += 1
+        save(progress)
+    count = sum(len(labels) for _, labels in batches)
     return _result(progress, precision, count)
 
 
