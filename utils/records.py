@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,6 @@ class Row:
             batch_size=batch_size,
             latency_ms={"p50": p50_ms, "p99": p99_ms},
             throughput_img_s=1000 * batch_size / p50_ms,
-        )
-
-    def untimed(self) -> Row:
-        """This row without what depends on the machine."""
-        return Row(
-            self.backend, self.precision, self.accuracy_pct, self.delta_pct, self.agreement_pct
         )
 
 
@@ -172,11 +166,11 @@ PACKAGES = {
 def environment(backends: Iterable[str]) -> dict[str, str | None]:
     """Hardware, and versions of the packages that ran: those behind `backends`."""
     ran = set(backends)
-    versions: dict[str, str | None] = {}
+    versions = dict.fromkeys(PACKAGES)
     for package, (backend, modules) in PACKAGES.items():
-        loaded = [sys.modules[name] for name in modules if name in sys.modules]
-        used = backend in ran and loaded
-        versions[package] = getattr(loaded[0], "__version__", None) if used else None
+        for name in modules:
+            if backend in ran and name in sys.modules:
+                versions[package] = sys.modules[name].__version__
     return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
 
 
@@ -191,8 +185,11 @@ def merge_environment(
     here = environment(row.backend for row in rows)
     here["torch"] = exported.get("torch")
     if any(here[key] != exported.get(key) for key in ("gpu", "cpu")):
-        without = {(row.backend, row.precision): row.untimed() for row in torch_rows}
-        torch_rows = list(without.values())
+        untimed = {}
+        for row in torch_rows:
+            accuracies = row.accuracy_pct, row.delta_pct, row.agreement_pct
+            untimed[row.backend, row.precision] = Row(row.backend, row.precision, *accuracies)
+        torch_rows = list(untimed.values())
     return here, torch_rows
 
 
@@ -220,19 +217,17 @@ def commit() -> str | None:
     own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     # a repository above is another one: this project was copied into it
     own["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    command = ["git", "-C", str(ROOT), *describe]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
-        return done.stdout.strip()
+        said = subprocess.check_output(command, cwd=ROOT, env=own, stderr=subprocess.DEVNULL)
+        return said.decode().strip()
     return os.environ.get("GIT_COMMIT")
 
 
 def write(path: Path, record: Any, follow_link: bool = False) -> None:
     """Write a dataclass or a dictionary as JSON, as `utils.files.atomic_path` does."""
-    content = asdict(record) if is_dataclass(record) else record
     with atomic_path(path, follow_link) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(record, indent=1, default=asdict) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
