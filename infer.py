@@ -32,7 +32,7 @@ from utils.files import locked, real_path, sha256, user_path
 from utils.flags import Flags
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
-from utils.records import Record, Scan
+from utils.records import Scan
 from utils.specs import NetworkSpec, Quantization
 
 if TYPE_CHECKING:
@@ -182,11 +182,10 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     return checkpoint, data, quantization
 
 
-def tune(args: Flags, comparison: Comparison, folder: Path) -> Record:
+def tune(args: Flags, comparison: Comparison, folder: Path) -> Scan:
     """Scan the checkpoint's layers; with --auto_quant also choose, by setting flags as by hand.
 
-    Returns:
-        A record of the scan.
+    Otherwise the scan is all that is recorded.
     """
     from utils.auto_quant import Tuner
     from utils.quantization.sensitivity import scan_table
@@ -194,10 +193,8 @@ def tune(args: Flags, comparison: Comparison, folder: Path) -> Record:
     checkpoint, data, quantization = read_checkpoint(args)
     if args.auto_quant and checkpoint.quantization is not None:
         raise UserError("--auto_quant: this checkpoint is quantized already; name the float one")
-    digest = sha256(args.load_ckpt)
-    tuner = Tuner(checkpoint, digest, data, quantization, comparison, folder)
+    tuner = Tuner(checkpoint, sha256(args.load_ckpt), data, quantization, comparison, folder)
     scan = tuner.scan()
-    record = tuner.record(scan, flag_values(args))
     if args.sensitivity:
         print(scan_table(scan), flush=True)
     if args.auto_quant:
@@ -209,7 +206,10 @@ def tune(args: Flags, comparison: Comparison, folder: Path) -> Record:
             args.precisions = ["FP32", "FP16"]
             by_hand += " --FP32 --FP16"
         print(f"the same by hand: {by_hand}", flush=True)
-    return record
+    elif args.record:
+        record = tuner.record(scan, flag_values(args))
+        records.write(args.record, record, follow_link=True)
+    return scan
 
 
 def require_network(args: Flags, manifest: Manifest) -> None:
@@ -285,11 +285,6 @@ def flag_values(args: Flags) -> dict[str, str]:
     return words
 
 
-def write_record(args: Flags, record: Record) -> None:
-    if args.record:
-        records.write(args.record, record, follow_link=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     flags.refuse(REFUSALS, args)
@@ -306,11 +301,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     scan: Scan | None = None
     with locked(folder, make=not args.onnx):
         if tunes(args):
-            tuned = tune(args, comparison, folder)
+            scan = tune(args, comparison, folder)
             if not args.auto_quant:
-                write_record(args, tuned)
                 return
-            comparison, scan = Comparison.of(args), tuned.sensitivity
+            comparison = Comparison.of(args)
         if not args.onnx:
             checkpoint, data, quantization = read_checkpoint(args)
             compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
@@ -323,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)
-    write_record(args, record)
+    if args.record:
+        records.write(args.record, record, follow_link=True)
     if args.plot:
         plot(args.plot, record)
     if args.report:
