@@ -27,7 +27,7 @@ from utils.checkpoint import Checkpoint
 from utils.compare import Comparison
 from utils.engine_layers import held
 from utils.errors import UserError
-from utils.manifest import ENGINES, PRECISIONS, graph_file
+from utils.manifest import ENGINES, INT8, graph_file
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
@@ -77,7 +77,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         # the network that is named, else the best one
-        named = [name for name in self.comparison.precisions if PRECISIONS[name].int8]
+        named = [name for name in INT8 if name in self.comparison.precisions]
         default = "INT8-QAT" if self.checkpoint.quantization else "INT8-PTC"
         self.precision = [default, *named][-1]
         found = restore(self.checkpoint, self.data, self.quantization, [self.precision])

@@ -21,7 +21,7 @@ from utils.engine_layers import audit_lines
 from utils.errors import UserError
 from utils.files import sha256, staged
 from utils.flags import BACKENDS, PTC_MODES, Flags
-from utils.manifest import IMPLICIT, MANIFEST, PRECISIONS, PREDICTIONS, Manifest, graph_file
+from utils.manifest import IMPLICIT, INT8, MANIFEST, PRECISIONS, PREDICTIONS, Manifest, graph_file
 from utils.metrics import percent_equal
 from utils.records import Engine, Record, Row, Scan
 from utils.specs import DataSpec, Quantization
@@ -78,16 +78,13 @@ class Comparison:
     def of(cls, flags: Flags) -> Comparison:
         """What the flags say; where there is no such flag, the default."""
         given = {field.name: getattr(flags, field.name, None) for field in fields(cls)}
-        values = {name: value for name, value in given.items() if value is not None}
-        # in the table's order, each once
-        named = values.get("precisions", ())
-        values["precisions"] = [name for name in PRECISIONS if name in named]
-        return cls(**values)
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def wanted(self) -> list[str]:
-        """The precisions to run, implicit calibration after its explicit twin."""
-        wanted = list(self.precisions or PRECISIONS)
+        """The precisions to run in the table's order, implicit calibration after its twin."""
+        named = self.precisions or PRECISIONS
+        wanted = [name for name in PRECISIONS if name in named]
         if self.ptc_mode == "implicit":
             wanted.insert(wanted.index("INT8-PTC") + 1, IMPLICIT)
         return wanted
@@ -184,7 +181,7 @@ def export_checkpoint(
             path = draft / graph_file(precision)
             export_onnx(network, path, data.train_images.shape[1:3], info.mean, info.std)
             nodes[precision] = int8_nodes(path, network)
-            if PRECISIONS[precision].int8:
+            if precision in INT8:
                 layers[precision] = layer_facts(network, images)
         np.savez(draft / PREDICTIONS, **predictions)
         manifest = Manifest(
@@ -220,46 +217,43 @@ def evaluate_in_pytorch(
     if comparison.torch_compile and device.type != "cuda":
         raise UserError("--torch_compile compares GPU times, and there is no GPU here: drop it")
 
-    # (back end, precision, batch sizes to time)
-    runs = []
-    for precision in networks:
-        runs.append(("pytorch", precision, comparison.batch_sizes if precision == "FP32" else ()))
+    runs = [("pytorch", precision) for precision in networks]
     if comparison.torch_compile:
-        runs.append(("pytorch", "FP16", comparison.torch_compile))
-        runs.append(("torch.compile", "FP16", comparison.torch_compile))
+        runs += [("pytorch", "FP16"), ("torch.compile", "FP16")]
+    timed = {"FP32": comparison.batch_sizes, "FP16": comparison.torch_compile}
 
     rows: list[Row] = []
     predictions: dict[str, np.ndarray] = {}
-    for backend, precision, batch_sizes in runs:
+    for backend, precision in runs:
         half = precision == "FP16"
         model = copy.deepcopy(networks["FP32" if half else precision])
         model = FromImages(model, info.mean, info.std)
         network = TorchNetwork(model.half() if half else model, device, backend)
 
         title = PRECISIONS[precision].in_pytorch
+        batch_sizes = timed.get(precision, ())
         batch_size = max(batch_sizes, default=EVALUATION_BATCH)
         predicted = predict(network, data.test_images, batch_size, f"{backend} {title}")
         # torch.compile's FP16 comes after eager's
         predictions.setdefault(title, predicted)
-        fp32 = predictions["FP32"]
-        row = Row(backend, title, **accuracies(predicted, data.test_labels, fp32, fp32))
+        row = Row(backend, title, *accuracies(predicted, data.test_labels, predictions, "FP32"))
         rows += timed_rows(row, network, data.test_images, batch_sizes)
     return rows, predictions
 
 
 def accuracies(
-    predicted: np.ndarray, labels: np.ndarray, fp32: np.ndarray, reference: np.ndarray
-) -> dict[str, float]:
-    """Accuracy, what it is above that of FP32's predictions, and agreement with the reference's.
+    predicted: np.ndarray, labels: np.ndarray, predictions: dict[str, np.ndarray], reference: str
+) -> tuple[float, float, float]:
+    """Accuracy, what it is above FP32's, and agreement with the reference, all in percent.
 
-    All are in percent.
+    Args:
+        predictions: PyTorch's.
+        reference: one of them; where it is missing, FP32's stand in for it.
     """
+    fp32 = predictions["FP32"]
     accuracy_pct = percent_equal(predicted, labels)
-    return {
-        "accuracy_pct": accuracy_pct,
-        "delta_pct": accuracy_pct - percent_equal(fp32, labels),
-        "agreement_pct": percent_equal(predicted, reference),
-    }
+    delta_pct = accuracy_pct - percent_equal(fp32, labels)
+    return accuracy_pct, delta_pct, percent_equal(predicted, predictions.get(reference, fp32))
 
 
 def timed_rows(
@@ -304,13 +298,13 @@ def choose_backend(
     if wanted in ("auto", "openvino"):
         try:
             from utils.backends.openvino import checked_network
+
+            return lambda precision: checked_network(folder / graph_file(precision))
         except ImportError as error:
             if wanted == "openvino":
                 mend = "pip install -r requirements.txt"
                 raise UserError(f"--backend openvino: {error}; {mend}") from None
             print(f"OpenVINO is not used: {error}")
-        else:
-            return lambda precision: checked_network(folder / graph_file(precision))
 
     if comparison.audit:
         raise UserError(NO_AUDIT)
@@ -333,7 +327,7 @@ def _tensorrt(
     def build(precision: str) -> Network:
         options = EngineOptions(
             precision,
-            batch_sizes=tuple(sorted(sizes)),
+            batch_sizes=sizes,
             remainder=comparison.remainder,
             workspace_gb=comparison.workspace_gb,
             level=comparison.opt_level,
@@ -363,13 +357,12 @@ def evaluate_network(
             the images are any, and accuracy and agreement are None.
     """
     batch_size = network.evaluation_batch
-    row = Row(network.name, precision, file_mb=network.path.stat().st_size / 1e6)
+    found = ()
     if labels is not None:
         predicted = predict(network, images, batch_size, f"{network.name} {precision}")
         in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
-        fp32 = predictions["FP32"]
-        reference = predictions.get(in_pytorch, fp32)
-        row = replace(row, **accuracies(predicted, labels, fp32, reference))
+        found = accuracies(predicted, labels, predictions, in_pytorch)
+    row = Row(network.name, precision, *found, file_mb=network.path.stat().st_size / 1e6)
     if network.layers:
         row.layers = len(network.layers)
         row.int8_layers = sum(layer.precision == "INT8" for layer in network.layers)
@@ -409,20 +402,26 @@ def evaluate_export(
         images, labels = data.test_images, data.test_labels
         _require_predictions(folder, predictions, data)
     _require_precisions(folder, manifest, comparison.precisions)
-    backend = choose_backend(folder, comparison, _calibration_images(manifest, data, comparison))
+    # TensorRT's own calibration sees the images that ours saw
+    calibration = NO_IMAGES
+    if comparison.ptc_mode == "implicit":
+        if data is None:
+            raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
+        train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
+        calibration = data.train_images[train_part[: manifest.quantization.calib_images]]
+    backend = choose_backend(folder, comparison, calibration)
 
     rows: list[Row] = []
     engines: list[Engine] = []
     for precision in comparison.wanted:
-        int8 = precision in PRECISIONS and PRECISIONS[precision].int8
-        nodes = manifest.int8_nodes.get(precision if int8 else "FP32")
-        if nodes is None:
+        if manifest.lacks(precision):
             print(f"{precision}: not in this export, no row")
             continue
         network = backend(precision)
         sizes = comparison.batch_sizes
         rows += evaluate_network(network, precision, images, labels, predictions, sizes)
         if comparison.audit or comparison.report and network.layers:
+            nodes = manifest.int8_nodes.get(precision, [])
             engines.append(engine_of(network, precision, nodes))
         if comparison.audit:
             print(f"{precision}, batch size {engines[-1].batch_size}, each layer timed alone")
@@ -430,21 +429,6 @@ def evaluate_export(
             layers = manifest.layers.get(precision) or next(iter(manifest.layers.values()), [])
             print(*audit_lines(engines[-1], layers), sep="\n")
     return rows, engines
-
-
-def _calibration_images(
-    manifest: Manifest, data: dataset.ImageData | None, comparison: Comparison
-) -> np.ndarray:
-    """The images (N, H, W, 3) uint8 of TensorRT's own calibration: those that ours saw.
-
-    Without that there are none.
-    """
-    if comparison.ptc_mode != "implicit":
-        return NO_IMAGES
-    if data is None:
-        raise UserError("--ptc_mode implicit needs the train images: name them with --data_dir")
-    train_part, _ = dataset.split_train(data.train_labels, manifest.data.split_seed)
-    return data.train_images[train_part[: manifest.quantization.calib_images]]
 
 
 def random_images(info: DataSpec, count: int) -> np.ndarray:
@@ -463,7 +447,7 @@ def _require_predictions(
 
 def _require_precisions(folder: Path, manifest: Manifest, precisions: Sequence[str]) -> None:
     for precision in precisions:
-        if PRECISIONS[precision].int8 and precision not in manifest.int8_nodes:
+        if manifest.lacks(precision):
             flag = PRECISIONS[precision].flag
             raise UserError(f"{precision} is not in {folder}: export it again, with --{flag}")
 
@@ -478,17 +462,14 @@ def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tu
         UserError: it is not there, or the back end cannot run it.
     """
     _require_precisions(folder, manifest, comparison.precisions)
-    [precision] = comparison.precisions or [_best_precision(folder, manifest)]
-    return choose_backend(folder, comparison)(precision), precision
-
-
-def _best_precision(folder: Path, manifest: Manifest) -> str:
-    for precision in ("INT8-QAT", "INT8-PTC"):
-        files = [graph_file(precision), graph_file(precision, "fp16")]
+    found = ["FP32"]
+    for precision in INT8:
+        files = [folder / graph_file(precision), folder / graph_file(precision, "fp16")]
         # a deployment may have but one of the graphs
-        if precision in manifest.int8_nodes and any((folder / file).exists() for file in files):
-            return precision
-    return "FP32"
+        if precision in manifest.int8_nodes and any(file.exists() for file in files):
+            found.append(precision)
+    precision = [*found, *comparison.precisions][-1]
+    return choose_backend(folder, comparison)(precision), precision
 
 
 def classified(

@@ -54,6 +54,9 @@ PRECISIONS = {
 }
 """Name in tables and records -> what it is."""
 
+INT8 = [name for name, precision in PRECISIONS.items() if precision.int8]
+"""The best one last."""
+
 IMPLICIT = "INT8-PTC-IMPLICIT"
 """FP32's graph with ranges that TensorRT's own calibration finds; it has no graph of its own."""
 
@@ -115,6 +118,10 @@ class Manifest:
         described = {PREDICTIONS, *(graph_file(name) for name in self.int8_nodes)}
         if missing := described - self.files.keys():
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+
+    def lacks(self, precision: str) -> bool:
+        """Whether `precision` needs a graph with Q/DQ nodes that was not exported."""
+        return precision in INT8 and precision not in self.int8_nodes
 
 
 def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:

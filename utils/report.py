@@ -19,11 +19,8 @@ from utils.engine_layers import (
     layer_rows,
 )
 from utils.files import atomic_path
-from utils.manifest import PRECISIONS, Manifest
+from utils.manifest import INT8, PRECISIONS, Manifest
 from utils.records import Record, Row, cells_of
-
-INT8 = [name for name in reversed(PRECISIONS) if PRECISIONS[name].int8]
-"""The best one first."""
 
 MOST_IMAGES, MOST_CLASSES, THUMBNAIL_PIXELS = 24, 20, 128
 
@@ -47,7 +44,7 @@ def write(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     tables = {}
-    for name in INT8:
+    for name in reversed(INT8):
         if name in manifest.layers:
             tables[name] = layer_rows(manifest.layers[name], record.engines, name)
     loader = FileSystemLoader(Path(__file__).parent)
@@ -73,9 +70,9 @@ def _images(predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, Any]:
     if data is None or not predicted:
         return {}
     float_labels = predictions["FP32"]
-    int8_labels = predictions[PRECISIONS[predicted[0]].in_pytorch]
+    int8_labels = predictions[PRECISIONS[predicted[-1]].in_pytorch]
     return {
-        "precision": predicted[0],
+        "precision": predicted[-1],
         "confusion": confusion(data.test_labels, float_labels, int8_labels, data.classes),
         "disagreements": disagreements(data, float_labels, int8_labels),
         "count": len(int8_labels),
@@ -117,7 +114,6 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
         axes.axvline(1, color="grey", linestyle=":")
         axes.axhline(0, color="grey", linestyle=":")
         axes.set(xlabel="speed-up of INT8 (×)", ylabel="accuracy lost (points)")
-        axes.patch.set_alpha(0)
         figure.legend(loc="outside lower center", fontsize="small", framealpha=0)
         text = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
