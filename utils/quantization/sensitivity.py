@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -157,12 +158,8 @@ def accuracy_pct(
     Args:
         batches: normalised images (B, C, H, W) and labels (B,), served again for each call.
     """
-    right = total = 0
-    for images, labels in batches:
-        logits = network(images, int8)
-        right += int((logits.argmax(1) == labels).sum())
-        total += len(labels)
-    return 100 * right / total
+    hits = torch.cat([network(images, int8).argmax(1) == labels for images, labels in batches])
+    return 100 * int(hits.sum()) / len(hits)
 
 
 def scan(
