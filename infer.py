@@ -142,7 +142,7 @@ def choice_refusals(args: Flags) -> Iterator[str]:
     if named and wants_int8 and not any(PRECISIONS[name].int8 for name in named):
         mend = "name --INT8PTC or --INT8QAT, or drop it"
         yield f"{wants_int8}: the precisions named are all float; {mend}"
-    runs_engine = flags.given(args, ["audit", "plot"]) or tensorrt_flag(args)
+    runs_engine = flags.given(args, ["audit", "plot", "report"]) or tensorrt_flag(args)
     if args.sensitivity and not args.auto_quant and runs_engine:
         yield f"{runs_engine}: --sensitivity runs no engine; drop one of them, or add --auto_quant"
     if args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1):

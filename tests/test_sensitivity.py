@@ -348,6 +348,7 @@ def test_the_command_chooses(
         ("--sensitivity --load_ckpt x --max_drop 1", "--max_drop is of --auto_quant"),
         ("--sensitivity --load_ckpt x --FP32", "--sensitivity: the precisions named are all float"),
         ("--sensitivity --load_ckpt x --audit", "--audit: --sensitivity runs no engine"),
+        ("--sensitivity --load_ckpt x --report y", "--report: --sensitivity runs no engine"),
         ("--sensitivity --onnx . --predict a", "--sensitivity: --predict measures nothing"),
     ],
 )
