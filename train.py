@@ -309,7 +309,10 @@ def train(
     data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
-    shared = len(train_arrays[0]) // here.world_size * here.world_size
+    images = len(train_arrays[0])
+    if images < here.world_size:
+        raise UserError(f"{images} train images for {here.world_size} ranks: start fewer of them")
+    shared = images // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
     base = describe(recipe, start, info)
     plain, augmented = train_batches(recipe, info, train_arrays, data.mirror_and_cutout, here)

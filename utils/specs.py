@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,8 +73,11 @@ class DataSpec:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("mean and std are not three numbers each, those of std above 0")
+        numbers = [*self.mean, *self.std]
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError("mean and std are not three finite numbers each")
+        if min(self.std) <= 0:
+            raise ValueError("a std is not above 0")
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes are none, or two have one name")
         # frozen, but one form is enough for whoever reads it
