@@ -913,7 +913,7 @@ def test_predictions_that_are_not_one_class_for_each_image_are_refused(
 
 def test_a_graph_of_another_kind_is_refused_where_it_is_loaded(tmp_path):
     write_graph_of_another_kind(tmp_path / "fp32.onnx")
-    with pytest.raises(UserError, match=r"it has \[\('images', 'tensor\(float\)', 4\)\]"):
+    with pytest.raises(UserError, match=r"it has \[\('images', 'tensor\(float\)', 4\)"):
         OnnxRuntimeNetwork(tmp_path / "fp32.onnx")
 
 

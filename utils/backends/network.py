@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.manifest import INPUT, OUTPUT
 from utils.records import Layer
 
 EVALUATION_BATCH = 128
@@ -80,6 +81,18 @@ class Network:
             UserError: the back end does not tell what it runs.
         """
         raise UserError(f"{self.name} does not tell what it runs")
+
+
+def require_ends(path: Path, ends: list[tuple[str, str, int]], types: tuple[str, str]) -> None:
+    """Raises UserError unless a file's graph turns images into logits.
+
+    Args:
+        ends: name, type and number of dimensions of each input and output.
+        types: how the back end calls uint8 and float32.
+    """
+    expected = [(INPUT, types[0], 4), (OUTPUT, types[1], 2)]
+    if ends != expected:
+        raise UserError(f"{path}: it has {ends}, not {expected}; export it again")
 
 
 def cpu_threads() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from utils.backends.network import Network, cpu_threads
+from utils.backends.network import Network, cpu_threads, require_ends
 from utils.errors import UserError
 from utils.manifest import INPUT, OUTPUT
 
@@ -38,25 +38,14 @@ class OnnxRuntimeNetwork(Network):
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            reason = str(error).splitlines()[0]
-            raise UserError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from None
-        self._require_ends()
-
-    def _require_ends(self) -> None:
-        """Raises UserError unless the graph turns images into logits."""
-        inputs = [(end.name, end.type, len(end.shape)) for end in self._session.get_inputs()]
-        outputs = [(end.name, end.type, len(end.shape)) for end in self._session.get_outputs()]
-        expected = [(INPUT, "tensor(uint8)", 4)], [(OUTPUT, "tensor(float)", 2)]
-        if (inputs, outputs) != expected:
-            raise UserError(
-                f"{self.path}: it has {inputs} and {outputs}, not {expected[0]} and {expected[1]}; "
-                "export it again"
-            )
+            raise UserError(f"ONNX Runtime cannot load {path}: {error}; export it again") from None
+        ports = [*self._session.get_inputs(), *self._session.get_outputs()]
+        ends = [(port.name, port.type, len(port.shape)) for port in ports]
+        require_ends(path, ends, ("tensor(uint8)", "tensor(float)"))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         try:
             [logits] = self._session.run([OUTPUT], {INPUT: images})
         except Exception as error:  # images of another size, too little memory
-            reason = str(error).splitlines()[0]
-            raise UserError(f"ONNX Runtime cannot run {self.path}: {reason}") from None
+            raise UserError(f"ONNX Runtime cannot run {self.path}: {error}") from None
         return logits

@@ -18,9 +18,8 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
-from utils.backends.network import BURST, Layer, Network, cpu_threads
+from utils.backends.network import BURST, Layer, Network, cpu_threads, require_ends
 from utils.errors import UserError
-from utils.manifest import INPUT, OUTPUT
 
 OPTIONS = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -62,7 +61,11 @@ class OpenVinoNetwork(Network):
         self.path = path
         self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
         compiled = self._compile()
-        self._require_ends(compiled)
+        ends = []
+        for port in (*compiled.inputs, *compiled.outputs):
+            kind = port.element_type.get_type_name()
+            ends.append((port.any_name, kind, port.partial_shape.rank.get_length()))
+        require_ends(path, ends, ("u8", "f32"))
         self.image_shape = tuple(side.get_length() for side in compiled.input().partial_shape[1:])
         # by batch size; None: any
         self._requests = {None: compiled.create_infer_request()}
@@ -81,24 +84,11 @@ class OpenVinoNetwork(Network):
                 f"OpenVINO cannot load {self.path}: {_reason(error)}; export it again"
             ) from None
 
-    def _require_ends(self, compiled: openvino.CompiledModel) -> None:
-        """Raises UserError unless the graph turns images into logits."""
-        ends = []
-        for port in (*compiled.inputs, *compiled.outputs):
-            kind = port.element_type.get_type_name()
-            ends.append((port.any_name, kind, str(port.partial_shape.rank)))
-        expected = [(INPUT, "u8", "4"), (OUTPUT, "f32", "2")]
-        if ends != expected:
-            raise UserError(f"{self.path}: it has {ends}, not {expected}; export it again")
-
     def __call__(self, images: np.ndarray) -> np.ndarray:
         request = self._requests.get(len(images), self._requests[None])
         try:
-            # unasked, it reads others as if they fitted
-            if images.shape[1:] != self.image_shape:
-                raise ValueError(f"the images are {images.shape[1:]}, not {self.image_shape}")
-            request.infer([images])
-        except Exception as error:  # too little memory, too
+            request.infer(openvino.Tensor(images))
+        except Exception as error:  # images of another size, too little memory
             raise UserError(f"OpenVINO cannot run {self.path}: {_reason(error)}") from None
         # a copy: the next batch comes into the same memory
         return request.get_output_tensor().data.copy()
