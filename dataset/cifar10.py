@@ -10,7 +10,10 @@ import shutil
 import tarfile
 import tempfile
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +31,8 @@ SOURCES = (NPZ, BATCHES, FOLDERS, ARCHIVE)
 """What is looked for, in this order: Keras's, torchvision's, class folders, and URL's archive."""
 TRAIN_BATCHES = tuple(f"data_batch_{index}" for index in range(1, 6))
 TEST_BATCH = "test_batch"
+ARRAY_PARTS = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct")
+"""What their pickles make arrays of. NumPy 2 has kept these names."""
 
 
 def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -86,61 +91,49 @@ def _source(data_dir: Path) -> Path | None:
     return next((source for source in sources if source.exists()), None)
 
 
+@contextmanager
+def _content(path: Path, what: str, fetched: Path) -> Iterator[BinaryIO]:
+    """A file's content, for a block that raises if it is damaged or no `what`.
+
+    Args:
+        fetched: the file, or the folder that it came in.
+    """
+    content = path.read_bytes()
+    try:
+        yield io.BytesIO(content)
+    # unpicklers, zipfile, zlib and NumPy raise anything on damaged bytes
+    except Exception as error:
+        reason = f"{error}; it begins with {content[: folder.HEAD_BYTES]}"
+        raise UserError(
+            f"{path} is no {what} ({reason}); delete {fetched} and fetch it again"
+        ) from None
+
+
 def _read_npz(path: Path) -> list[np.ndarray]:
     keys = ("x_train", "y_train", "x_test", "y_test")
-    with path.open("rb") as file:
-        head = file.peek()[: folder.HEAD_BYTES]
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                # a member that is no array is read as bytes
-                return [np.asarray(arrays[key]) for key in keys]
-        # zipfile, zlib and NumPy raise anything on damaged bytes
-        except Exception as error:
-            raise UserError(
-                f"{path} is no archive of the arrays {', '.join(keys)} ({error}; it begins with "
-                f"{head}); delete it and fetch it again"
-            ) from None
+    with _content(path, f"archive of the arrays {', '.join(keys)}", path) as file:
+        arrays = np.load(file, allow_pickle=False)
+        # a member that is no array is read as bytes
+        return [np.asarray(arrays[key]) for key in keys]
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path} is missing; delete {path.parent} to have it downloaded again")
-    content = path.read_bytes()
-    try:
-        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        # Python 2's keys are bytes
-        data = batch[b"data"] if b"data" in batch else batch["data"]
-        labels = batch[b"labels"] if b"labels" in batch else batch["labels"]
-        images = np.asarray(data).reshape(-1, 3, 32, 32)  # (N, 3072) -> (N, 3, 32, 32)
-        return images.transpose(0, 2, 3, 1), np.asarray(labels)  # NCHW -> NHWC
-    # unpicklers raise anything on damaged bytes
-    except Exception as error:
-        head = content[: folder.HEAD_BYTES]
-        raise UserError(
-            f"{path} is no batch of CIFAR-10 ({error}; it begins with {head}); delete "
-            f"{path.parent} and fetch it again"
-        ) from None
+    with _content(path, "batch of CIFAR-10", path.parent) as file:
+        batch = _ArraysOnly(file, encoding="bytes").load()
+        # (N, 3072) -> (N, 3, 32, 32) -> (N, 32, 32, 3)
+        images = np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return images, np.asarray(batch[b"labels"])
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles NumPy arrays and builtin containers; refuses anything that could run code."""
 
-    numpy = {
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-        "_reconstruct": np.zeros(1).__reduce_ex__(2)[0],
-        "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-        "scalar": np.int64(0).__reduce__()[0],
-    }
-    """By name alone: the modules have other names in NumPy 1 and 2."""
-
     def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "numpy" and name in self.numpy:
-            return self.numpy[name]
-        # bytes, where Python 3 wrote protocol 2
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"unexpected {module}.{name}")
+        if f"{module}.{name}" not in ARRAY_PARTS:
+            raise pickle.UnpicklingError(f"unexpected {module}.{name}")
+        return super().find_class(module, name)
 
 
 def _unpack(archive: bytes, batches: Path) -> None:
