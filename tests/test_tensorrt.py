@@ -1082,11 +1082,6 @@ def test_types_of_11_have_a_key_of_their_own():
     )
 
 
-def test_an_engine_without_layer_information_is_one_line():
-    line = line_of(tensorrt_layers.parse_layer, json.dumps("/conv1/Conv"))
-    assert line == "the engine was built without layer information; delete it and build it again"
-
-
 def test_a_layer_that_the_inspector_is_silent_about_is_of_no_precision():
     for told in ("", None, '{"Name": "/conv1/Conv", "Inpu'):
         silent = tensorrt_layers.parse_layer(told)

@@ -258,5 +258,4 @@ def _is_zero(value: openvino.Output) -> bool:
 
 def _reason(error: Exception) -> str:
     """The last line of what OpenVINO says; those before name its own source files."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return str(error).strip().rpartition("\n")[2]

@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any
 
 from utils.backends.network import Layer
-from utils.errors import UserError
 
 SILENT = Layer("(TensorRT tells nothing of this layer)", "-", "-", "-")
 
@@ -58,20 +57,12 @@ def profile_layers(layers: Sequence[Layer], profile: int) -> list[Layer]:
 
 
 def parse_layer(text: str | None) -> Layer:
-    """A layer from the inspector's JSON; `SILENT` if that is empty or cut off.
-
-    Raises:
-        UserError: the JSON is a name alone.
-    """
+    """A layer from the inspector's JSON; `SILENT` if that is empty or cut off."""
     try:
         # 8.6 leaves control characters in its strings
         content = json.loads(text or "", strict=False)
     except ValueError:
         return SILENT
-    if isinstance(content, str):
-        raise UserError(
-            "the engine was built without layer information; delete it and build it again"
-        )
     return Layer(
         name=printable(f"{content['Name']} {content.get('Metadata', '')}"),
         kind=content.get("ParameterType") or content.get("LayerType", "-"),
@@ -91,9 +82,7 @@ def _precision(content: Mapping[str, Any]) -> str:
     """
     words = []
     for tensor in (*content.get("Inputs", [])[:1], content.get("Weights") or {}):
-        for key, value in tensor.items():
-            if "type" in key.lower():
-                words.append(str(value).lower())
+        words += [value.lower() for key, value in tensor.items() if "type" in key.lower()]
     found = re.search(r"uint8|int8|fp16|half|fp32|float|int32|bool", " ".join(words))
     if found is None:
         return "-"
@@ -114,12 +103,12 @@ def runs_in_int8(layers: Sequence[Layer], node: str) -> bool:
     """
     # no letter, digit, slash or dot beside it, or it would be a part of another name
     whole_name = re.compile(rf"(?<![\w/.]){re.escape(node)}(?![\w/.])")
-    precisions = []
+    precisions = set()
     for layer in layers:
         is_copy = layer.name.startswith("Reformatting CopyNode")
         if not is_copy and whole_name.search(layer.name):
-            precisions.append(layer.precision)
-    return bool(precisions) and set(precisions) == {"INT8"}
+            precisions.add(layer.precision)
+    return precisions == {"INT8"}
 
 
 def median_ms(layer: Layer, times_ms: Mapping[str, Sequence[float]]) -> float | None:
