@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,24 +20,13 @@ MIN_SIZE = 8
 MAX_SIZE = 4096
 """Of an image's height and width in pixels."""
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
-"""Train images, train labels, test images, test labels, class names."""
-
 Part = tuple[np.ndarray, np.ndarray]
 """Images and labels."""
 
-LOADERS: dict[str, Callable[[Path, tuple[int, int], bool], Arrays]] = {
-    "cifar10": lambda data_dir, size, test_only: cifar10.load(data_dir),
-    "folder": folder.load,
-    "digits": lambda data_dir, size, test_only: digits.load(),
-}
-"""Name -> loader of (data_dir, (height, width), test_only)."""
+LOADERS = {"cifar10": cifar10.load, "folder": folder.load, "digits": digits.load}
+"""Name -> loader of (data_dir, (height, width), test_only), which takes of these what it needs."""
 
-MISSING: dict[str, Callable[[Path], str]] = {
-    "cifar10": cifar10.missing,
-    "folder": folder.missing,
-    "digits": lambda data_dir: digits.missing(),
-}
+MISSING = {"cifar10": cifar10.missing, "folder": folder.missing, "digits": digits.missing}
 """Name -> what says that nothing of it is in data_dir; "" if something is, sound or not."""
 
 MIRROR_AND_CUTOUT = {"cifar10": True, "folder": True, "digits": False}
@@ -91,15 +80,15 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def load(
-    name: str, data_dir: Path, img_size: int | Sequence[int] | None = None, test_only: bool = False
+    name: str, data_dir: Path, img_size: Sequence[int] | None = None, test_only: bool = False
 ) -> ImageData:
     """Load a data set.
 
     Args:
         name: "cifar10", "folder" or "digits".
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
-        img_size: height and width in pixels that images of "folder" are resized to, or one number
-            for both (default: 32); the others are 32 pixels wide.
+        img_size: height and width in pixels that images of "folder" are resized to; the others
+            are 32 pixels wide, which is the default.
         test_only: the train images are of no use, and there may be none.
 
     Raises:
@@ -109,13 +98,11 @@ def load(
     """
     if name not in LOADERS:
         raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
-    if img_size is None or isinstance(img_size, int):
-        img_size = [32 if img_size is None else img_size] * 2
-    height, width = img_size
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
+    size = tuple(img_size or (32, 32))
+    if not all(MIN_SIZE <= side <= MAX_SIZE for side in size):
         # it may have more digits than Python writes
         raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
-    *arrays, classes = LOADERS[name](Path(data_dir), (height, width), test_only)
+    *arrays, classes = LOADERS[name](Path(data_dir), size, test_only)
     return ImageData(name, classes, *arrays)
 
 
@@ -156,10 +143,8 @@ def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
     levels = np.arange(256)
     means = counts @ levels / counts.sum(1)
     variances = counts @ levels**2 / counts.sum(1) - means**2
+    # log2 of the deviation is half that of the variance; images of one grey have none
+    exponents = [round(math.log2(max(variance, 1.0)) / 2) for variance in variances]
     mean = [round(level) / 255 for level in means.tolist()]
-    std = []
-    for variance in variances.tolist():
-        # log2 of the deviation is half that of the variance; images of one grey have none
-        exponent = round(math.log2(max(variance, 1.0)) / 2)
-        std.append(2.0**exponent / 255)
+    std = [2.0**exponent / 255 for exponent in exponents]
     return mean, std

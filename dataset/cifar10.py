@@ -35,7 +35,9 @@ ARRAY_PARTS = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstru
 """What their pickles make arrays of. NumPy 2 has kept these names."""
 
 
-def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+def load(
+    data_dir: Path, size: tuple[int, int], test_only: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names; (N, 32, 32, 3) uint8.
 
     Looks in `data_dir` for `SOURCES`; it may be the folder of batches itself. If there are none,
@@ -47,7 +49,7 @@ def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     """
     source = _source(data_dir)
     if source == data_dir / FOLDERS:
-        loaded = folder.load(data_dir, (32, 32))
+        loaded = folder.load(data_dir, size, test_only)
         if loaded[-1] != CLASSES:
             raise UserError(f"{source} holds other classes than CIFAR-10's: add --dataset folder")
         return loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 TEST_STRIDE = 5
@@ -9,8 +11,8 @@ SCALE = 4
 """8x8 pixels -> 32x32."""
 
 
-def missing() -> str:
-    """Says that they are not here; "" if they are."""
+def missing(data_dir: Path) -> str:
+    """Says that they are not installed, wherever `data_dir` is; "" if they are."""
     try:
         import sklearn  # noqa: F401
     except ModuleNotFoundError:
@@ -18,7 +20,9 @@ def missing() -> str:
     return ""
 
 
-def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+def load(
+    data_dir: Path, size: tuple[int, int], test_only: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names; (N, 32, 32, 3) uint8.
 
     The archive has no official split: every fifth image is a test image. It is ordered by writer,

@@ -211,7 +211,7 @@ def digits_cut_to(train, test, digits, width=32):
     )
     few = [array[:, :: 32 // width, :: 32 // width] if array.ndim == 4 else array for array in few]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset.digits, "load", lambda: (*few, digits.classes))
+        patch.setitem(dataset.LOADERS, "digits", lambda *_: (*few, digits.classes))
         yield
 
 

@@ -491,7 +491,7 @@ def test_folder_resizes_to_img_size(tmp_path):
         for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (50, 20), colour).save(tmp_path / split / name / "image.png")
-    data = dataset.load("folder", tmp_path, 24)
+    data = dataset.load("folder", tmp_path, (24, 24))
     assert data.classes == ("blue", "red")
     assert data.mirror_and_cutout
     assert data.train_images.shape == (2, 24, 24, 3)
@@ -503,7 +503,7 @@ def test_folder_resizes_to_img_size(tmp_path):
 
 def test_folder_keeps_images_that_have_the_size(tmp_path):
     written = write_classes(tmp_path, ("a", "b", "c"), size=20)
-    assert np.array_equal(dataset.load("folder", tmp_path, 20).train_images, written["train"])
+    assert np.array_equal(dataset.load("folder", tmp_path, (20, 20)).train_images, written["train"])
 
 
 def test_folder_reads_grey_palette_and_transparent_images_as_rgb(tmp_path):
@@ -639,7 +639,7 @@ def first_pixel(tmp_path, name, content):
     """What is read of the file `name`, which is the first of its class."""
     write_classes(tmp_path, ("a", "b"), count=1)
     (tmp_path / "train" / "a" / f"!{name}").write_bytes(content)
-    return dataset.load("folder", tmp_path, 8).train_images[0, 0, 0].tolist()
+    return dataset.load("folder", tmp_path, (8, 8)).train_images[0, 0, 0].tolist()
 
 
 PURPLE = (120, 20, 200)
@@ -784,7 +784,7 @@ def test_images_that_do_not_fit_into_memory_are_not_begun(tmp_path, monkeypatch)
     write_classes(tmp_path, ("a", "b"))
     monkeypatch.setattr(folder, "_available_bytes", lambda: 4.0e8)
     monkeypatch.setattr(folder, "_read_image", None)
-    message = load_error("folder", tmp_path, 4096)
+    message = load_error("folder", tmp_path, (4096, 4096))
     assert message.startswith("needs 0.4 GB of memory for 8 images of 4096x4096, 0.4 GB are free")
 
 
@@ -800,7 +800,7 @@ def kilobytes(key):
 
 Image.init()
 before = kilobytes("VmRSS")
-data = dataset.load("folder", Path(sys.argv[1]), 640)
+data = dataset.load("folder", Path(sys.argv[1]), (640, 640))
 arrays = data.train_images.nbytes + data.test_images.nbytes
 print((kilobytes("VmHWM") - before) * 1024 / arrays)
 """
@@ -857,7 +857,7 @@ def test_images_need_not_be_square(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "img_size", [-(10**400), -3, 0, 7, 4097, 10**8, 10**400, [32, 7], [4097, 32]]
+    "img_size", [[-(10**400)] * 2, [0, 32], [32, 7], [4097, 32], [10**400] * 2]
 )
 def test_senseless_img_size_is_not_blamed_on_the_images(tmp_path, img_size):
     write_classes(tmp_path, ("a", "b"))

@@ -146,7 +146,7 @@ def test_images_are_read_as_training_reads_them(export, digits, tmp_path, capsys
     for split in ("train", "test"):
         shutil.copytree(deep, classes / split / "a")
         shutil.copytree(deep, classes / split / "b")
-    read = dataset.load("folder", classes, 32).train_images[:3]
+    read = dataset.load("folder", classes, (32, 32)).train_images[:3]
     capsys.readouterr()
 
     predict(export, tmp_path / "photos")
