@@ -51,6 +51,7 @@ class Batches:
     ):
         if len(images) < world_size:
             raise UserError(f"{len(images)} images cannot be shared by {world_size} ranks")
+        self.device = device
         self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.normalize = normalize.to(device)
@@ -61,15 +62,10 @@ class Batches:
         self.rank = rank
         self.world_size = world_size
 
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
-
     def first(self, count: int) -> Iterator[Tensor]:
         """The first `count` images (B, 3, H, W) in batches, for calibration."""
-        for start in range(0, min(count, len(self.labels)), self.batch_size):
-            stop = min(start + self.batch_size, count)
-            yield self.normalize(self.images[start:stop])
+        for images in self.images[:count].split(self.batch_size):
+            yield self.normalize(images)
 
     def __len__(self) -> int:
         """Batches in an epoch.
@@ -84,9 +80,9 @@ class Batches:
         if self.augment:
             yield from self._augmented_epoch()
             return
-        for start in range(0, len(self.labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.normalize(self.images[part]), self.labels[part]
+        images, labels = self.images.split(self.batch_size), self.labels.split(self.batch_size)
+        for batch_images, batch_labels in zip(images, labels, strict=True):
+            yield self.normalize(batch_images), batch_labels
 
     def _augmented_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, height, width, _ = self.images.shape
