@@ -208,11 +208,10 @@ def _read(
     images = np.empty((len(files), *size, 3), dtype=np.uint8)
     used: list[Path] = []
     silent = None if _first_rank() else True
-    with tqdm(total=len(files), desc="images", disable=silent) as bar:
-        for start in range(0, len(files), BLOCK):
-            block = files[start : start + BLOCK]
-            used += _fill(images[len(used) :], block, left_out, refused)
-            bar.update(len(block))
+    starts = range(0, len(files), BLOCK)
+    for start in tqdm(starts, "images", disable=silent, unit_scale=BLOCK):
+        block = files[start : start + BLOCK]
+        used += _fill(images[len(used) :], block, left_out, refused)
     labels = np.array([label_of[path] for path in used], dtype=np.int64)
     return images[: len(used)], labels
 
