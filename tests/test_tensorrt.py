@@ -1281,7 +1281,7 @@ def test_a_graph_records_the_kernels_for_its_batch_size(load, generation):
     [(), (0,), (1,), (0, 1)],
     ids=["both late", "copies early", "compute early", "both early"],
 )
-@pytest.mark.parametrize("sizes", [(8,) * 7 + (3,), (8, 8), (8,), (5, 2, 5, 1), (1,), ()])
+@pytest.mark.parametrize("sizes", [(8,) * 7 + (3,), (8, 8), (8,), (5, 2, 5, 1), (1, 5), (1,), ()])
 def test_a_stream_keeps_order_and_overwrites_nothing_in_flight(load, eager, sizes):
     network, _ = load(eager=eager)
     batches = batches_of(*sizes)

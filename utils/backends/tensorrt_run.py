@@ -208,11 +208,9 @@ class TensorRTNetwork(Network):
 
     def _context_for(self, batch_size: int) -> _BatchContext:
         """The context of a batch size, made when it is first asked for."""
-        largest = self._batch_sizes[-1]
-        if batch_size > largest:
-            raise UserError(
-                f"the engine was built for batches of at most {largest}, not {batch_size}"
-            )
+        if batch_size > self.evaluation_batch:
+            most = f"batches of at most {self.evaluation_batch}"
+            raise UserError(f"the engine was built for {most}, not {batch_size}")
         if batch_size not in self._contexts:
             # the smallest that holds it
             profile = bisect_left(self._batch_sizes, batch_size)
@@ -227,13 +225,14 @@ class TensorRTNetwork(Network):
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Logits of each batch, in order, while the next one is on its way.
 
-        No batch may be larger than the first: all run in its context, those that are smaller with
-        a rest of older images behind them.
+        Batches run in the context of the largest before them, those that are smaller with a rest
+        of older images behind them.
         """
-        context = None
+        size = 0
         in_flight: deque[tuple[_Buffers, int]] = deque()
         for index, images in enumerate(batches):
-            context = context or self._context_for(len(images))
+            size = max(size, len(images))
+            context = self._context_for(size)
             # both sets of buffers are taken: the older batch must end before this one can start
             if len(in_flight) == 2:
                 yield self._finish(*in_flight.popleft())
@@ -262,7 +261,7 @@ class TensorRTNetwork(Network):
         Layers are timed one by one at the largest batch size. Together they take longer than the
         engine, whose layers follow each other at once.
         """
-        batch = self._context_for(self._batch_sizes[-1])
+        batch = self._context_for(self.evaluation_batch)
         times_ms = defaultdict(list)
 
         class Profiler(self._trt.IProfiler):
