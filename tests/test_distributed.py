@@ -321,6 +321,49 @@ def test_a_rank_that_is_killed_is_one_line_that_says_how_to_go_on(tmp_path, data
     assert "utils/" not in stderr
 
 
+STUCK = """
+import ctypes, os
+from utils import errors
+from utils.training import ranks
+
+def wait_for_ever():
+    mutex = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    print("waiting", flush=True)
+    libc.pthread_mutex_lock(mutex)
+
+def main():
+    with ranks.started():
+        wait_for_ever()
+
+ranks.GRACE_S = 0.5
+errors.run(main)
+"""
+
+
+def test_a_rank_that_waits_in_c_for_a_dead_one_ends_when_it_is_told_to():
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports(1)[0])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.terminate()
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    what = "another rank has ended, and this one waited for it"
+    assert f"error: {what}; go on with --resume and the run's folder\n" in stderr
+
+
 def rank_process(process, rank):
     """The id of the process of a rank that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

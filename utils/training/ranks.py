@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -26,6 +29,9 @@ T = TypeVar("T")
 MESSAGE = 4_000_000
 """Least values of a message of gradients: smaller ones pay latency, larger ones overlap less with
 the backward pass."""
+
+GRACE_S = 10.0
+"""How long a rank that is told to end may take, before it is taken for one that waits for ever."""
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells every process that it starts."""
@@ -67,20 +73,51 @@ def started() -> Iterator[Ranks]:
             f"for a plain process, unset {', '.join(TORCHRUN)}"
         ) from None
     here = Ranks(dist.get_rank(), dist.get_world_size(), device)
+    silent = nullcontext() if here.first else redirect_stdout(io.StringIO())
+    with _ending_while_waiting():
+        try:
+            with silent:
+                yield here
+        except (UserError, RuntimeError) as error:
+            if isinstance(error, RuntimeError):
+                if not lost_another(error):
+                    raise
+                error = UserError("another rank has ended")
+            # what is wrong with flags or files is so for all ranks of a host: one says it
+            if os.environ["LOCAL_RANK"] != "0":
+                sys.exit(1)
+            raise error from None
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _ending_while_waiting() -> Iterator[None]:
+    """Meanwhile a signal to end is obeyed even where the main thread waits for ever.
+
+    Where a rank dies, torchrun sends the others SIGTERM. Python acts on a signal between two of its
+    instructions, and a main thread that waits for NCCL, which waits for the dead, gets to none. But
+    the signal's number comes out of a pipe at once, and other threads go on.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def end() -> None:
+        if not os.read(reader, 1):  # closed
+            return
+        time.sleep(GRACE_S)
+        if os.environ["LOCAL_RANK"] == "0":
+            what = "another rank has ended, and this one waited for it"
+            print(f"\nerror: {what}; go on with --resume and the run's folder", file=sys.stderr)
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
     try:
-        with nullcontext() if here.first else redirect_stdout(io.StringIO()):
-            yield here
-    except (UserError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if not lost_another(error):
-                raise
-            error = UserError("another rank has ended")
-        # what is wrong with flags or files is so for all ranks of a host: one says it
-        if os.environ["LOCAL_RANK"] != "0":
-            sys.exit(1)
-        raise error from None
+        yield
     finally:
-        dist.destroy_process_group()
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
 
 
 def active() -> bool:
