@@ -315,7 +315,7 @@ def test_table_lists_every_quantizable_layer():
     model = resnet18()
     quantize_modules(model, EXAMPLE, skip_layers=["conv1", "layer3.*", "fc"])
     header, rows, last = table(model)
-    ranges_title = "ranges: input; weight, factor or other"
+    ranges_title = "ranges: operands in their order; weight"
     assert header == ["layer", "type", "multiply-adds", "form", ranges_title]
     assert [row[0] for row in rows] == RESNET18
     assert re.fullmatch(r"INT8: [\d.]+ % of the multiply-adds, 6 of 8 additions; float: .+", last)

@@ -11,9 +11,11 @@ from utils.quantization.modularize import is_candidate
 from utils.quantization.watch import Operation, is_quantizable, watch
 from utils.records import text_table
 
+CONCATENATIONS = ("cat", "concat", "concatenate")
+
 
 def layer_table(model: nn.Module, example: Tensor) -> str:
-    """Every operation that multiplies or could be INT8: its form, its ranges, or why it is float.
+    """Every operation with a weight or of feature maps: its form, its ranges, or why it is float.
 
     The last lines say how much of the multiply-adds is INT8, and what stays in float.
 
@@ -23,11 +25,11 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
     operations = []
     for operation in watch(model, example).operations:
         worth_a_row = is_quantizable(operation.module) or is_candidate(operation)
-        if operation.macs or worth_a_row:
+        if operation.macs or worth_a_row or operation.function in CONCATENATIONS:
             operations.append(operation)
     total = sum(operation.macs for operation in operations) or 1
 
-    rows = [("layer", "type", "multiply-adds", "form", "ranges: input; weight, factor or other")]
+    rows = [("layer", "type", "multiply-adds", "form", "ranges: operands in their order; weight")]
     for operation in operations:
         share = f"{100 * operation.macs / total:.1f} %" if operation.macs else "-"
         name = operation.name or "(the network itself)"
@@ -46,6 +48,8 @@ def _form(operation: Operation) -> tuple[str, str]:
     if isinstance(module, QuantizedLayer):
         quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
         return "INT8", "; ".join(map(_range, quantizers))
+    if operation.function in CONCATENATIONS:
+        return "-", "rounded as what reads it says"
     if module is None:
         return "float", f"functional, at {operation.where}"
     return "float", "not selected" if is_quantizable(module) else "no quantized form"
@@ -60,7 +64,8 @@ def _summary(operations: list[Operation], total: int) -> str:
     text = f"INT8: {100 * macs / total:.1f} % of the multiply-adds"
     if additions:
         text += f", {len(added)} of {len(additions)} additions"
-    floats = [op for op in operations if op not in quantized]
+    passes = [op for op in operations if op.function in CONCATENATIONS]
+    floats = [op for op in operations if op not in quantized and op not in passes]
     # a layer may be called several times
     rest = list(dict.fromkeys(f"{op.name}.{op.function}".strip(".") for op in floats))
     if not rest:
