@@ -93,6 +93,11 @@ def _interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; if that is empty, the error's kind."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def mendable(error: Exception) -> str | None:
     """What to tell the user of an error; None if only a programmer can mend it."""
     if isinstance(error, UserError):

@@ -258,4 +258,4 @@ def _is_zero(value: openvino.Output) -> bool:
 
 def _reason(error: Exception) -> str:
     """The last line of what OpenVINO says; those before name its own source files."""
-    return str(error).strip().rpartition("\n")[2]
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from layers import Add, Mul
+from utils.errors import first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
 ADDING = ("add", "iadd", "radd")
@@ -125,7 +126,7 @@ def _reason(error: Exception) -> str:
     """Why the functional operations of a module stay: an error, and where it was raised."""
     innermost_first = reversed(list(walk_tb(error.__traceback__)))
     at = first_place(innermost_first) or "its forward"
-    return f"which torch.fx cannot trace at {at}: {str(error).splitlines()[0]}"
+    return f"which torch.fx cannot trace at {at}: {first_line(error)}"
 
 
 def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

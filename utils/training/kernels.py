@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from utils.errors import first_line
+
 _fusing = False
 
 
@@ -26,7 +28,7 @@ def usable() -> bool:
         out = torch.empty(1, 1, dtype=torch.bfloat16, device="cuda")
         fused_optimizer.nesterov_momentum(one, one.clone(), 0.9, out)
     except Exception as error:  # of Triton, of the C compiler, or of loading what that made
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         print(f"training takes longer without Triton ({reason}): install gcc and python3-dev")
         return False
     return True

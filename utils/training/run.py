@@ -14,7 +14,7 @@ from torch import nn
 
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import locked
 from utils.training import ranks
 from utils.training.optimizers import load_optimizer
@@ -61,7 +61,8 @@ class Run:
         left = "no checkpoint was written yet"
         if self.path.exists():
             left = f"the last good checkpoint is {self.path}"
-        raise UserError(f"the loss became {loss}: use a lower --lr than {lr:g}; {left}")
+        what = f"the loss became {loss} in epoch {self.epoch + 1}"
+        raise UserError(f"{what}: use a lower --lr than {lr:g}; {left}")
 
     def finish_epoch(
         self, loss: float, train_pct: float, val_loss: float, val_pct: float, write: bool
@@ -154,7 +155,7 @@ def at_work_in(folder: Path, first: bool) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             what = "interrupted"
         elif isinstance(error, torch.AcceleratorError):
-            what = f"the GPU failed ({str(error).splitlines()[0]})"
+            what = f"the GPU failed ({first_line(error)})"
         elif ranks.lost_another(error):
             what = "another rank has ended"
         else:

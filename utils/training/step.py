@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from layers.normalize import logits_of
 from utils.device import full_precision
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.metrics import percent_equal
 from utils.training import kernels, ranks
 
@@ -30,7 +30,7 @@ class Step:
     runs the same code without any of it. A change of the model's mode needs a new `Step`.
 
     Args:
-        model: in the mode it shall train in, on the device.
+        model: on the device; its mode stays the same while it steps.
         optimizer: its learning rates become tensors on a GPU, so that the recorded step reads them.
         sam_rho: if not 0, the update is by the gradient at a worse place close by (SAM; Foret et
             al., 2021, arXiv:2010.01412): every kernel and matrix moved up its gradient by this
@@ -111,7 +111,7 @@ class Step:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): the "
+                f"the step cannot be recorded as a CUDA graph ({first_line(error)}): the "
                 "network's forward reads a value off the GPU or makes a tensor of Python numbers; "
                 "make that a buffer"
             ) from None
