@@ -303,16 +303,12 @@ def train(
         start: the checkpoint to start from or, with `resume`, to go on from.
     """
     print(f"experiment folder: {folder}", flush=True)
-    check_ranks(recipe, here)
-
     # the images, and what the recipe makes of so many
     data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
-    images = len(train_arrays[0])
-    if images < here.world_size:
-        raise UserError(f"{images} train images for {here.world_size} ranks: start fewer of them")
-    shared = images // here.world_size * here.world_size
+    check_ranks(recipe, here, len(train_arrays[0]))
+    shared = len(train_arrays[0]) // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
     base = describe(recipe, start, info)
     plain, augmented = train_batches(recipe, info, train_arrays, data.mirror_and_cutout, here)
@@ -342,12 +338,20 @@ def train(
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
 
 
-def check_ranks(recipe: Recipe, here: ranks.Ranks) -> None:
-    """Raises UserError where what is asked cannot be shared out to the ranks."""
-    size, count = recipe.batch_size, here.world_size
-    if size % count:
+def check_ranks(recipe: Recipe, here: ranks.Ranks, images: int) -> None:
+    """Raises UserError where a batch, or what is asked, cannot be shared out to several ranks."""
+    count = here.world_size
+    if count == 1:
+        return
+    if recipe.batch_size % count:
+        size = recipe.batch_size
         raise UserError(f"--batch_size {size} is not a multiple of the {count} ranks")
-    if recipe.sync_batchnorm and count > 1 and here.device.type != "cuda":
+    # one image has no variance where it is a single pixel
+    size = min(recipe.batch_size, images)
+    if size < 2 * count:
+        what = f"--batch_size: {size} images for {count} ranks, which need two each"
+        raise UserError(f"{what}; start fewer")
+    if recipe.sync_batchnorm and here.device.type != "cuda":
         raise UserError("--sync_batchnorm: torch's SyncBatchNorm needs GPUs: drop it")
 
 

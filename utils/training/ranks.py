@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.device import default_device
-from utils.errors import UserError, mendable
+from utils.errors import UserError, first_line, mendable
 
 T = TypeVar("T")
 
@@ -69,7 +68,7 @@ def started() -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the ranks did not meet ({str(error).splitlines()[0]}): start them by torchrun or, "
+            f"the ranks did not meet ({first_line(error)}): start them by torchrun or, "
             f"for a plain process, unset {', '.join(TORCHRUN)}"
         ) from None
     here = Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -102,13 +101,15 @@ def _ending_while_waiting() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
+    done = threading.Event()
 
     def end() -> None:
-        if not os.read(reader, 1):  # closed
+        os.read(reader, 1)  # of a signal; nothing, once the pipe is closed
+        os.close(reader)
+        if done.wait(GRACE_S):
             return
-        time.sleep(GRACE_S)
         if os.environ["LOCAL_RANK"] == "0":
-            what = "another rank has ended, and this one waited for it"
+            what = "told to end, but still waiting for a rank that may be gone"
             print(f"\nerror: {what}; go on with --resume and the run's folder", file=sys.stderr)
         os._exit(1)
 
@@ -116,6 +117,7 @@ def _ending_while_waiting() -> Iterator[None]:
     try:
         yield
     finally:
+        done.set()
         signal.set_wakeup_fd(-1)
         os.close(writer)
 
