@@ -385,6 +385,7 @@ def entry(**changes):
         entry(shape=[3.0]),
         entry(shape=[-3, -1]),
         entry(shape=None),
+        lambda header: header["none"].update(shape=[0, 2**63]),
         entry(dtype="no such type"),
         entry(dtype=["F32"]),
         lambda header: header.pop("mask"),
@@ -397,6 +398,23 @@ def test_safetensors_that_contradict_themselves_are_refused(tmp_path, change):
     path.write_bytes(safetensors(TENSORS, change))
     with pytest.raises(UserError, match="is a damaged safetensors file"):
         ckpt.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "BOOL"])
+def test_safetensors_of_types_that_the_network_cannot_hold_are_refused(tmp_path, dtype):
+    model = nn.Linear(6, 1, bias=False)
+    path = tmp_path / "model.safetensors"
+    values = {"weight": torch.zeros(1, 6, dtype=torch.bool)}
+    path.write_bytes(safetensors(values, lambda header: header["weight"].update(dtype=dtype)))
+    with pytest.raises(UserError, match="of another type"):
+        ckpt.load_weights(model, ckpt.load(path).state)
+
+
+def test_safetensors_without_tensors_lack_everything(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors({}))
+    with pytest.raises(UserError, match="missing"):
+        ckpt.load_weights(nn.Linear(2, 1), ckpt.load(path).state)
 
 
 @pytest.mark.parametrize("cut", [-1, -9, 60])

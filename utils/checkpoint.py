@@ -22,6 +22,12 @@ from utils.weights import State, is_safetensors, read_safetensors, unwrapped, wi
 
 FORMAT = 3
 RANGE_SUFFIX = "_quantizer._amax"
+DTYPES = (
+    (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    (torch.bool,),
+)
+"""A tensor of a file may be of another type than the network's of the same row."""
 
 
 @dataclass
@@ -277,9 +283,8 @@ def _fault(key: str, value: Tensor, own: Tensor) -> str:
     """What is wrong with a tensor that is to replace the model's own; "" if nothing is."""
     if own.shape != value.shape:
         return "of another shape"
-    # integers, booleans and complex numbers would be turned into floats
-    dense = value.layout == torch.strided and not value.is_meta
-    if value.is_floating_point() != own.is_floating_point() or not dense:
+    same_kind = any(own.dtype in kind and value.dtype in kind for kind in DTYPES)
+    if not same_kind or value.layout != torch.strided or value.is_meta:
         return "of another type"
     # as the model will hold it: a float64 may be too large for that
     value = value.to(own.dtype)

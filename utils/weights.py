@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, mendable
 
 State = dict[str, Tensor]
 
@@ -40,7 +40,8 @@ def unwrapped(content: Any, path: Path) -> State:
     if len(found) > 1:
         raise UserError(f"{path} holds several state dicts ({', '.join(found)}): save one alone")
     others = [str(key) for key in content if key != found[0]]
-    beside = f"; left aside: {', '.join(others)}" if others else ""
+    more = ", ..." if len(others) > 5 else ""
+    beside = f"; left aside: {', '.join(others[:5])}{more}" if others else ""
     print(f"{path}: the state dict under {found[0]!r}{beside}")
     return content[found[0]]
 
@@ -48,6 +49,8 @@ def unwrapped(content: Any, path: Path) -> State:
 def without_prefixes(state: State, own: State) -> tuple[State, str]:
     """`state` without the prefixes that all its names have and the model's `own` lack; those."""
     taken = ""
+    if not state:
+        return state, taken
     # in whatever order they stand
     for prefix in PREFIXES * len(PREFIXES):
         everywhere = all(key.startswith(prefix) for key in state)
@@ -70,12 +73,13 @@ def read_safetensors(path: Path) -> State:
     Raises:
         UserError: it is damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         state = load_file(path)
-    except SafetensorError as error:
+    except Exception as error:  # its own, and Python's where the file's numbers make no sense
+        if mendable(error):
+            raise
         raise UserError(f"{path} is a damaged safetensors file ({error})") from None
     print(f"{path}: a safetensors file of {len(state)} tensors")
     return state
