@@ -955,6 +955,9 @@ def test_a_record_follows_a_link_and_spares_what_is_no_file(tmp_path):
         records.write(pipe, {"kind": "piped"}, follow_link=True)
         assert json.loads(reader.read()) == {"kind": "piped"}
     assert pipe.is_fifo()
+    # without a reader it is one line, where plain opening would wait for ever
+    with pytest.raises(OSError, match="No such device"):
+        records.write(pipe, {}, follow_link=True)
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     records.write(loop, {"kind": "new"}, follow_link=True)

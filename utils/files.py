@@ -79,7 +79,9 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
     if follow_link:
         path = real_path(path)
         if path.exists() and not path.is_file() and not path.is_dir():
-            yield path
+            # a FIFO that nobody reads fails here, where plain opening would wait for ever
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb"):
+                yield path
             return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft_folder(path.parent, path) as draft:
