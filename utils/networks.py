@@ -44,6 +44,7 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     Raises:
         UserError: no such model, or one from elsewhere cannot be built.
     """
+    require_known(spec.name, spec.stem)
     model = models.build(spec.name, spec.num_classes, spec.stem)
     example = example_images(*size)
     if is_foreign(spec.name):
@@ -116,7 +117,8 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     try:
         pretrained = weights.get_state_dict(progress=True)
     except Exception as error:  # the network's errors, and whatever torch.load raises on damage
-        what = f"cannot download {weights.url} or read what was downloaded ({error})"
+        reason = getattr(error, "reason", error)
+        what = f"cannot download {weights.url} or read what was downloaded ({reason})"
         mend = f"put that file into {torch.hub.get_dir()}/checkpoints, or train without --pretrain"
         raise UserError(f"--pretrain: {what}; {mend}") from None
     try:

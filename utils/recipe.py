@@ -181,6 +181,8 @@ LIMITS = {
     "lr": (0, 1e38),  # what float32 holds
     "lrdt": (1, 10**6),
     "keep": (1, 10**6),
+    "label_smoothing": (0, 1),
+    "sam_rho": (0, 1),
     "seed": (0, MAX_SEED),
 }
 """Field of a recipe -> its lowest and highest value."""
