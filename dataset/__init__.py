@@ -87,8 +87,8 @@ def load(
     Args:
         name: "cifar10", "folder" or "digits".
         data_dir: where the files are, or where CIFAR-10 is downloaded to; "digits" needs none.
-        img_size: height and width in pixels that images of "folder" are resized to; the others
-            are 32 pixels wide, which is the default.
+        img_size: height and width in pixels that images of class folders are resized to
+            (default: 32); digits, and CIFAR-10 in its own files, are 32 pixels wide.
         test_only: the train images are of no use, and there may be none.
 
     Raises:

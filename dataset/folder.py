@@ -49,7 +49,7 @@ SHOWN = 3
 
 
 def load(
-    data_dir: Path, size: tuple[int, int], test_only: bool = False
+    data_dir: Path, size: tuple[int, int], test_only: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Train images, train labels, test images, test labels, class names.
 
@@ -208,10 +208,11 @@ def _read(
     images = np.empty((len(files), *size, 3), dtype=np.uint8)
     used: list[Path] = []
     silent = None if _first_rank() else True
-    starts = range(0, len(files), BLOCK)
-    for start in tqdm(starts, "images", disable=silent, unit_scale=BLOCK):
-        block = files[start : start + BLOCK]
-        used += _fill(images[len(used) :], block, left_out, refused)
+    with tqdm(total=len(files), desc="images", disable=silent) as bar:
+        for start in range(0, len(files), BLOCK):
+            block = files[start : start + BLOCK]
+            used += _fill(images[len(used) :], block, left_out, refused)
+            bar.update(len(block))
     labels = np.array([label_of[path] for path in used], dtype=np.int64)
     return images[: len(used)], labels
 

@@ -78,9 +78,10 @@ def test_ctrl_c_during_imports_is_one_line(script):
     assert done.stderr.strip() == "interrupted"
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys, number):
     def no_lock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "no lock")
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
     with locked(tmp_path):

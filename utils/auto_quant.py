@@ -206,7 +206,7 @@ def search(
             needed = others
     with_slow = [name for name in names if name in needed or lost[name] < 0]
 
-    # whole engines; where all is float, there is none of INT8
+    # whole engines, the same one once; where all is float, there is none of INT8
     best_ms, best = np.inf, [ALL]
     for skip in (needed, with_slow):
         if skip != best and len(skip) < len(names) and keeps(skip):

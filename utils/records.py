@@ -170,7 +170,7 @@ def environment(backends: Iterable[str]) -> dict[str, str | None]:
     for package, (backend, modules) in PACKAGES.items():
         for name in modules:
             if backend in ran and name in sys.modules:
-                versions[package] = sys.modules[name].__version__
+                versions[package] = getattr(sys.modules[name], "__version__", None)
     return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
 
 

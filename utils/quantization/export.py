@@ -115,8 +115,10 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
         source = node.input[0] if node.input else ""
         if node.op_type in (QUANTIZE, DEQUANTIZE):
             # a weight that is rounded is a constant still
-            like_source = constants if source in constants else quantized
-            like_source.update(node.output)
+            if source in constants:
+                constants.update(node.output)
+            else:
+                quantized.update(node.output)
         elif node.op_type == "GlobalAveragePool" and shapes.get(source, [])[2:] == [1, 1]:
             idle.append(node.name)
         elif not quantized.isdisjoint(node.input):
@@ -204,7 +206,8 @@ def merge_shared_quantizers(model: ModelProto) -> None:
     # nodes are in the order in which they run, so what a node reads has its final name by then
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        output = same = node.output[0]
+        output = node.output[0]
+        same = output  # the first tensor with these values
         if node.op_type == "Identity" and output != OUTPUT:
             same = node.input[0]
         elif node.op_type in (QUANTIZE, DEQUANTIZE):
