@@ -79,6 +79,14 @@ TRAINING_TITLES = [
     "compile s",
 ]
 
+COSTLIEST = 5
+SENSITIVITY_TITLES = [
+    "network",
+    "layer in INT8, or layers",
+    "SQNR of this alone, dB",
+    "of all but this, dB",
+]
+
 GPUS_TITLES = ["network", "GPUs", "s an epoch", "images/s", "times one GPU"]
 
 RECIPE_TITLES = [
@@ -503,6 +511,30 @@ def gpus_table(folder: Path) -> str:
     return markdown_table(lines)
 
 
+def sensitivity_table(folder: Path) -> str:
+    """Of each scan all layers together, and the single layers that cost most signal."""
+    lines = [SENSITIVITY_TITLES]
+    for path in sorted(folder.glob("*.json")):
+        record = records.read(path)
+        parts = record["sensitivity"]["parts"]
+        single = [part for part in parts if "*" not in part["layers"]]
+        # one that changes nothing has none
+        single = [part for part in single if part["only_sqnr_db"] is not None]
+        single.sort(key=lambda part: part["only_sqnr_db"])
+        [every] = [part for part in parts if part["layers"] == "*"]
+        for part in (every, *single[:COSTLIEST]):
+            without_db = part["without_sqnr_db"]
+            lines.append(
+                [
+                    f"{TITLES[record['model']]}, {record['stem']} stem",
+                    "all" if part is every else f"`{part['layers']}`",
+                    f"{part['only_sqnr_db']:.1f}",
+                    "-" if without_db is None else f"{without_db:.1f}",
+                ]
+            )
+    return markdown_table(lines, names=2)
+
+
 # The table of recipes
 
 
@@ -640,6 +672,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "table": record_table,
     "training": training_table,
     "gpus": gpus_table,
+    "sensitivity": sensitivity_table,
 }
 """The kind of a table -> what makes it from the path in its marker."""
 
