@@ -168,9 +168,9 @@ def environment(backends: Iterable[str]) -> dict[str, str | None]:
     ran = set(backends)
     versions = dict.fromkeys(PACKAGES)
     for package, (backend, modules) in PACKAGES.items():
-        for name in modules:
-            if backend in ran and name in sys.modules:
-                versions[package] = getattr(sys.modules[name], "__version__", None)
+        loaded = [sys.modules[name] for name in modules if name in sys.modules]
+        if backend in ran and loaded:
+            versions[package] = getattr(loaded[0], "__version__", None)
     return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
 
 
