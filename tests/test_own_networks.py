@@ -189,6 +189,23 @@ class TwoOutputs(Base):
         return self.head(x), x
 
 
+class OfTuple(nn.Module):
+    """Takes one map or a tuple of them, as blocks of timm's DPN do."""
+
+    def forward(self, x):
+        return x[0] + x[1] if isinstance(x, tuple) else x
+
+
+class Pair(Base):
+    def __init__(self):
+        super().__init__()
+        self.sum = OfTuple()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.sum((self.conv2(x), x)))
+
+
 class ActivatedNorm(nn.BatchNorm2d):
     """As timm's: BatchNorm and an activation in one."""
 
@@ -231,6 +248,7 @@ MINIATURES = (
     OddPool,
     Resized,
     TwoOutputs,
+    Pair,
     Activated,
 )
 

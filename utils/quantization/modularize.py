@@ -106,7 +106,8 @@ class _Tracer(fx.Tracer):
             if isinstance(value, Tensor):
                 args.append(proxy)
             elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-                args.append([proxy[index] for index in range(len(value))])
+                parts = [proxy[index] for index in range(len(value))]
+                args.append(tuple(parts) if isinstance(value, tuple) else parts)
             else:
                 args.append(value)
         self.root.training = self.create_proxy("get_attr", "training", (), {})
