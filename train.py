@@ -18,7 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,31 +115,36 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     """
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
     last_part = recipe.num_epochs - int(recipe.num_epochs * LAST_PART)
-    with progress_bar(run, recipe, train_part) as bar:
-        for last, end in ((False, last_part), (True, recipe.num_epochs)):
-            with closing(make_step(run.model, run.optimizer, recipe, last)) as step:
-                while run.epoch < end:
-                    # one pass over the images
-                    bar.set_description(f"epoch {run.epoch + 1}/{recipe.num_epochs}")
-                    torch.manual_seed(1_000_003 * (recipe.seed + 1) + run.epoch)
-                    set_mode(run.model, recipe, last)
-                    started = time.perf_counter()
-                    loss, train_pct = train_epoch(step, train_part, schedule, run.epoch, bar)
-                    seconds = time.perf_counter() - started
+    first = run.epoch
+    with progress_bar(run, recipe, train_part) as bar, ExitStack() as opened:
+        for epoch in range(first, recipe.num_epochs):
+            last = epoch >= last_part
+            set_mode(run.model, recipe, last)
+            if epoch in (first, last_part):
+                opened.close()  # the step of the part before
+                step = make_step(run.model, run.optimizer, recipe, last)
+                opened.enter_context(closing(step))
 
-                    # its network on the val part
-                    ranks.average_statistics(run.model)
-                    few = (run.epoch + 1) * len(train_part) < FEW_STEPS
-                    if few and not (last and recipe.freeze_batch_norm):
-                        estimate_batch_norm(run.model, plain)
-                    val_loss, val_pct = evaluate(run.model, val)
-                    run.require_finite(loss + val_loss, recipe.lr)
+            # one pass over the images
+            bar.set_description(f"epoch {epoch + 1}/{recipe.num_epochs}")
+            torch.manual_seed(1_000_003 * (recipe.seed + 1) + epoch)
+            started = time.perf_counter()
+            loss, train_pct = train_epoch(step, train_part, schedule, epoch, bar)
+            seconds = time.perf_counter() - started
 
-                    # what it leaves
-                    run.finish_epoch(loss, train_pct, val_loss, val_pct, train_part.rank == 0)
-                    line = f"train loss {loss:.4f}, {train_pct:.2f} %, val loss {val_loss:.4f}"
-                    line = f"epoch {run.epoch}: {line}, {val_pct:.2f} %, {seconds:.2f} s"
-                    bar.write(line, file=sys.stdout)
+            # its network on the val part
+            ranks.average_statistics(run.model)
+            few = (epoch + 1) * len(train_part) < FEW_STEPS
+            if few and not (last and recipe.freeze_batch_norm):
+                estimate_batch_norm(run.model, plain)
+            val_loss, val_pct = evaluate(run.model, val)
+            run.require_finite(loss + val_loss, recipe.lr)
+
+            # what it leaves
+            run.finish_epoch(loss, train_pct, val_loss, val_pct, train_part.rank == 0)
+            line = f"train loss {loss:.4f}, {train_pct:.2f} %, val loss {val_loss:.4f}"
+            line = f"epoch {run.epoch}: {line}, {val_pct:.2f} %, {seconds:.2f} s"
+            bar.write(line, file=sys.stdout)
 
 
 def progress_bar(run: Run, recipe: Recipe, train_part: Batches) -> tqdm:
