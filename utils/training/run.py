@@ -93,11 +93,14 @@ class Run:
         )
         ckpt.save(self.path, checkpoint)
         if best:
-            # half the size, since it is no place to resume from
-            ckpt.save(self.best, replace(checkpoint, optimizer=None))
+            self._save_best(checkpoint)
         for epoch, path in ckpt.by_epoch(self.folder).items():
             if epoch <= self.epoch - self.keep:
                 path.unlink()
+
+    def _save_best(self, checkpoint: Checkpoint) -> None:
+        """Write `ckpt_best`: half the size, since it is no place to resume from."""
+        ckpt.save(self.best, replace(checkpoint, optimizer=None))
 
     def go_on(self, checkpoint: Checkpoint, write: bool) -> None:
         """Take over the optimizer's state and the progress of a checkpoint.
@@ -117,7 +120,7 @@ class Run:
         if not self.best.exists():
             self.best_val_loss = last_loss
         if write and last_loss == self.best_val_loss:
-            ckpt.save(self.best, replace(checkpoint, optimizer=None))
+            self._save_best(checkpoint)
 
 
 def load_to_resume(path: Path) -> Checkpoint:
