@@ -32,7 +32,7 @@ from utils.files import locked, real_path, sha256, user_path
 from utils.flags import Flags
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
-from utils.records import Scan
+from utils.records import Record, Scan
 from utils.specs import NetworkSpec, Quantization
 
 if TYPE_CHECKING:
@@ -182,7 +182,14 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     return checkpoint, data, quantization
 
 
-def tune(args: Flags, comparison: Comparison, folder: Path) -> Scan:
+def tune(
+    args: Flags,
+    comparison: Comparison,
+    folder: Path,
+    checkpoint: Checkpoint,
+    data: dataset.ImageData,
+    quantization: Quantization,
+) -> Scan:
     """Scan the checkpoint's layers; with --auto_quant also choose, by setting flags as by hand.
 
     Otherwise the scan is all that is recorded.
@@ -190,7 +197,6 @@ def tune(args: Flags, comparison: Comparison, folder: Path) -> Scan:
     from utils.auto_quant import Tuner
     from utils.quantization.sensitivity import scan_table
 
-    checkpoint, data, quantization = read_checkpoint(args)
     if args.auto_quant and checkpoint.quantization is not None:
         raise UserError("--auto_quant: this checkpoint is quantized already; name the float one")
     tuner = Tuner(checkpoint, sha256(args.load_ckpt), data, quantization, comparison, folder)
@@ -206,9 +212,8 @@ def tune(args: Flags, comparison: Comparison, folder: Path) -> Scan:
             args.precisions = ["FP32", "FP16"]
             by_hand += " --FP32 --FP16"
         print(f"the same by hand: {by_hand}", flush=True)
-    elif args.record:
-        record = tuner.record(scan, flag_values(args))
-        records.write(args.record, record, follow_link=True)
+    else:
+        write_record(args, tuner.record(scan, flag_values(args)))
     return scan
 
 
@@ -285,6 +290,11 @@ def flag_values(args: Flags) -> dict[str, str]:
     return words
 
 
+def write_record(args: Flags, record: Record) -> None:
+    if args.record:
+        records.write(args.record, record, follow_link=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     flags.refuse(REFUSALS, args)
@@ -300,13 +310,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, engines = [], []
     scan: Scan | None = None
     with locked(folder, make=not args.onnx):
-        if tunes(args):
-            scan = tune(args, comparison, folder)
-            if not args.auto_quant:
-                return
-            comparison = Comparison.of(args)
         if not args.onnx:
             checkpoint, data, quantization = read_checkpoint(args)
+            if tunes(args):
+                scan = tune(args, comparison, folder, checkpoint, data, quantization)
+                if not args.auto_quant:
+                    return
+                # as its choice has set the flags
+                comparison = Comparison.of(args)
+                quantization = flags.agreed_quantization(args, checkpoint.quantization)
             compare.export_checkpoint(checkpoint, data, quantization, comparison, folder)
         manifest, predictions = read_export(folder)
         if args.onnx:
@@ -317,8 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)
-    if args.record:
-        records.write(args.record, record, follow_link=True)
+    write_record(args, record)
     if args.plot:
         plot(args.plot, record)
     if args.report:
