@@ -66,19 +66,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     if not batches:
         raise UserError("there are no images to calibrate with")
     quantizers = _quantizers(model)
+    activations = [found for found in quantizers.values() if found.axis is None]
 
     # first pass, in float: the largest magnitudes, which are all that weights and "max" need
     for quantizer in quantizers.values():
         quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
         quantizer.disable_quant()
-    _collect(model, batches, quantizers.values())
+    for module in model.modules():
+        if hasattr(module, "weight_quantizer"):
+            module.weight_quantizer._calibrator.collect(module.weight)
+    _collect(model, batches, activations)
     for name, quantizer in quantizers.items():
         _require_finite(name, quantizer._calibrator.compute_amax())
 
     # second pass: how the activations are spread below them
     if method != "max":
         counter = _Histogram if method in ("percentile", "entropy") else _RoundingError
-        activations = [found for found in quantizers.values() if found.axis is None]
         for quantizer in activations:
             quantizer._calibrator = counter(quantizer._calibrator.compute_amax(), method)
         _collect(model, batches, activations)
