@@ -130,8 +130,8 @@ class Watch(TorchFunctionMode):
             return out
         word = getattr(function, "__name__", "")
         where = first_place(walk_stack(sys._getframe()))
-        computed = any(tensor in self._made for tensor in tensors_in((args, kwargs)))
-        if word in READS_A_VALUE and computed:
+        reads_a_value = word in READS_A_VALUE
+        if reads_a_value and any(tensor in self._made for tensor in tensors_in((args, kwargs))):
             self.value_reads.append(where)
         else:
             self._note(self._running[-1], None, word, (args, kwargs), out, where)
