@@ -51,7 +51,6 @@ class Batches:
     ):
         if len(images) < world_size:
             raise UserError(f"{len(images)} images cannot be shared by {world_size} ranks")
-        self.device = device
         self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.normalize = normalize.to(device)
@@ -61,6 +60,10 @@ class Batches:
         self.mirror_and_cutout = mirror_and_cutout
         self.rank = rank
         self.world_size = world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
 
     def first(self, count: int) -> Iterator[Tensor]:
         """The first `count` images (B, 3, H, W) in batches, for calibration."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from utils.backends.network import Network, cpu_threads, require_ends
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.manifest import INPUT, OUTPUT
 
 
@@ -38,7 +38,9 @@ class OnnxRuntimeNetwork(Network):
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            raise UserError(f"ONNX Runtime cannot load {path}: {error}; export it again") from None
+            raise UserError(
+                f"ONNX Runtime cannot load {path}: {first_line(error)}; export it again"
+            ) from None
         ports = [*self._session.get_inputs(), *self._session.get_outputs()]
         ends = [(port.name, port.type, len(port.shape)) for port in ports]
         require_ends(path, ends, ("tensor(uint8)", "tensor(float)"))
@@ -47,5 +49,5 @@ class OnnxRuntimeNetwork(Network):
         try:
             [logits] = self._session.run([OUTPUT], {INPUT: images})
         except Exception as error:  # images of another size, too little memory
-            raise UserError(f"ONNX Runtime cannot run {self.path}: {error}") from None
+            raise UserError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}") from None
         return logits

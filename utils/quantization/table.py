@@ -64,8 +64,8 @@ def _summary(operations: list[Operation], total: int) -> str:
     text = f"INT8: {100 * macs / total:.1f} % of the multiply-adds"
     if additions:
         text += f", {len(added)} of {len(additions)} additions"
-    passes = [op for op in operations if op.function in CONCATENATIONS]
-    floats = [op for op in operations if op not in quantized and op not in passes]
+    others = [op for op in operations if op not in quantized]
+    floats = [op for op in others if op.function not in CONCATENATIONS]
     # a layer may be called several times
     rest = list(dict.fromkeys(f"{op.name}.{op.function}".strip(".") for op in floats))
     if not rest:
