@@ -116,7 +116,7 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
     last_part = recipe.num_epochs - int(recipe.num_epochs * LAST_PART)
     first = run.epoch
-    with progress_bar(run, recipe, train_part) as bar, ExitStack() as opened:
+    with closing(run), progress_bar(run, recipe, train_part) as bar, ExitStack() as opened:
         for epoch in range(first, recipe.num_epochs):
             last = epoch >= last_part
             set_mode(run.model, recipe, last)

@@ -1,12 +1,14 @@
 """Training: schedules, exact resumption, what QAT changes, and how a run ends early."""
 
 import copy
+import errno
 import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -452,7 +454,7 @@ def test_a_float_run_stopped_in_its_first_epoch_leaves_nothing(tmp_path, error_l
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [".", "tests"]
 import conftest, dataset, torch, train
@@ -466,7 +468,12 @@ steps, cross_entropy, save = 0, training.F.cross_entropy, torch.save
 def in_an_epoch(*args, **options):
     global steps
     steps += 1
-    return die() if steps == {steps} + 2 else cross_entropy(*args, **options)
+    if steps == {steps} + 2:
+        # the first epoch's files are written meanwhile
+        while sorted(path.name for path in folder.iterdir()) != ["ckpt_1", "ckpt_best"]:
+            time.sleep(0.01)
+        die()
+    return cross_entropy(*args, **options)
 
 def in_a_write(content, file):
     save(content, file)
@@ -474,6 +481,7 @@ def in_a_write(content, file):
         file.truncate(file.tell() // 2)
         die()
 
+folder = Path(sys.argv[-3], sys.argv[-1])  # --od DIR --en NAME
 if sys.argv.pop(1) == "epoch":
     training.F.cross_entropy = in_an_epoch
 else:
@@ -740,6 +748,7 @@ def test_ckpt_best_is_the_last_of_the_epochs_with_the_lowest_val_loss(tmp_path):
     for epoch, loss in enumerate([math.inf, 0.7, 0.4, 0.6, 0.4, 0.5]):
         run.epoch = epoch
         run.save(loss)
+        run.wait()
         content = ckpt.load(tmp_path / "ckpt_best")
         best.append((content.epoch, content.best_val_loss))
         assert ckpt.load(tmp_path / f"ckpt_{epoch}").epoch == epoch
@@ -752,6 +761,7 @@ def test_a_val_loss_that_is_no_number_is_never_the_best(tmp_path):
     for epoch, loss in enumerate([2.0, math.nan, 3.0, 1.0, 1.5]):
         run.epoch = epoch
         run.save(loss)
+    run.close()
     assert (ckpt.load(tmp_path / "ckpt_best").epoch, run.best_val_loss) == (3, 1.0)
 
 
@@ -766,6 +776,47 @@ def test_ckpt_best_is_half_a_checkpoint_and_no_place_to_resume_from(runs, error_
     assert sizes[0] < 0.6 * sizes[1]
 
 
+def test_what_is_saved_is_as_it_was_then_whatever_training_does_meanwhile(tmp_path, monkeypatch):
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, "sgd")
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy([dict(model.state_dict()), optimizer.state_dict()])
+    changed = threading.Event()
+    save = ckpt.save
+
+    def late(path, checkpoint):
+        assert changed.wait(10)
+        save(path, checkpoint)
+
+    monkeypatch.setattr(ckpt, "save", late)
+    run = train.Run(tmp_path, model, optimizer, ckpt.Checkpoint({}))
+    run.save(1.0)
+    optimizer.step()
+    run.history.append({"val_loss": 0.5})
+    changed.set()
+    run.close()
+    saved = ckpt.load(tmp_path / "ckpt_0")
+    assert_same([saved.state, saved.optimizer, saved.history], [*before, []])
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_epochs_before(tmp_path, error_line):
+    full = OSError(errno.ENOSPC, "No space left on device", "ckpt_2")
+    save = ckpt.save
+
+    def fail(path, checkpoint):
+        if checkpoint.epoch == 2:
+            raise full
+        save(path, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ckpt, "save", fail)
+        line = error_line(train.main, [*arguments("float", None), "--od", tmp_path, "--en", "run"])
+    assert "No space left on device" in line
+    assert names(tmp_path / "run") == {"ckpt_1", "ckpt_best"}
+    assert ckpt.load(tmp_path / "run" / "ckpt_1").epoch == 1
+
+
 @pytest.mark.parametrize(("keep", "left"), [(1, {4}), (2, {3, 4}), (9, {0, 1, 2, 3, 4})])
 def test_of_earlier_epochs_as_many_stay_as_are_to_be_kept(tmp_path, keep, left):
     model = nn.Linear(2, 2)
@@ -774,6 +825,7 @@ def test_of_earlier_epochs_as_many_stay_as_are_to_be_kept(tmp_path, keep, left):
     for epoch in range(5):
         run.epoch = epoch
         run.save(1.0 + epoch)
+    run.close()
     assert set(ckpt.by_epoch(tmp_path)) == left
     assert ckpt.load(tmp_path / "ckpt_best").epoch == 0
 

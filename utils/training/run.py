@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
@@ -26,6 +28,9 @@ BEST = "ckpt_best"
 class Run:
     """Everything that training changes, and what is needed to write it down.
 
+    An epoch's files are written by a thread, beside the next epoch: on a GPU they would take a
+    quarter of the time. `close` waits for it.
+
     Args:
         base: a checkpoint's constant part; its state and progress are filled in at each `save`.
         epoch: how many are completed.
@@ -40,6 +45,10 @@ class Run:
     best_val_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
     keep: int = 1
+
+    def __post_init__(self) -> None:
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
 
     @property
     def path(self) -> Path:
@@ -58,6 +67,7 @@ class Run:
         """
         if math.isfinite(loss) and all(p.isfinite().all() for p in self.model.parameters()):
             return
+        self.wait()
         left = "no checkpoint was written yet"
         if self.path.exists():
             left = f"the last good checkpoint is {self.path}"
@@ -78,29 +88,52 @@ class Run:
     def save(self, val_loss: float) -> None:
         """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier loss on val was lower.
 
-        The loss on the val part is less noisy than the accuracy.
+        The loss on the val part is less noisy than the accuracy. What is written is as it is now;
+        when it is there, `wait` knows.
+
+        Raises:
+            OSError: the files of the save before could not be written.
         """
         best = val_loss <= self.best_val_loss
         if best:
             self.best_val_loss = val_loss
         checkpoint = replace(
             self.base,
-            state=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            state=_copied_to_cpu(self.model.state_dict()),
+            optimizer=_copied_to_cpu(self.optimizer.state_dict()),
             epoch=self.epoch,
             best_val_loss=self.best_val_loss,
-            history=self.history,
+            history=list(self.history),
         )
-        ckpt.save(self.path, checkpoint)
+        self.wait()
+        self._writing = self._writer.submit(self._write, checkpoint, best)
+
+    def _write(self, checkpoint: Checkpoint, best: bool) -> None:
+        ckpt.save(self.folder / f"ckpt_{checkpoint.epoch}", checkpoint)
         if best:
-            self._save_best(checkpoint)
+            self._write_best(checkpoint)
         for epoch, path in ckpt.by_epoch(self.folder).items():
-            if epoch <= self.epoch - self.keep:
+            if epoch <= checkpoint.epoch - self.keep:
                 path.unlink()
 
-    def _save_best(self, checkpoint: Checkpoint) -> None:
+    def _write_best(self, checkpoint: Checkpoint) -> None:
         """Write `ckpt_best`: half the size, since it is no place to resume from."""
         ckpt.save(self.best, replace(checkpoint, optimizer=None))
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Write what was saved, and let go of the thread; raises as `wait`."""
+        self._writer.shutdown()
+        self.wait()
 
     def go_on(self, checkpoint: Checkpoint, write: bool) -> None:
         """Take over the optimizer's state and the progress of a checkpoint.
@@ -120,7 +153,18 @@ class Run:
         if not self.best.exists():
             self.best_val_loss = last_loss
         if write and last_loss == self.best_val_loss:
-            self._save_best(checkpoint)
+            self._write_best(checkpoint)
+
+
+def _copied_to_cpu(value: Any) -> Any:
+    """A state dict whose tensors no training changes; those of a GPU come to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied_to_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copied_to_cpu(entry) for entry in value]
+    return value
 
 
 def load_to_resume(path: Path) -> Checkpoint:
