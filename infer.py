@@ -209,8 +209,8 @@ def tune(
         args.skip_layers = [*quantization.skip_layers, *skip] or None
         by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no flag"
         if skip == ["*"]:
-            args.precisions = ["FP32", "FP16"]
-            by_hand += " --FP32 --FP16"
+            args.precisions = list(tuner.floats)
+            by_hand = " ".join([by_hand, *(f"--{name}" for name in tuner.floats)])
         print(f"the same by hand: {by_hand}", flush=True)
     else:
         write_record(args, tuner.record(scan, flag_values(args)))

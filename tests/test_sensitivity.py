@@ -335,6 +335,24 @@ def test_the_command_chooses(
         assert {row.precision for row in record.rows} >= {"FP32", "INT8-PTC"}
 
 
+@pytest.mark.usefixtures("quick_latencies")
+def test_a_choice_must_beat_just_the_float_precision_that_is_named(
+    outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(scanned, tmp_path, dirs_exist_ok=True)
+    timed = set()
+
+    def latencies_ms(self, images):
+        timed.add(self.path.name)
+        return np.full(3, 2.0)
+
+    monkeypatch.setattr(OnnxRuntimeNetwork, "latencies_ms", latencies_ms)
+    flags = ["--auto_quant", "--FP16", "--INT8PTC", "--batch_size", 1]
+    run(outlier_checkpoint, *flags, folder=tmp_path)
+    assert timed == {"fp16.onnx", "int8_ptc.onnx"}
+    assert "the same by hand: --skip_layers '*' --FP16\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

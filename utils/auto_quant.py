@@ -15,7 +15,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,11 @@ class Tuner:
         self.float_model, self.model = networks["FP32"], networks[self.precision]
         _, self.val = self.data.split(self.checkpoint.data.split_seed)
 
+    @property
+    def floats(self) -> Sequence[str]:
+        """The float precisions that INT8 must beat: those that are named, or both."""
+        return [name for name in FLOAT if name in self.comparison.precisions] or FLOAT
+
     def scan(self) -> Scan:
         """The sensitivity of each layer and block, on the first val images."""
         first = [array[:SCAN_IMAGES] for array in self.val]
@@ -133,11 +138,15 @@ class Tuner:
         with tempfile.TemporaryDirectory() as draft, switched(self.model) as network:
             names = list(network.layers)
             # the export has some of these graphs again, and so has another run: built once
-            cache = self.folder / ENGINES
-            backend = compare.choose_backend(Path(draft), self.comparison, engines=cache)
+            built = self.folder / ENGINES
+            backend = compare.choose_backend(Path(draft), self.comparison, engines=built)
+
+            @cache
+            def accuracy_of(active: frozenset[str]) -> float:
+                return accuracy_pct(network, val, active)
 
             def accuracy(skip: Sequence[str]) -> float:
-                return accuracy_pct(network, val, set(names) - set(skip))
+                return accuracy_of(frozenset(names) - set(skip))
 
             def engines(skip: Sequence[str]) -> list[Network]:
                 return [backend(precision) for precision in self._draft(Path(draft), skip)]
@@ -150,17 +159,19 @@ class Tuner:
     def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
         """Export the network without `skip` in INT8; the precisions that it can then run in."""
         info = self.checkpoint.data
-        model, precisions = self.float_model, FLOAT
-        if skip != [ALL]:
+        if skip == [ALL]:
+            # that in FP16 is written beside it
+            graph, model = graph_file("FP32"), self.float_model
+            precisions = self.floats
+        else:
+            graph, precisions = graph_file("INT8-PTC"), ["INT8-PTC"]
             skip = [*self.quantization.skip_layers, *skip]
             quantization = replace(self.quantization, skip_layers=skip)
             state = self.model.state_dict()
             model = build_quantized(self.checkpoint.network, quantization, info.size, state)
             # all but the ranges of what is skipped
             model.load_state_dict(state, strict=False)
-            precisions = ("INT8-PTC",)
-        # that in FP16 is written beside it
-        export_onnx(model, folder / graph_file(precisions[0]), info.size, info.mean, info.std)
+        export_onnx(model, folder / graph, info.size, info.mean, info.std)
         return precisions
 
 
