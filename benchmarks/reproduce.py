@@ -335,6 +335,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     decided = (*DECIDED, *flags.QUANTIZATION)
     parse_flags("--infer_flags", infer.build_parser(), args.infer_flags, decided)
+
+    ptc_mode = None if args.no_engines else calibration_mode(args.engine_python)
+    if ptc_mode and args.no_implicit:
+        ptc_mode = "explicit"
     return Plan(
         results=args.results,
         work=args.work,
@@ -347,7 +351,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         infer_flags=args.infer_flags,
         quantization=flags.agreed_quantization(given, None),
         engine_python=args.engine_python,
-        ptc_mode=None if args.no_engines else calibration_mode(args.engine_python),
+        ptc_mode=ptc_mode,
         opt_level=args.opt_level,
     )
 
@@ -393,6 +397,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("engines").add_argument
     add("--no_engines", action="store_true", help="PyTorch only")
+    implicit = "without TensorRT's own calibration, which takes minutes a network"
+    add("--no_implicit", action="store_true", help=implicit)
     python = "Python that has TensorRT (default: this one)"
     add("--engine_python", default=sys.executable, help=python)
     level = "of TensorRT's builder (default: %(default)s)"

@@ -370,6 +370,17 @@ def test_engines_are_wanted_of_all_seeds_of_resnet18_and_of_the_others_first(
     ]
 
 
+@pytest.mark.parametrize("offered", ["implicit", "explicit"])
+def test_tensorrts_own_calibration_can_be_left_out(arguments, monkeypatch, offered):
+    monkeypatch.setattr(reproduce, "calibration_mode", lambda _: offered)
+    parse = reproduce.build_parser().parse_args
+    arguments.remove("--no_engines")
+    assert reproduce.make_plan(parse(arguments)).ptc_mode == offered
+    assert reproduce.make_plan(parse([*arguments, "--no_implicit"])).ptc_mode == "explicit"
+    arguments.append("--no_engines")
+    assert reproduce.make_plan(parse([*arguments, "--no_implicit"])).ptc_mode is None
+
+
 def test_a_study_of_nothing_is_an_error(arguments):
     with pytest.raises(UserError, match="ImageNet stem"):
         reproduce.main([*arguments, "--stem", "imagenet"])

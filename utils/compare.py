@@ -232,7 +232,7 @@ def evaluate_in_pytorch(
 
         title = PRECISIONS[precision].in_pytorch
         batch_sizes = timed.get(precision, ())
-        batch_size = max(batch_sizes, default=EVALUATION_BATCH)
+        batch_size = max([EVALUATION_BATCH, *batch_sizes])
         predicted = predict(network, data.test_images, batch_size, f"{backend} {title}")
         # torch.compile's FP16 comes after eager's
         predictions.setdefault(title, predicted)
