@@ -1227,3 +1227,19 @@ def test_a_network_that_reports_its_layers_and_the_devices_time_has_more_columns
         assert (row.int8_layers, row.layers) == (2, 3)
     assert rows[2].latency_ms == {"p50": None, "p99": None}
     assert rows[2].throughput_img_s > 0
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(0, False), (1, False), (4, True)])
+def test_a_network_that_is_much_worse_than_in_pytorch_is_told(
+    exported, digits, capsys, wrong, said
+):
+    network = OnnxRuntimeNetwork(exported / "onnx" / "int8_qat.onnx")
+    images = digits.test_images[:64]
+    labels = network(images).argmax(1)
+    predictions = {"FP32": labels, "FAKE-QUANT-QAT": labels.copy()}
+    labels = labels.copy()
+    # what PyTorch got right there and the network did not
+    labels[:wrong] = predictions["FAKE-QUANT-QAT"][:wrong] = (labels[:wrong] + 1) % 10
+    compare.evaluate_network(network, "INT8-QAT", images, labels, predictions, [])
+    line = "onnxruntime INT8-QAT is 6.25 points below the same network in PyTorch; try other --skip"
+    assert (line in capsys.readouterr().out) == said

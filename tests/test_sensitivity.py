@@ -160,7 +160,8 @@ def test_an_interrupted_scan_goes_on(outlier_network, tmp_path):
 class Engine(Network):
     """Layers a, b and c, and times in milliseconds."""
 
-    def __init__(self, times_ms, total_ms=None):
+    def __init__(self, times_ms, total_ms=None, pct=None):
+        self.pct = pct
         nodes = [f"/model/{name}/Conv + /model/{name}/relu/Relu" for name in times_ms]
         self.layers = [Layer(node, "-", "-", "-") for node in nodes]
         self.times_ms = list(times_ms.values())
@@ -184,14 +185,28 @@ def scan_of(noise):
     return Scan("INT8-PTC", 10, parts)
 
 
-def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS):
+def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_pct=None):
+    """What is left in float, by engines that add up their layers' times.
+
+    Args:
+        measured_pct: an engine's own accuracy, by the layers in float; fake quantization's if None.
+    """
+    measured_pct = measured_pct or accuracy
+
     def engines(skip):
         if skip == ["*"]:
             return [Engine(float_ms, 9.0), Engine(float_ms)]
-        return [Engine({name: (float_ms if name in skip else int8_ms)[name] for name in NAMES})]
+        times = {name: (float_ms if name in skip else int8_ms)[name] for name in NAMES}
+        return [Engine(times, pct=measured_pct(skip))]
 
     result = auto_quant.search(
-        scan_of(noise), NAMES, engines, lambda engine: engine.total_ms, accuracy, max_drop
+        scan_of(noise),
+        NAMES,
+        engines,
+        lambda engine: engine.total_ms,
+        lambda engine: engine.pct,
+        accuracy,
+        max_drop,
     )
     return result[0]
 
@@ -233,6 +248,32 @@ def test_layers_that_are_slower_in_int8_stay_float():
 def test_float_is_handed_over_unless_int8_is_2_percent_faster(int8_ms):
     noise = dict.fromkeys(NAMES, 1e-3)
     assert search(dict.fromkeys(NAMES, int8_ms), lambda _: 96.0, noise) == ["*"]
+
+
+def test_an_engine_that_computes_something_else_is_not_chosen():
+    """More layers stay in float than fake quantization says, until an engine is as good."""
+    int8_ms = dict.fromkeys(NAMES, 0.5)
+    noise = {"a": 1e-3, "b": 1e-1, "c": 1e-2}
+
+    def accuracy(skip):
+        return 96.0 if "b" in skip else 92.0
+
+    def measured_pct(skip):
+        return 96.0 if {"b", "c"} <= {*skip} else 90.0
+
+    assert search(int8_ms, accuracy, noise) == ["b"]
+    assert search(int8_ms, accuracy, noise, measured_pct=measured_pct) == ["b", "c"]
+    assert search(int8_ms, accuracy, noise, measured_pct=lambda _: 90.0) == ["*"]
+
+
+def test_an_engine_that_keeps_the_accuracy_is_taken_whatever_fake_quantization_says():
+    noise = dict.fromkeys(NAMES, 1e-3)
+    int8_ms = dict.fromkeys(NAMES, 0.5)
+
+    def accuracy(skip):
+        return 96.0 if len(skip) == 3 else 90.0
+
+    assert search(int8_ms, accuracy, noise, measured_pct=lambda _: 96.0) == []
 
 
 def test_float_is_handed_over_where_nothing_keeps_the_budget():

@@ -1,11 +1,13 @@
 """Which layers to quantize: what each one costs, and the fastest choice within a budget.
 
 1. Scan the sensitivity, and time the layers of two engines: all in INT8, and all in float.
-2. Leave layers in float, those first that take away the most noise for the time they lose, until
-   the accuracy on val images is within the budget. It is that of fake quantization. Put those
-   back that it does not need.
+2. If the former loses too much accuracy on val images, leave layers in float, those first that take
+   away the most noise for the time they lose, until fake quantization is within the budget. Put
+   those back that it does not need.
 3. Leave those in float, too, that alone were slower in INT8.
-4. Time the engines of 2 and 3 as a whole, and take the fastest, if it is 2 % faster than float.
+4. Time the engines of 2 and 3 as a whole. Take the fastest whose own accuracy is within the budget,
+   if it is 2 % faster than float. An engine may compute something else than it should: if neither
+   is within the budget, leave twice as many layers in float, and so on.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import numpy as np
 
 import dataset
 from utils import compare, records
-from utils.backends.network import Network
+from utils.backends.network import Network, predict
 from utils.checkpoint import Checkpoint
 from utils.compare import Comparison
 from utils.engine_layers import held
 from utils.errors import UserError
 from utils.manifest import ENGINES, INT8, graph_file
+from utils.metrics import percent_equal
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
@@ -154,7 +157,11 @@ class Tuner:
             def milliseconds(engine: Network) -> float:
                 return float(np.median(engine.latencies_ms(images)))
 
-            return search(found, names, engines, milliseconds, accuracy, max_drop)
+            def engine_pct(engine: Network) -> float:
+                predicted = predict(engine, self.val[0], engine.evaluation_batch, "val images")
+                return percent_equal(predicted, self.val[1])
+
+            return search(found, names, engines, milliseconds, engine_pct, accuracy, max_drop)
 
     def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
         """Export the network without `skip` in INT8; the precisions that it can then run in."""
@@ -180,6 +187,7 @@ def search(
     names: Sequence[str],
     engines: Callable[[Sequence[str]], list[Network]],
     milliseconds: Callable[[Network], float],
+    engine_pct: Callable[[Network], float],
     accuracy: Callable[[Sequence[str]], float],
     max_drop: float,
 ) -> tuple[list[str], str]:
@@ -188,7 +196,8 @@ def search(
     Args:
         names: of all layers that may be quantized.
         engines: with the layers that it is given in float; of `*` one in FP32 and one in FP16.
-        accuracy: the same in percent.
+        engine_pct: an engine's own accuracy in percent.
+        accuracy: that of fake quantization, with the layers that it is given in float.
     """
     timed = [(milliseconds(engine), engine) for engine in engines([ALL])]
     float_ms, float_engine = min(timed, key=lambda pair: pair[0])
@@ -196,37 +205,59 @@ def search(
     float_times = layer_times(float_engine, names)
     int8_times = layer_times(int8_engine, names)
 
-    least_pct = accuracy(names) - max_drop - ROUNDING
     lost = dict.fromkeys(names, 0.0)
     for name in float_times.keys() & int8_times.keys():
         lost[name] = float_times[name] - int8_times[name]
     order = by_gain(found, lost, NO_TIME * float_ms)
 
-    def keeps(skip: Sequence[str]) -> bool:
-        return accuracy(skip) >= least_pct
+    least_pct = accuracy(names) - max_drop - ROUNDING
 
-    # as few as keep the accuracy: none, whose engine is there, or else by halves. With all layers
-    # in float nothing is lost.
+    def measured(candidate: Sequence[str]) -> tuple[float, float, list[str]]:
+        """Its engine's time, never if that is not within the budget; its accuracy; its layers."""
+        skip = [name for name in names if name in candidate]
+        # where all is float, there is no engine of INT8
+        if len(skip) == len(names):
+            return np.inf, 0.0, [ALL]
+        [engine] = engines(skip) if skip else [int8_engine]
+        pct = engine_pct(engine)
+        return (milliseconds(engine) if pct >= least_pct else np.inf), pct, skip
+
+    # none in float or, if that is not within the budget, as few as fake quantization says
+    needed: list[str] = []
+    best = measured(needed)
+    if best[0] == np.inf:
+        needed = fewest(order, lambda skip: accuracy(skip) >= least_pct)
+        best = measured(needed) if needed else best
+    # and those that are slower in INT8
+    slow = [name for name in names if lost[name] < 0]
+    if {*slow} - {*needed}:
+        best = min(best, measured([*needed, *slow]))
+    # engines may compute something else: more in float
+    count = max(1, len(needed))
+    while best[0] == np.inf and (count := 2 * count) < len(names):
+        best = measured(order[:count])
+
+    best_ms, best_pct, skip = best
+    times = f"{best_ms:.3f} ms, float {float_ms:.3f} ms"
+    if best_ms * MIN_SPEED_UP > float_ms:
+        return [ALL], f"no INT8 within the budget is 2 % faster than float ({times}): all float"
+    return skip, f"{times}; val accuracy {best_pct:.2f} %, at least {least_pct:.2f} %"
+
+
+def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list[str]:
+    """As few layers, the first of `order`, as keep the accuracy when they are in float."""
+    if keeps([]):
+        return []
+    # by halves; with all layers in float nothing is lost
     prefixes = [order[:count] for count in range(len(order))]
-    first = [] if keeps([]) else order[: bisect_left(prefixes, True, key=keeps)]
-    needed = [name for name in names if name in first]
+    first = list(order[: bisect_left(prefixes, True, key=keeps)])
     # of these, not all may matter
+    needed = first
     for name in first:
         others = [other for other in needed if other != name]
         if keeps(others):
             needed = others
-    with_slow = [name for name in names if name in needed or lost[name] < 0]
-
-    # whole engines, the same one once; where all is float, there is none of INT8
-    best_ms, best = np.inf, [ALL]
-    for skip in (needed, with_slow):
-        if skip != best and len(skip) < len(names) and keeps(skip):
-            [engine] = engines(skip) if skip else [int8_engine]
-            best_ms, best = min((best_ms, best), (milliseconds(engine), skip))
-    times = f"{best_ms:.3f} ms, float {float_ms:.3f} ms"
-    if best_ms * MIN_SPEED_UP > float_ms:
-        return [ALL], f"no INT8 within the budget is 2 % faster than float ({times}): all float"
-    return best, f"{times}; val accuracy {accuracy(best):.2f} %, at least {least_pct:.2f} %"
+    return needed
 
 
 def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:

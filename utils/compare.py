@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 NO_IMAGES = np.empty((0, 0, 0, 3), np.uint8)
 
+LARGEST_LOSS_PCT = 2.0
+"""Of accuracy, in points, below the same network in PyTorch: rounding alone loses less."""
+
 RANDOM_BATCHES = 8
 """Of the largest size: enough that a back end works on several at a time."""
 
@@ -362,6 +365,9 @@ def evaluate_network(
         predicted = predict(network, images, batch_size, f"{network.name} {precision}")
         in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
         found = accuracies(predicted, labels, predictions, in_pytorch)
+        if in_pytorch in predictions:
+            expected_pct = percent_equal(predictions[in_pytorch], labels)
+            _say_if_lost(f"{network.name} {precision}", found[0], expected_pct)
     row = Row(network.name, precision, *found, file_mb=network.path.stat().st_size / 1e6)
     if network.layers:
         row.layers = len(network.layers)
@@ -373,6 +379,14 @@ def evaluate_network(
         end_to_end.throughput_img_s = end_to_end_img_s(network, images, batch_size)
         rows.append(end_to_end)
     return rows
+
+
+def _say_if_lost(what: str, accuracy_pct: float, expected_pct: float) -> None:
+    """Print a line if a network is much worse than the same in PyTorch."""
+    lost_pct = expected_pct - accuracy_pct
+    if lost_pct > LARGEST_LOSS_PCT:
+        mend = "try other --skip_layers, --remainder fp32, or another version of it"
+        print(f"{what} is {lost_pct:.2f} points below the same network in PyTorch; {mend}")
 
 
 def evaluate_export(
