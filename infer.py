@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from utils.files import locked, real_path, sha256, user_path
 from utils.flags import Flags
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
-from utils.records import Record, Scan
+from utils.records import Choice, Record, Scan
 from utils.specs import NetworkSpec, Quantization
 
 if TYPE_CHECKING:
@@ -189,12 +190,12 @@ def tune(
     checkpoint: Checkpoint,
     data: dataset.ImageData,
     quantization: Quantization,
-) -> Scan:
+) -> tuple[Scan, Choice | None]:
     """Scan the checkpoint's layers; with --auto_quant also choose, by setting flags as by hand.
 
     Otherwise the scan is all that is recorded.
     """
-    from utils.auto_quant import Tuner
+    from utils.auto_quant import Tuner, choice_table
     from utils.quantization.sensitivity import scan_table
 
     if args.auto_quant and checkpoint.quantization is not None:
@@ -203,18 +204,19 @@ def tune(
     scan = tuner.scan()
     if args.sensitivity:
         print(scan_table(scan), flush=True)
+    choice: Choice | None = None
     if args.auto_quant:
-        skip, reason = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
-        print(f"--auto_quant: {reason}")
-        args.skip_layers = [*quantization.skip_layers, *skip] or None
+        choice = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
+        print(choice_table(choice))
+        args.skip_layers = [*quantization.skip_layers, *choice.skip_layers] or None
         by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no flag"
-        if skip == ["*"]:
+        if choice.skip_layers == ["*"]:
             args.precisions = list(tuner.floats)
             by_hand = " ".join([by_hand, *(f"--{name}" for name in tuner.floats)])
         print(f"the same by hand: {by_hand}", flush=True)
     else:
         write_record(args, tuner.record(scan, flag_values(args)))
-    return scan
+    return scan, choice
 
 
 def require_network(args: Flags, manifest: Manifest) -> None:
@@ -309,11 +311,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.onnx or args.onnx_dir or compare.export_folder(args.load_ckpt)
     rows, engines = [], []
     scan: Scan | None = None
+    choice: Choice | None = None
     with locked(folder, make=not args.onnx):
         if not args.onnx:
             checkpoint, data, quantization = read_checkpoint(args)
             if tunes(args):
-                scan = tune(args, comparison, folder, checkpoint, data, quantization)
+                scan, choice = tune(args, comparison, folder, checkpoint, data, quantization)
                 if not args.auto_quant:
                     return
                 # as its choice has set the flags
@@ -325,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_exported(args, manifest)
         if not args.export_only:
             rows, engines = compare.evaluate_export(folder, manifest, predictions, data, comparison)
-        record = compare.make_record(manifest, rows, flag_values(args), engines, scan)
+        record = compare.make_record(manifest, rows, flag_values(args), engines)
+        record = replace(record, sensitivity=scan, choice=choice)
 
     # the table comes before the files, which may fail to be written
     compare.print_record(record)

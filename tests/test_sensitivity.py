@@ -195,11 +195,11 @@ def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_p
 
     def engines(skip):
         if skip == ["*"]:
-            return [Engine(float_ms, 9.0), Engine(float_ms)]
+            return {"FP32": Engine(float_ms, 9.0), "FP16": Engine(float_ms)}
         times = {name: (float_ms if name in skip else int8_ms)[name] for name in NAMES}
-        return [Engine(times, pct=measured_pct(skip))]
+        return {"INT8-PTC": Engine(times, pct=measured_pct(skip))}
 
-    result = auto_quant.search(
+    choice = auto_quant.search(
         scan_of(noise),
         NAMES,
         engines,
@@ -208,7 +208,7 @@ def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_p
         accuracy,
         max_drop,
     )
-    return result[0]
+    return choice.skip_layers
 
 
 @pytest.mark.parametrize("max_drop", [0.1, 5.0])
@@ -362,16 +362,20 @@ def test_the_command_chooses(
     said = capsys.readouterr().out
     manifest, _ = read_export(tmp_path / "onnx")
     assert record.sensitivity is not None
+    # all in FP32, in FP16 and in INT8, at least
+    tried = [candidate.precision for candidate in record.choice.candidates]
+    assert tried[:3] == ["FP32", "FP16", "INT8-PTC"]
+    assert all(f"{precision} " in said for precision in tried)
     # the drafts are what is exported: engines of them are built once
     exported = timed.pop(tmp_path / "onnx")
     assert exported <= set.union(*timed.values())
     if int8_ms > 2:
         assert "the same by hand: --skip_layers '*' --FP32 --FP16" in said
         assert manifest.int8_nodes.keys() == {"FP32"}
-        assert manifest.quantization.skip_layers == ["*"]
+        assert manifest.quantization.skip_layers == record.choice.skip_layers == ["*"]
     else:
         assert f"the same by hand: --skip_layers {OUTLIER}\n" in said
-        assert manifest.quantization.skip_layers == [OUTLIER]
+        assert manifest.quantization.skip_layers == record.choice.skip_layers == [OUTLIER]
         assert not any("layer1.0/conv2/" in node for node in manifest.int8_nodes["INT8-PTC"])
         assert {row.precision for row in record.rows} >= {"FP32", "INT8-PTC"}
 

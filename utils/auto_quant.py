@@ -34,7 +34,7 @@ from utils.metrics import percent_equal
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
-from utils.records import Record, Scan
+from utils.records import Candidate, Choice, Record, Scan, text_table
 from utils.schema import parse
 from utils.specs import Quantization
 
@@ -125,8 +125,8 @@ class Tuner:
             sensitivity=found,
         )
 
-    def choose(self, found: Scan, max_drop: float) -> tuple[list[str], str]:
-        """What to skip for the fastest engine within the budget, and why; `*` if that is float's.
+    def choose(self, found: Scan, max_drop: float) -> Choice:
+        """What to skip for the fastest engine within the budget; `*` if that is float's.
 
         The checkpoint is a float one.
 
@@ -151,8 +151,9 @@ class Tuner:
             def accuracy(skip: Sequence[str]) -> float:
                 return accuracy_of(frozenset(names) - set(skip))
 
-            def engines(skip: Sequence[str]) -> list[Network]:
-                return [backend(precision) for precision in self._draft(Path(draft), skip)]
+            def engines(skip: Sequence[str]) -> dict[str, Network]:
+                precisions = self._draft(Path(draft), skip)
+                return {precision: backend(precision) for precision in precisions}
 
             def milliseconds(engine: Network) -> float:
                 return float(np.median(engine.latencies_ms(images)))
@@ -185,63 +186,81 @@ class Tuner:
 def search(
     found: Scan,
     names: Sequence[str],
-    engines: Callable[[Sequence[str]], list[Network]],
+    engines: Callable[[Sequence[str]], dict[str, Network]],
     milliseconds: Callable[[Network], float],
     engine_pct: Callable[[Network], float],
     accuracy: Callable[[Sequence[str]], float],
     max_drop: float,
-) -> tuple[list[str], str]:
+) -> Choice:
     """What `Tuner.choose` returns.
 
     Args:
         names: of all layers that may be quantized.
-        engines: with the layers that it is given in float; of `*` one in FP32 and one in FP16.
+        engines: with the layers that it is given in float, by precision; of `*` those in float.
         engine_pct: an engine's own accuracy in percent.
         accuracy: that of fake quantization, with the layers that it is given in float.
     """
-    timed = [(milliseconds(engine), engine) for engine in engines([ALL])]
-    float_ms, float_engine = min(timed, key=lambda pair: pair[0])
-    [int8_engine] = engines([])
-    float_times = layer_times(float_engine, names)
-    int8_times = layer_times(int8_engine, names)
-
-    lost = dict.fromkeys(names, 0.0)
-    for name in float_times.keys() & int8_times.keys():
-        lost[name] = float_times[name] - int8_times[name]
-    order = by_gain(found, lost, NO_TIME * float_ms)
-
+    # the two ends
+    floats = engines([ALL])
+    tried = [Candidate(name, [ALL], milliseconds(engine)) for name, engine in floats.items()]
+    fastest = min(tried, key=lambda candidate: candidate.latency_ms)
+    all_int8 = engines([])
+    [int8_engine] = all_int8.values()
+    lost = lost_ms(names, floats[fastest.precision], int8_engine)
+    order = by_gain(found, lost, NO_TIME * fastest.latency_ms)
     least_pct = accuracy(names) - max_drop - ROUNDING
 
-    def measured(candidate: Sequence[str]) -> tuple[float, float, list[str]]:
-        """Its engine's time, never if that is not within the budget; its accuracy; its layers."""
-        skip = [name for name in names if name in candidate]
+    def attempt(layers: Sequence[str]) -> bool:
+        """Try an engine with these layers in float; whether it is within the budget."""
+        skip = [name for name in names if name in layers]
         # where all is float, there is no engine of INT8
         if len(skip) == len(names):
-            return np.inf, 0.0, [ALL]
-        [engine] = engines(skip) if skip else [int8_engine]
+            return False
+        [(precision, engine)] = (engines(skip) if skip else all_int8).items()
         pct = engine_pct(engine)
-        return (milliseconds(engine) if pct >= least_pct else np.inf), pct, skip
+        tried.append(Candidate(precision, skip, milliseconds(engine), pct))
+        return pct >= least_pct
 
     # none in float or, if that is not within the budget, as few as fake quantization says
     needed: list[str] = []
-    best = measured(needed)
-    if best[0] == np.inf:
+    within = attempt(needed)
+    if not within:
         needed = fewest(order, lambda skip: accuracy(skip) >= least_pct)
-        best = measured(needed) if needed else best
+        within = bool(needed) and attempt(needed)
     # and those that are slower in INT8
     slow = [name for name in names if lost[name] < 0]
-    if {*slow} - {*needed}:
-        best = min(best, measured([*needed, *slow]))
+    if not {*slow} <= {*needed}:
+        within = attempt([*needed, *slow]) or within
     # engines may compute something else: more in float
     count = max(1, len(needed))
-    while best[0] == np.inf and (count := 2 * count) < len(names):
-        best = measured(order[:count])
+    while not within and (count := 2 * count) < len(names):
+        within = attempt(order[:count])
 
-    best_ms, best_pct, skip = best
-    times = f"{best_ms:.3f} ms, float {float_ms:.3f} ms"
-    if best_ms * MIN_SPEED_UP > float_ms:
-        return [ALL], f"no INT8 within the budget is 2 % faster than float ({times}): all float"
-    return skip, f"{times}; val accuracy {best_pct:.2f} %, at least {least_pct:.2f} %"
+    good = [candidate for candidate in tried if (candidate.val_accuracy_pct or 0) >= least_pct]
+    best = min(good, key=lambda candidate: candidate.latency_ms, default=fastest)
+    if best.latency_ms * MIN_SPEED_UP > fastest.latency_ms:
+        best = fastest
+    return Choice(best.skip_layers, least_pct, tried)
+
+
+def choice_table(choice: Choice) -> str:
+    """The engines that were tried, and which one it is."""
+    cells = [["tried", "ms", "val accuracy %"]]
+    in_float = ["layers in float"]
+    for candidate in choice.candidates:
+        pct = candidate.val_accuracy_pct
+        accuracy = "-" if pct is None else f"{pct:.2f}"
+        cells.append([candidate.precision, f"{candidate.latency_ms:.3f}", accuracy])
+        skipped = "all" if candidate.skip_layers == [ALL] else " ".join(candidate.skip_layers)
+        in_float.append(skipped or "none")
+    lines = text_table(cells, names=1).splitlines()
+    table = [f"{line}  {layers}" for line, layers in zip(lines, in_float, strict=True)]
+
+    chosen = "the fastest with at least"
+    if choice.skip_layers == [ALL]:
+        chosen = "all in float: no INT8 engine is 2 % faster with at least"
+    end = f"--auto_quant: {chosen} {choice.least_pct:.2f} % of val accuracy"
+    return "\n".join([*table, end])
 
 
 def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list[str]:
@@ -260,6 +279,16 @@ def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list
     return needed
 
 
+def lost_ms(names: Sequence[str], float_engine: Network, int8_engine: Network) -> dict[str, float]:
+    """Milliseconds that each layer loses in float; 0 where an engine does not tell its time."""
+    float_times = layer_times(float_engine, names)
+    int8_times = layer_times(int8_engine, names)
+    lost = dict.fromkeys(names, 0.0)
+    for name in float_times.keys() & int8_times.keys():
+        lost[name] = float_times[name] - int8_times[name]
+    return lost
+
+
 def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
     """Milliseconds of each of the layers `names` that the engine tells a time of.
 
@@ -273,11 +302,11 @@ def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
     return times
 
 
-def by_gain(found: Scan, lost_ms: dict[str, float], least_ms: float) -> list[str]:
+def by_gain(found: Scan, lost: dict[str, float], least_ms: float) -> list[str]:
     """Layers, those first that, left in float, take the most noise away for the time they lose.
 
     Args:
-        lost_ms: of each layer, at least `least_ms`.
+        lost: as `lost_ms` says; it counts as at least `least_ms`.
     """
     left = {}
     for part in found.parts:
@@ -285,7 +314,7 @@ def by_gain(found: Scan, lost_ms: dict[str, float], least_ms: float) -> list[str
         sqnr_db = part.without_sqnr_db
         left[part.layers] = 0.0 if sqnr_db is None else 10 ** (-sqnr_db / 10)
     worst = max(left.values())
-    gain = {name: (worst - left[name]) / max(ms, least_ms) for name, ms in lost_ms.items()}
+    gain = {name: (worst - left[name]) / max(ms, least_ms) for name, ms in lost.items()}
     return sorted(gain, key=gain.__getitem__, reverse=True)
 
 

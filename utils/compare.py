@@ -23,7 +23,7 @@ from utils.files import sha256, staged
 from utils.flags import BACKENDS, PTC_MODES, Flags
 from utils.manifest import IMPLICIT, INT8, MANIFEST, PRECISIONS, PREDICTIONS, Manifest, graph_file
 from utils.metrics import percent_equal
-from utils.records import Engine, Record, Row, Scan
+from utils.records import Engine, Record, Row
 from utils.specs import DataSpec, Quantization
 
 if TYPE_CHECKING:
@@ -527,7 +527,6 @@ def make_record(
     rows: list[Row],
     flags: dict[str, str] | None = None,
     engines: Sequence[Engine] = (),
-    sensitivity: Scan | None = None,
 ) -> Record:
     """A record of the PyTorch rows that an export holds, of `rows` and of `engines`.
 
@@ -546,7 +545,6 @@ def make_record(
         environment=environment,
         rows=torch_rows + rows,
         engines=list(engines),
-        sensitivity=sensitivity,
     )
 
 

@@ -128,6 +128,37 @@ class Scan:
     parts: list[Sensitivity]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that `--auto_quant` tried.
+
+    Args:
+        skip_layers: those in float; of a float engine `["*"]`.
+        latency_ms: the median, of a batch.
+        val_accuracy_pct: the engine's own; None of a float engine.
+    """
+
+    precision: str
+    skip_layers: list[str]
+    latency_ms: float
+    val_accuracy_pct: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `--auto_quant` chose.
+
+    Args:
+        skip_layers: of the candidate that it chose.
+        least_pct: the val accuracy that an engine must have.
+        candidates: in the order in which they were tried.
+    """
+
+    skip_layers: list[str]
+    least_pct: float
+    candidates: list[Candidate]
+
+
 @dataclass
 class Record:
     """An inference record: one checkpoint on the back ends of one machine.
@@ -138,6 +169,7 @@ class Record:
         environment: hardware and versions.
         engines: what an audit or a report looked into.
         sensitivity: of the layers, where it was scanned.
+        choice: of layers, where there was one.
     """
 
     model: str
@@ -152,6 +184,7 @@ class Record:
     engines: list[Engine] = field(default_factory=list)
     kind: str = "inference"
     sensitivity: Scan | None = None
+    choice: Choice | None = None
 
 
 PACKAGES = {
