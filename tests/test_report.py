@@ -17,7 +17,7 @@ from utils.engine_layers import audit_lines, layer_rows, spent_by
 from utils.manifest import Manifest
 from utils.quantization import calibrate, quantize_modules
 from utils.quantization.codes import layer_facts
-from utils.records import Engine, Layer, Record, Row, cells_of
+from utils.records import Candidate, Choice, Engine, Layer, Record, Row, cells_of
 from utils.specs import CodeUse, DataSpec, LayerFacts, Quantization
 
 HOSTILE = "<script>alert('1')</script>"
@@ -180,6 +180,24 @@ def test_sensitivity_is_shown_if_there_is_one(tmp_path):
     ]
     beside = [line[:2] for line in page.tables["layers-INT8-PTC"]]
     assert beside == [["layer", "alone: SQNR dB"], ["conv1 Conv2d", "–"], ["fc Conv2d", "31.2"]]
+
+
+def test_the_engines_that_auto_quant_tried_are_shown_if_it_did(tmp_path):
+    record = make_record()
+    assert "candidates" not in make_page(tmp_path, record).tables
+    candidates = [
+        Candidate("FP16", ["*"], 2.5),
+        Candidate("INT8-PTC", [], 1.25, 95.2),
+        Candidate("INT8-PTC", ["conv1", "fc"], 1.5, 95.4),
+    ]
+    record.choice = Choice(["conv1", "fc"], 95.3, candidates)
+    page = make_page(tmp_path, record)
+    assert "at least 95.30 % of val accuracy" in page.text
+    assert page.tables["candidates"][1:] == [
+        ["FP16", "2.500", "–", "all"],
+        ["INT8-PTC", "1.250", "95.20", "none"],
+        ["INT8-PTC", "1.500", "95.40", "conv1 fc"],
+    ]
 
 
 # Layers and engines
