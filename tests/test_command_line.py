@@ -67,6 +67,7 @@ RECORD_KEYS = {
     "environment",
     "rows",
     "sensitivity",
+    "choice",
 }
 ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "openvino", "onnxruntime", "python"}
 ROW_KEYS = {
