@@ -17,6 +17,7 @@ from utils.errors import UserError, run  # first: it is ready for Ctrl-C during 
 
 # isort: split
 import argparse
+import os
 import shlex
 import sys
 from collections import defaultdict
@@ -118,6 +119,9 @@ def run_refusals(args: Flags) -> Iterator[str]:
     for path in outputs:
         if path.is_dir():
             yield f"{path} is a folder: name a file in it"
+        there = [folder for folder in real_path(path).parents if folder.exists()]
+        if not os.access(there[0], os.W_OK):
+            yield f"{path} cannot be written: {there[0]} does not let you"
     if args.export_only and (args.onnx or args.audit or tensorrt_flag(args)):
         yield "--export_only runs no engine: drop it, or --onnx, --audit and what is TensorRT's"
 

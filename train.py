@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import dataset
 from dataset.batches import Batches
+from dataset.folder import count_classes
 from utils import checkpoint as ckpt
 from utils import compare, flags, networks
 from utils.checkpoint import Checkpoint
@@ -58,6 +59,7 @@ DEFAULTS = {
 # fmt: on
 LAST_PART = 1 / 3  # of the epochs
 HANDICAP = 1.1  # of ckpt_0's val loss: a few val images alone do not make it the best
+FEW_VAL = 100  # images, of which one more or less that is right is over a point
 FEW_STEPS = 100  # until which BatchNorm's running averages lag too far behind to evaluate by
 
 
@@ -312,6 +314,8 @@ def train(
     data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
+    if here.first and len(val_arrays[0]) < FEW_VAL:
+        print(f"only {len(val_arrays[0])} val images choose the best epoch: add train images")
     check_ranks(recipe, here, len(train_arrays[0]))
     shared = len(train_arrays[0]) // here.world_size * here.world_size
     recipe = fit_to_images(recipe, DEFAULTS[recipe.kind], shared)
@@ -328,7 +332,8 @@ def train(
         run.go_on(start, write=here.first)
     elif recipe.quantize and here.first:
         # ckpt_0: calibrated, not yet fine-tuned; it is the best where QAT clearly lost
-        val_loss, _ = evaluate(model, val)
+        val_loss, val_pct = evaluate(model, val)
+        print(f"epoch 0, calibrated: val loss {val_loss:.4f}, {val_pct:.2f} %")
         run.save(HANDICAP * val_loss)
     fit(run, recipe, augmented, plain, val)
 
@@ -389,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.resume:
             # what is read there must be the newest: nobody else may train on meanwhile
             folder = ckpt.latest(given.resume).parent
-            with at_work_in(folder, here.first):
+            with at_work_in(folder, here.first, given.model):
                 recipe, start = read_flags(argv)
                 train(recipe, start, folder, here, resume=True)
         else:
@@ -399,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
             folder = ranks.from_first(lambda: new_folder(parent, name))
-            with at_work_in(folder, here.first):
+            with at_work_in(folder, here.first, given.model):
                 train(recipe, start, folder, here)
     if recipe.comparison and here.first:
         compare_best(folder / BEST, recipe)
@@ -407,7 +412,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def list_layers(recipe: Recipe) -> None:
     """Print the layers that can be quantized, and which of them the flags choose."""
-    spec = NetworkSpec(recipe.model, recipe.stem, num_classes=10)
+    num_classes = 10
+    if recipe.dataset == "folder":
+        num_classes = count_classes(Path(recipe.data_dir))
+    spec = NetworkSpec(recipe.model, recipe.stem, num_classes)
     size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)
     print(layer_table(model, example_images(*size)))

@@ -90,8 +90,14 @@ def load(
                 raise UserError(f"{data_dir / split / name} holds no images")
     if _first_rank():
         counts = f"{len(train_labels)} train and {len(test_labels)} test images"
-        print(f"{counts} of {len(classes)} classes{describe(left_out)}")
+        pixels = "x".join(map(str, size))
+        print(f"{counts} of {len(classes)} classes, at {pixels} pixels{describe(left_out)}")
     return train_images, train_labels, test_images, test_labels, classes
+
+
+def count_classes(data_dir: Path) -> int:
+    """How many classes `load` would find; raises UserError if `train` is missing."""
+    return len(_class_files(data_dir / "train", defaultdict(list), []))
 
 
 def missing(data_dir: Path) -> str:

@@ -162,6 +162,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_leaves_no_folder(
 def test_missing_checkpoint_lists_what_is_there(tmp_path):
     for name in ("ckpt_1", "ckpt_best", "other"):
         (tmp_path / name).touch()
+    (tmp_path / "ckpt_1_onnx").mkdir()
     assert (
         load_error(tmp_path / "ckpt_7")
         == f"no checkpoint at {tmp_path}/ckpt_7; {tmp_path} holds ckpt_1, ckpt_best"

@@ -704,7 +704,7 @@ def test_hidden_names_never_count(tmp_path, capsys):
         for name in ("._0.png", ".DS_Store"):
             (tmp_path / place / name).write_bytes(b"no image")
     assert np.array_equal(dataset.load("folder", tmp_path).train_images, written["train"])
-    assert capsys.readouterr().out == "4 train and 4 test images of 2 classes\n"
+    assert capsys.readouterr().out == "4 train and 4 test images of 2 classes, at 32x32 pixels\n"
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
@@ -717,7 +717,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert np.array_equal(data.train_images, written["train"])
     assert np.array_equal(data.test_images, written["test"])
     assert capsys.readouterr().out == (
-        "4 train and 4 test images of 2 classes; left out: "
+        "4 train and 4 test images of 2 classes, at 32x32 pixels; left out: "
         "1 outside of class folders (labels.csv), "
         "5 without an image (README, Thumbs.db, b.txt, ...)\n"
     )

@@ -19,6 +19,7 @@ from utils import checkpoint as ckpt
 from utils import networks
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.quantization import quantize_modules
 from utils.specs import DataSpec, NetworkSpec
 
 OWN = """
@@ -472,6 +473,11 @@ def test_only_the_classifier_may_be_of_another_shape():
         ckpt.load_weights(seeded(4, 2), state, new_classifier=True)
     with pytest.raises(UserError, match="it is of other classes: add --new_classifier"):
         ckpt.load_weights(seeded(4, 2), snapshot(seeded(9, 1)))
+    # a quantized network cannot have a fresh layer
+    quantized = seeded(4, 2)
+    quantize_modules(quantized, torch.randn(2, 3, 16, 16))
+    with pytest.raises(UserError, match="train in float with --new_classifier first"):
+        ckpt.load_weights(quantized, snapshot(seeded(9, 1)), allow_missing_ranges=True)
 
 
 # what train.py makes of them

@@ -416,7 +416,7 @@ def test_accuracy_needs_the_test_images_alone(
 ):
     record = ["--backend", "onnxruntime", "--record", tmp_path / "record.json"]
     infer.main([*of_test_folder, *map(str, record)])
-    assert "0 train and 40 test images of 10 classes\n" in capsys.readouterr().out
+    assert "0 train and 40 test images of 10 classes, at 32x32 pixels\n" in capsys.readouterr().out
     labels, _ = expected(export, digits.test_images[:40], "int8_ptc")
     row = json.loads((tmp_path / "record.json").read_text())["rows"][-1]
     assert row["precision"] == "INT8-PTC"

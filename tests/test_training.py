@@ -29,6 +29,7 @@ from utils import networks, recipe
 from utils.backends.pytorch import TorchNetwork
 from utils.errors import UserError
 from utils.files import locked
+from utils.training import ranks
 from utils.training import step as training
 from utils.training.optimizers import make_optimizer
 
@@ -432,6 +433,15 @@ def test_a_qat_run_stopped_in_its_first_epoch_resumes_from_its_calibration(runs,
     assert_same(
         ckpt.load(tmp_path / "run" / "ckpt_3").state, ckpt.load(runs["qat"] / "ckpt_3").state
     )
+
+
+def test_the_hint_names_the_script_and_a_network_that_runs_code_as_the_user_did(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["../qat/train.py"])
+    assert ranks.command(None) == ranks.command("timm/resnet18") == "python ../qat/train.py"
+    assert ranks.command("my net:build") == "python ../qat/train.py --model 'my net:build'"
+    # another program calls main
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    assert ranks.command(None) == "python train.py"
 
 
 def test_a_failing_gpu_is_one_line_that_tells_how_to_go_on(tmp_path, error_line):

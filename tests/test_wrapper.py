@@ -786,6 +786,16 @@ def test_no_images_are_one_line():
     assert "no images to calibrate with" in calibration_error(small(), [], "max")
 
 
+def test_images_that_are_not_normalised_are_one_line():
+    images = torch.zeros(2, 3, 12, 12, dtype=torch.uint8)
+    assert "needs normalised images" in calibration_error(small(), [images], "max")
+
+
+def test_a_network_that_was_never_quantized_is_not_calibrated_silently():
+    with pytest.raises(UserError, match="nothing to calibrate: call quantize_modules first"):
+        calibrate(small(), batches())
+
+
 def test_batches_may_have_labels_as_a_data_loader_serves_them():
     plain, labelled = small(), small()
     for model in (plain, labelled):

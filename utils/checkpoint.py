@@ -137,7 +137,7 @@ def _require_file(path: Path) -> None:
     if path.is_file():
         return
     folder = path if path.is_dir() else path.parent
-    there = sorted(p.name for p in folder.glob("ckpt_*"))
+    there = sorted(p.name for p in folder.glob("ckpt_*") if p.is_file())
     hint = f"; {folder} holds {', '.join(there)}" if there else ""
     raise UserError(f"no checkpoint at {path}{hint}")
 
@@ -301,6 +301,7 @@ def _fault(key: str, value: Tensor, own: Tensor) -> str:
 def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) -> str:
     """What may be the reason of the problems, and what to do."""
     missing, shapes = problems["missing"], problems["of another shape"]
+    ranges = has_ranges(model.state_dict())
     if missing and all(key.endswith(RANGE_SUFFIX) for key in missing):
         return " (a float checkpoint for a quantized model: add --partial_ckpt)"
     if any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
@@ -308,7 +309,8 @@ def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) 
     if problems["not finite"]:
         return " (a training that diverged or a damaged file: use another checkpoint)"
     if shapes and shapes <= classifier_keys(model, state):
-        return " (it is of other classes: add --new_classifier)"
+        mend = "train in float with --new_classifier first" if ranges else "add --new_classifier"
+        return f" (it is of other classes: {mend})"
     return ""
 
 

@@ -16,6 +16,10 @@ OWN_FAULTS = (errno.EBADF, errno.EINVAL)
 """What the system answers to a wrong program. All else that it refuses can be mended."""
 
 
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+"""Module -> the package that brings it, where that has another name."""
+
+
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and what to do."""
 
@@ -103,7 +107,9 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return f"the Python package {error.name!r} is missing: pip install -r requirements.txt"
+        package = PACKAGES.get(error.name, error.name)
+        mend = f"pip install {package} (requirements.txt has the versions)"
+        return f"the Python package {package} is missing: {mend}"
     if isinstance(error, OSError) and error.errno not in (None, *OWN_FAULTS):
         mend = "give access, free space or name another"
         return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; {mend}"

@@ -56,8 +56,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
         method: one of `utils.specs.CALIBRATORS`.
 
     Raises:
-        UserError: no such method, no images, or an activation that was not finite or never
-            computed.
+        UserError: no such method, no images, images that are bytes, nothing to calibrate, or an
+            activation that was not finite or never computed.
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
@@ -65,7 +65,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     if not batches:
         raise UserError("there are no images to calibrate with")
+    if not batches[0].is_floating_point():
+        raise UserError("calibration needs normalised images: float, with their mean at about 0")
     quantizers = _quantizers(model)
+    if not quantizers:
+        raise UserError("there is nothing to calibrate: call quantize_modules first")
     activations = [found for found in quantizers.values() if found.axis is None]
 
     # first pass, in float: the largest magnitudes, which are all that weights and "max" need

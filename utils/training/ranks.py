@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -132,11 +134,20 @@ def lost_another(error: RuntimeError) -> bool:
     return active() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def command() -> str:
-    """How train.py was started, for hints."""
-    if not active():
-        return "python train.py"
-    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 'N')} train.py"
+def command(named: str | None) -> str:
+    """How train.py was started, for hints.
+
+    Args:
+        named: the network, as the user named it: one that runs code is to be named again.
+    """
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    words = ["python", script]
+    if active():
+        count = os.environ.get("LOCAL_WORLD_SIZE", "N")
+        words = ["torchrun", f"--nproc_per_node={count}", script]
+    if named and ":" in named:
+        words += ["--model", named]
+    return shlex.join(words)
 
 
 def from_first(work: Callable[[], T]) -> T:

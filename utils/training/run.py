@@ -186,11 +186,12 @@ def load_to_resume(path: Path) -> Checkpoint:
 
 
 @contextmanager
-def at_work_in(folder: Path, first: bool) -> Iterator[None]:
+def at_work_in(folder: Path, first: bool, named: str | None) -> Iterator[None]:
     """Meanwhile no other process trains in `folder`, which goes if it is empty in the end.
 
     Args:
         first: whether this is the rank that writes.
+        named: the network, as the user named it.
 
     Raises:
         UserError: another process does; or this one is interrupted, and how to go on.
@@ -209,5 +210,5 @@ def at_work_in(folder: Path, first: bool) -> Iterator[None]:
             raise
         mend = "nothing was saved yet"
         if any(folder.glob("ckpt_*")):
-            mend = f"continue with: {ranks.command()} --resume {shlex.quote(str(folder))}"
+            mend = f"continue with: {ranks.command(named)} --resume {shlex.quote(str(folder))}"
         raise UserError(f"{what}; {mend}") from None
