@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
@@ -88,12 +89,13 @@ class Run:
     def save(self, val_loss: float) -> None:
         """Write `ckpt_<epochs completed>`, and `ckpt_best` if no earlier loss on val was lower.
 
-        The loss on the val part is less noisy than the accuracy. What is written is as it is now;
-        when it is there, `wait` knows.
+        The loss on the val part is less noisy than the accuracy. What is written is the state of
+        this moment, whatever training changes later; `wait` returns once it is on disk.
 
         Raises:
             OSError: the files of the save before could not be written.
         """
+        self.wait()
         best = val_loss <= self.best_val_loss
         if best:
             self.best_val_loss = val_loss
@@ -105,7 +107,6 @@ class Run:
             best_val_loss=self.best_val_loss,
             history=list(self.history),
         )
-        self.wait()
         self._writing = self._writer.submit(self._write, checkpoint, best)
 
     def _write(self, checkpoint: Checkpoint, best: bool) -> None:
@@ -127,13 +128,15 @@ class Run:
             OSError: it could not be written.
         """
         if self._writing:
-            writing, self._writing = self._writing, None
-            writing.result()
+            self._writing.result()
+            self._writing = None
 
     def close(self) -> None:
         """Write what was saved, and let go of the thread; raises as `wait`."""
-        self._writer.shutdown()
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
 
     def go_on(self, checkpoint: Checkpoint, write: bool) -> None:
         """Take over the optimizer's state and the progress of a checkpoint.
@@ -152,19 +155,14 @@ class Run:
         last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
         if not self.best.exists():
             self.best_val_loss = last_loss
+        # the last epoch is the best one, whose ckpt_best may not have come to disk
         if write and last_loss == self.best_val_loss:
             self._write_best(checkpoint)
 
 
-def _copied_to_cpu(value: Any) -> Any:
-    """A state dict whose tensors no training changes; those of a GPU come to the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied_to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_copied_to_cpu(entry) for entry in value]
-    return value
+def _copied_to_cpu(state: Any) -> Any:
+    """A copy of a state dict in the CPU's memory; training goes on to change the original."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def load_to_resume(path: Path) -> Checkpoint:
