@@ -146,12 +146,16 @@ def choice_refusals(args: Flags) -> Iterator[str]:
     wants_int8 = tunes(args) or flags.given(args, ["quantize"])
     if named and wants_int8 and not any(PRECISIONS[name].int8 for name in named):
         mend = "name --INT8PTC or --INT8QAT, or drop it"
+        if args.auto_quant:
+            mend = "name --INT8PTC, too"
         yield f"{wants_int8}: the precisions named are all float; {mend}"
     runs_engine = flags.given(args, ["audit", "plot", "report"]) or tensorrt_flag(args)
     if args.sensitivity and not args.auto_quant and runs_engine:
         yield f"{runs_engine}: --sensitivity runs no engine; drop one of them, or add --auto_quant"
     if args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1):
         yield "--auto_quant times engines of one batch size: name it by --batch_size"
+    if args.auto_quant and args.ptc_mode == "implicit":
+        yield "--auto_quant: TensorRT's own calibration chooses layers itself; drop --ptc_mode"
     if args.auto_quant and "INT8-QAT" in named:
         yield "--auto_quant chooses layers before QAT: drop --INT8QAT"
     if args.max_drop is not None and not args.auto_quant:
@@ -195,9 +199,10 @@ def tune(
     data: dataset.ImageData,
     quantization: Quantization,
 ) -> tuple[Scan, Choice | None]:
-    """Scan the checkpoint's layers; with --auto_quant also choose, by setting flags as by hand.
+    """Scan the checkpoint's layers and print that; with --auto_quant also choose.
 
-    Otherwise the scan is all that is recorded.
+    A choice is made by setting flags as by hand: `args.skip_layers` and, if float wins,
+    `args.precisions`. Without one the scan is all that there is, and is recorded here.
     """
     from utils.auto_quant import Tuner, choice_table
     from utils.quantization.sensitivity import scan_table

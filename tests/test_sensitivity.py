@@ -20,7 +20,7 @@ from utils.manifest import read_export
 from utils.metrics import percent_equal, sqnr_db
 from utils.quantization import calibrate, quantize_modules, sensitivity
 from utils.quantization.sensitivity import Progress, parts_of, scan, switched
-from utils.records import Record, Scan, Sensitivity
+from utils.records import Candidate, Record, Scan, Sensitivity
 from utils.schema import parse
 
 OUTLIER = "layer1.0.conv2"
@@ -185,7 +185,9 @@ def scan_of(noise):
     return Scan("INT8-PTC", 10, parts)
 
 
-def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_pct=None):
+def search(
+    int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_pct=None, fp16_pct=100.0
+):
     """What is left in float, by engines that add up their layers' times.
 
     Args:
@@ -195,19 +197,14 @@ def search(int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_p
 
     def engines(skip):
         if skip == ["*"]:
-            return {"FP32": Engine(float_ms, 9.0), "FP16": Engine(float_ms)}
+            return {"FP32": Engine(float_ms, 9.0, 100.0), "FP16": Engine(float_ms, pct=fp16_pct)}
         times = {name: (float_ms if name in skip else int8_ms)[name] for name in NAMES}
         return {"INT8-PTC": Engine(times, pct=measured_pct(skip))}
 
-    choice = auto_quant.search(
-        scan_of(noise),
-        NAMES,
-        engines,
-        lambda engine: engine.total_ms,
-        lambda engine: engine.pct,
-        accuracy,
-        max_drop,
-    )
+    def measured(skip, named):
+        return [Candidate(name, skip, made.total_ms, made.pct) for name, made in named.items()]
+
+    choice = auto_quant.search(scan_of(noise), NAMES, engines, measured, accuracy, max_drop)
     return choice.skip_layers
 
 
@@ -274,6 +271,24 @@ def test_an_engine_that_keeps_the_accuracy_is_taken_whatever_fake_quantization_s
         return 96.0 if len(skip) == 3 else 90.0
 
     assert search(int8_ms, accuracy, noise, measured_pct=lambda _: 96.0) == []
+
+
+def test_one_layer_in_float_is_tried_where_fake_quantization_needs_none():
+    int8_ms = dict.fromkeys(NAMES, 0.5)
+    noise = {"a": 1e-3, "b": 1e-1, "c": 1e-2}
+
+    def measured_pct(skip):
+        return 96.0 if "b" in skip else 90.0
+
+    assert search(int8_ms, lambda _: 96.0, noise, measured_pct=measured_pct) == ["b"]
+
+
+def test_a_float_engine_whose_values_overflow_need_not_be_beaten():
+    # 9 ms are FP32's
+    int8_ms = dict.fromkeys(NAMES, 2.0)
+    noise = dict.fromkeys(NAMES, 1e-3)
+    assert search(int8_ms, lambda _: 96.0, noise) == ["*"]
+    assert search(int8_ms, lambda _: 96.0, noise, fp16_pct=10.0) == []
 
 
 def test_float_is_handed_over_where_nothing_keeps_the_budget():

@@ -17,7 +17,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,10 @@ FLOAT = ("FP32", "FP16")
 """Precisions of a float graph; the faster one is what INT8 must beat."""
 
 SCAN_IMAGES = 500
+"""Of the val part."""
+
 SCAN_BATCH = 32
-"""Images of which the results of all layers are in memory, twice."""
+"""Of these, the results of all layers are in memory at a time, twice."""
 
 SCAN_FILE = "sensitivity.json"
 """In the export's folder: how far a scan has come."""
@@ -144,25 +146,23 @@ class Tuner:
             built = self.folder / ENGINES
             backend = compare.choose_backend(Path(draft), self.comparison, engines=built)
 
-            @cache
-            def accuracy_of(active: frozenset[str]) -> float:
-                return accuracy_pct(network, val, active)
-
             def accuracy(skip: Sequence[str]) -> float:
-                return accuracy_of(frozenset(names) - set(skip))
+                return accuracy_pct(network, val, set(names) - set(skip))
 
             def engines(skip: Sequence[str]) -> dict[str, Network]:
                 precisions = self._draft(Path(draft), skip)
                 return {precision: backend(precision) for precision in precisions}
 
-            def milliseconds(engine: Network) -> float:
-                return float(np.median(engine.latencies_ms(images)))
+            def measured(skip: list[str], networks: dict[str, Network]) -> list[Candidate]:
+                candidates = []
+                for precision, engine in networks.items():
+                    milliseconds = float(np.median(engine.latencies_ms(images)))
+                    predicted = predict(engine, self.val[0], engine.evaluation_batch, "val images")
+                    pct = percent_equal(predicted, self.val[1])
+                    candidates.append(Candidate(precision, skip, milliseconds, pct))
+                return candidates
 
-            def engine_pct(engine: Network) -> float:
-                predicted = predict(engine, self.val[0], engine.evaluation_batch, "val images")
-                return percent_equal(predicted, self.val[1])
-
-            return search(found, names, engines, milliseconds, engine_pct, accuracy, max_drop)
+            return search(found, names, engines, measured, accuracy, max_drop)
 
     def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
         """Export the network without `skip` in INT8; the precisions that it can then run in."""
@@ -187,8 +187,7 @@ def search(
     found: Scan,
     names: Sequence[str],
     engines: Callable[[Sequence[str]], dict[str, Network]],
-    milliseconds: Callable[[Network], float],
-    engine_pct: Callable[[Network], float],
+    measured: Callable[[list[str], dict[str, Network]], list[Candidate]],
     accuracy: Callable[[Sequence[str]], float],
     max_drop: float,
 ) -> Choice:
@@ -197,50 +196,55 @@ def search(
     Args:
         names: of all layers that may be quantized.
         engines: with the layers that it is given in float, by precision; of `*` those in float.
-        engine_pct: an engine's own accuracy in percent.
-        accuracy: that of fake quantization, with the layers that it is given in float.
+        measured: time and accuracy of these engines, which have the layers it is given in float.
+        accuracy: in percent, of fake quantization, with the layers that it is given in float.
     """
     # the two ends
     floats = engines([ALL])
-    tried = [Candidate(name, [ALL], milliseconds(engine)) for name, engine in floats.items()]
-    fastest = min(tried, key=lambda candidate: candidate.latency_ms)
+    least_pct = max(0.0, accuracy(names) - max_drop - ROUNDING)
+    tried = measured([ALL], floats)
+    # in FP16 a network's values may be too large
+    fastest = fastest_within(tried, least_pct, tried[0])
     all_int8 = engines([])
     [int8_engine] = all_int8.values()
     lost = lost_ms(names, floats[fastest.precision], int8_engine)
     order = by_gain(found, lost, NO_TIME * fastest.latency_ms)
-    least_pct = accuracy(names) - max_drop - ROUNDING
 
     def attempt(layers: Sequence[str]) -> bool:
-        """Try an engine with these layers in float; whether it is within the budget."""
+        """Try an engine with these layers in float, once; whether it is within the budget."""
         skip = [name for name in names if name in layers]
         # where all is float, there is no engine of INT8
         if len(skip) == len(names):
             return False
-        [(precision, engine)] = (engines(skip) if skip else all_int8).items()
-        pct = engine_pct(engine)
-        tried.append(Candidate(precision, skip, milliseconds(engine), pct))
-        return pct >= least_pct
+        for candidate in tried:
+            if candidate.skip_layers == skip:
+                return candidate.val_accuracy_pct >= least_pct
+        tried.extend(measured(skip, engines(skip) if skip else all_int8))
+        return tried[-1].val_accuracy_pct >= least_pct
 
     # none in float or, if that is not within the budget, as few as fake quantization says
     needed: list[str] = []
-    within = attempt(needed)
-    if not within:
+    if not attempt(needed):
         needed = fewest(order, lambda skip: accuracy(skip) >= least_pct)
-        within = bool(needed) and attempt(needed)
+    within = attempt(needed)
     # and those that are slower in INT8
-    slow = [name for name in names if lost[name] < 0]
-    if not {*slow} <= {*needed}:
-        within = attempt([*needed, *slow]) or within
+    within |= attempt([*needed, *(name for name in names if lost[name] < 0)])
     # engines may compute something else: more in float
-    count = max(1, len(needed))
-    while not within and (count := 2 * count) < len(names):
+    order = sorted(order, key=lambda name: name not in needed)
+    count = len(needed)
+    while not within and (count := max(1, 2 * count)) < len(names):
         within = attempt(order[:count])
 
-    good = [candidate for candidate in tried if (candidate.val_accuracy_pct or 0) >= least_pct]
-    best = min(good, key=lambda candidate: candidate.latency_ms, default=fastest)
+    best = fastest_within(tried, least_pct, fastest)
     if best.latency_ms * MIN_SPEED_UP > fastest.latency_ms:
         best = fastest
     return Choice(best.skip_layers, least_pct, tried)
+
+
+def fastest_within(tried: Sequence[Candidate], least_pct: float, default: Candidate) -> Candidate:
+    """The fastest of those that have at least that accuracy; `default` if none has."""
+    within = [candidate for candidate in tried if candidate.val_accuracy_pct >= least_pct]
+    return min(within, key=lambda candidate: candidate.latency_ms, default=default)
 
 
 def choice_table(choice: Choice) -> str:
@@ -248,9 +252,8 @@ def choice_table(choice: Choice) -> str:
     cells = [["tried", "ms", "val accuracy %"]]
     in_float = ["layers in float"]
     for candidate in choice.candidates:
-        pct = candidate.val_accuracy_pct
-        accuracy = "-" if pct is None else f"{pct:.2f}"
-        cells.append([candidate.precision, f"{candidate.latency_ms:.3f}", accuracy])
+        pct = f"{candidate.val_accuracy_pct:.2f}"
+        cells.append([candidate.precision, f"{candidate.latency_ms:.3f}", pct])
         skipped = "all" if candidate.skip_layers == [ALL] else " ".join(candidate.skip_layers)
         in_float.append(skipped or "none")
     lines = text_table(cells, names=1).splitlines()

@@ -135,13 +135,13 @@ class Candidate:
     Args:
         skip_layers: those in float; of a float engine `["*"]`.
         latency_ms: the median, of a batch.
-        val_accuracy_pct: the engine's own; None of a float engine.
+        val_accuracy_pct: the engine's own.
     """
 
     precision: str
     skip_layers: list[str]
     latency_ms: float
-    val_accuracy_pct: float | None = None
+    val_accuracy_pct: float
 
 
 @dataclass(frozen=True)
