@@ -735,3 +735,191 @@ def test_resize_scales_of_the_fp16_graph_stay_fp32(tmp_path):
         if node.op_type == "Constant":
             constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
     assert constants[resize.input[2]].dtype == np.float32
+
+
+# structures that look like others
+
+
+def conv_bn(channels=8, **options):
+    conv = nn.Conv2d(channels, channels, 3, padding=options.pop("padding", 1), **options)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+class WithBody(Base):
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn()
+
+    def forward(self, x):
+        return self.head(self.body(self.conv1(x)))
+
+
+class TwoNamed(WithBody):
+    """Layers that are attributes, too, of which `forward` uses the Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = self.body[0], self.body[1]
+
+
+class ItemSet(WithBody):
+    def forward(self, x):
+        x = self.body[0](self.conv1(x))
+        x[:, :4] = 0
+        return self.head(self.body[1](x))
+
+
+class HookedConv(WithBody):
+    def __init__(self):
+        super().__init__()
+        self.body[0].register_forward_hook(lambda module, args, out: out.clamp(-1, 1))
+
+
+class HookedNorm(WithBody):
+    def __init__(self):
+        super().__init__()
+        self.body[1].register_forward_hook(lambda module, args, out: 3 * out)
+
+
+class HookedLinear(WithBody):
+    def __init__(self):
+        super().__init__()
+        self.fc.register_forward_hook(lambda module, args, out: out.flip(1))
+
+
+class Dilated(WithBody):
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn(padding="same", dilation=2)
+
+
+@pytest.mark.parametrize(
+    "network", [TwoNamed, ItemSet, HookedConv, HookedNorm, HookedLinear, Dilated]
+)
+def test_an_export_computes_what_the_network_does(network, tmp_path):
+    torch.manual_seed(0)
+    model = network()
+    like_trained(model, SIZE)
+    images = images_of(SIZE)
+    with torch.no_grad():
+        expected = model(Normalize(MEAN, STD)(torch.from_numpy(images))).numpy()
+    export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    assert sqnr_db(in_onnx_runtime(tmp_path / "fp32.onnx", images), expected) > 80
+
+    # and in INT8, but for codes at ties
+    expected = quantized_and_exported(model, SIZE, tmp_path / "int8.onnx")
+    assert sqnr_db(in_onnx_runtime(tmp_path / "int8.onnx", images), expected) > 25
+
+
+class Scaling(nn.Module):
+    def forward(self, x, factor):
+        return x + factor * x
+
+
+class CalledDifferently(Base):
+    def __init__(self):
+        super().__init__()
+        self.scaling = Scaling()
+
+    def forward(self, x):
+        return self.head(self.scaling(self.scaling(self.conv1(x), 1.0), -3.0))
+
+
+class Gathering(nn.Module):
+    def forward(self, parts):
+        return parts["a"] + parts["b"]
+
+
+class OfDict(Base):
+    def __init__(self):
+        super().__init__()
+        self.gathering = Gathering()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.gathering({"a": x, "b": self.conv2(x)}))
+
+
+class Keeping(nn.Module):
+    """Adds what another module left in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def forward(self, x):
+        return x + self.kept["x"]
+
+
+class Shared(Base):
+    def __init__(self):
+        super().__init__()
+        self.keeping = Keeping()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.keeping.kept["x"] = x
+        return self.head(self.keeping(self.conv2(x)))
+
+
+class Frozen(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv1(x)
+        return self.head(x + self.conv2(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "why"),
+    [
+        (CalledDifferently, "scaling", "its calls differ"),
+        (OfDict, "gathering", "parts holds tensors in a dict"),
+        (Shared, "keeping", "which torch.fx cannot trace"),
+        (Frozen, "", "it switches gradients off"),
+    ],
+)
+def test_what_a_trace_of_one_call_would_change_stays(network, name, why):
+    torch.manual_seed(0)
+    model = network().eval()
+    others = torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        before = model(others)
+    assert why in modularize(model, EXAMPLE)[name]
+    with torch.no_grad():
+        assert torch.equal(model(others), before)
+    model(others).sum().backward()
+    assert (model.conv1.weight.grad is None) == (network is Frozen)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: torch.equal(x[0], x[1]),
+        lambda x: 0.25 in x,
+        lambda x: torch.is_nonzero(x.sum()),
+        lambda x: np.asarray(x.detach()).max() > 1,
+    ],
+)
+def test_every_way_to_look_at_a_value_is_noticed(read):
+    class Looking(Base):
+        def forward(self, x):
+            x = self.conv1(x)
+            return self.head(x if read(x) else -x)
+
+    assert watch(Looking(), EXAMPLE).value_reads
+
+
+def test_one_pool_for_feature_maps_of_two_sizes_is_refused(tmp_path):
+    class SharedPool(Base):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d(3)
+            self.fc = nn.Linear(8 * 18, 5)
+
+        def forward(self, x):
+            x = self.conv1(x)
+            pooled = [self.pool(x), self.pool(x[:, :, ::2, ::2])]
+            return self.fc(torch.cat(pooled, 1).flatten(1))
+
+    with pytest.raises(UserError, match="pool pools feature maps of several sizes"):
+        export_onnx(SharedPool(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)

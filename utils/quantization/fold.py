@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from layers.pool import MatrixAvgPool2d
 from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
-from utils.quantization.watch import Operation, Watch, watch
+from utils.errors import UserError
+from utils.quantization.watch import Operation, Watch, replace_module, watch
 
 
 def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
@@ -38,13 +39,18 @@ def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
         source = op.reads[0] if op.reads else None
         if source is None or not _is_foldable(op.module) or not _takes_factors(source):
             continue
-        only_reader = len(source.readers) == 1
+        only_reader = len(source.readers) == 1 and _plain(source.module) and _plain(op.module)
         called_once = calls[source.name] == calls[op.name] == 1
         parameters = [*source.module.parameters(), *op.module.parameters()]
         read_directly = not watched.parameters_read.isdisjoint(parameters)
         if only_reader and called_once and not read_directly:
             pairs.append((source.name, op.name))
     return pairs
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nothing changes what a module's class computes."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _takes_factors(operation: Operation) -> bool:
@@ -110,6 +116,9 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         example: images (B, C, H, W) of the size that the copy is for.
+
+    Raises:
+        UserError: an average pool has windows of several sizes.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     watched = watch(model, example)
@@ -117,25 +126,40 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     for conv_name, bn_name in conv_bn_pairs(watched):
         bn = model.get_submodule(bn_name)
         fold_batch_norm(model.get_submodule(conv_name), bn)
-        model.set_submodule(bn_name, _after(bn))
+        replace_module(model, bn_name, _after(bn))
     for name, module in list(model.named_modules()):
+        # a word, which ONNX Runtime does not take beside a dilation
+        if isinstance(module, nn.Conv2d) and module.padding == "same":
+            module.padding = same_padding(module)
         # the weights of all other quantized layers
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
         # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
-        if isinstance(module, QuantLinear):
-            model.set_submodule(name, PointwiseLinear.from_linear(module))
+        if isinstance(module, QuantLinear) and _plain(module):
+            replace_module(model, name, PointwiseLinear.from_linear(module))
         # the ranges of activations, which come after their layers
         if isinstance(module, Quantizer) and module.axis is None:
-            model.set_submodule(name, FrozenQuantizer(module.scale))
+            replace_module(model, name, FrozenQuantizer(module.scale))
     # average pools that ONNX has no operator for
+    sizes: dict[str, tuple[int, ...]] = {}
     for operation in watched.operations:
         pool = operation.module
         if isinstance(pool, nn.AdaptiveAvgPool2d) and not _is_regular(operation):
+            if sizes.setdefault(operation.name, operation.shapes[0]) != operation.shapes[0]:
+                mend = "give each size a pool of its own"
+                raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
             replaced = nn.Sequential(*pool.children())  # its quantizer, if it has one
             replaced.append(MatrixAvgPool2d(operation.shapes[0][2:], operation.shape[2:]))
-            model.set_submodule(operation.name, replaced)
+            replace_module(model, operation.name, replaced)
     return model
+
+
+def same_padding(conv: nn.Conv2d) -> tuple[int, ...] | str:
+    """The padding "same" in pixels; the word itself if it is not as wide on both sides."""
+    widths = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(width % 2 for width in widths):
+        return "same"
+    return tuple(width // 2 for width in widths)
 
 
 def _is_regular(pool: Operation) -> bool:

@@ -55,6 +55,11 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
         for name in sorted(owners):
             args, kwargs = watched.inputs[name]
             try:
+                # a trace holds the constants of one call, and none of these switches
+                if len(watched.constants[name]) > 1:
+                    raise ValueError("its calls differ in more than tensors")
+                if name in watched.switch_gradients:
+                    raise ValueError("it switches gradients off")
                 _rewrite(model.get_submodule(name), args, kwargs)
             except Exception as error:  # what a network's own Python raises on fx's stand-ins
                 kept[name] = _reason(error)
@@ -95,7 +100,11 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, forward: Callable[..., Any], is_module: bool, concrete_args: dict[str, Any]
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Stand-ins for tensors and lists of them; what else is given counts as constant."""
+        """Stand-ins for tensors and lists of them; what else is given is built in as it is.
+
+        Raises:
+            TypeError: tensors are given in something else, which would be built in, too.
+        """
         args: list[Any] = [self.root]
         parameters = inspect.signature(self.root.forward).parameters
         for name, value in concrete_args.items():
@@ -108,6 +117,8 @@ class _Tracer(fx.Tracer):
             elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
                 parts = [proxy[index] for index in range(len(value))]
                 args.append(tuple(parts) if isinstance(value, tuple) else parts)
+            elif tensors_in(value):
+                raise TypeError(f"{name} holds tensors in a {type(value).__name__}")
             else:
                 args.append(value)
         self.root.training = self.create_proxy("get_attr", "training", (), {})
@@ -136,6 +147,10 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound.apply_defaults()
     expected = _run(module.forward, bound.arguments)
     graph = _Tracer().trace(module, bound.arguments)
+    for node in graph.nodes:
+        is_constant = node.op == "get_attr" and node.target.startswith("_tensor_constant")
+        if is_constant and getattr(module, node.target).ndim:
+            raise ValueError("it reads a tensor that is neither given nor its own")
     holder = fx.GraphModule(module, graph)
     # `env` is what each node makes
     interpreter = _Interpreter(holder, garbage_collect_values=False)

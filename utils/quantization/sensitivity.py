@@ -234,8 +234,6 @@ def scan_table(scan: Scan) -> str:
     """A scan as a table, the layers that cost the most first."""
     lines = [["in INT8", "only these: dB", "accuracy %", "all but these: dB", "accuracy %"]]
     for row in scan.parts:
-        cells = [row.layers]
-        for value in list(vars(row).values())[1:]:
-            cells.append("-" if value is None else f"{value:.2f}")
-        lines.append(cells)
+        layers, *values = vars(row).values()
+        lines.append([layers, *("-" if value is None else f"{value:.2f}" for value in values)])
     return text_table(lines, names=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
 from utils.quantization.modularize import modularize
-from utils.quantization.watch import is_quantizable, watch
+from utils.quantization.watch import is_quantizable, replace_module, watch
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,7 +96,7 @@ def swap_layers(
     for name in selected:
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
-            model.set_submodule(name, quantized_form(layer).from_float(layer))
+            replace_module(model, name, quantized_form(layer).from_float(layer))
     return selected
 
 

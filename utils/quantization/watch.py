@@ -6,6 +6,7 @@ Nothing is traced symbolically, so every network that runs can be watched, whate
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.quantized import QuantizedLayer, quantized_form
 
-READS_A_VALUE = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy")
+READS_A_VALUE = (
+    "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__array__",
+    "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
+)  # fmt: skip
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -69,7 +73,9 @@ class Watch(TorchFunctionMode):
     Attributes:
         operations: in the order of their calls.
         inputs: name of each module -> arguments of its first call.
+        constants: name of each module -> what its calls give it besides tensors, in words.
         value_reads: file and line of each place where Python reads a computed value.
+        switch_gradients: names of modules whose `forward` switches gradients on or off.
         parameters_read: those that functions read, outside of their layers.
     """
 
@@ -77,7 +83,9 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.constants: dict[str, set[str]] = defaultdict(set)
         self.value_reads: list[str] = []
+        self.switch_gradients: set[str] = set()
         self.parameters_read: set[Tensor] = set()
         self._model = model
         self._images = images
@@ -108,6 +116,8 @@ class Watch(TorchFunctionMode):
             self._running.append(None if layer else name)
             # a list may be appended to later: DenseNet's is
             self.inputs.setdefault(name, tree_map(lambda value: value, (args, kwargs)))
+            given = tree_map_only(Tensor, lambda _: "tensor", (args, kwargs))
+            self.constants[name].add(repr(given))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if layer:
@@ -129,6 +139,8 @@ class Watch(TorchFunctionMode):
         if not self._running or None in self._running:
             return out
         word = getattr(function, "__name__", "")
+        if word == "_set_grad_enabled":
+            self.switch_gradients.add(self._running[-1])
         where = first_place(walk_stack(sys._getframe()))
         reads_a_value = word in READS_A_VALUE
         if reads_a_value and any(tensor in self._made for tensor in tensors_in((args, kwargs))):
@@ -141,6 +153,9 @@ class Watch(TorchFunctionMode):
         self, name: str, module: nn.Module | None, function: str, given: Any, out: Any, where: str
     ) -> None:
         read, made = tensors_in(given), tensors_in(out)
+        if function == "__setitem__":
+            # it returns nothing, and changes what it is called on
+            made = read[:1]
         if not made:
             return
         self.parameters_read.update(t for t in read if isinstance(t, nn.Parameter))
@@ -202,6 +217,15 @@ def example_images(height: int, width: int, channels: int = 3) -> Tensor:
     """Two images (2, C, H, W) without randomness, as varied as normalised ones."""
     values = torch.arange(2 * channels * height * width, dtype=torch.float32)
     return (values * 0.7).sin().reshape(2, channels, height, width)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of a module, under all the names that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[child_name] = new
 
 
 def tensors_in(values: Any) -> list[Tensor]:
