@@ -342,7 +342,7 @@ def train(
         best = ckpt.load(run.best)
         if recipe.quantize and best.epoch == 0 < run.epoch:
             print("QAT ended below the calibrated network, which is ckpt_best: use a lower --lr")
-        model.load_state_dict(best.state)
+        ckpt.load_weights(model, best.state)
         test = networks.batches_of(data.test_images, data.test_labels, info, own_size)
         _, test_pct = evaluate(model, test)
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")

@@ -20,7 +20,7 @@ from utils import networks
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.quantization import quantize_modules
-from utils.specs import DataSpec, NetworkSpec
+from utils.specs import OWN_STEM, DataSpec, NetworkSpec
 
 OWN = """
 from torch import nn
@@ -57,6 +57,11 @@ def two(num_classes):
 
 def large(num_classes):
     return nn.Sequential(nn.Conv2d(3, 8, 99), Net(num_classes))
+
+def of_batch(num_classes):
+    net = Net(num_classes)
+    net.bn = nn.BatchNorm2d(8, track_running_stats=False)
+    return net
 
 def fails(num_classes):
     raise RuntimeError("two\\nlines")
@@ -597,3 +602,15 @@ def test_an_image_size_has_one_form_however_it_is_written():
             spec(wrong)
     with pytest.raises(UserError, match="8 to 4096 pixels"):
         dataset_room.load("digits", "unused", [7, 8])
+
+
+def test_a_network_with_versioned_modules_loads_what_train_wrote():
+    """MNASNet asks a state dict for its version, which a file of ours does not keep."""
+    model = foreign.build("torchvision/mnasnet0_5", 3)
+    ckpt.load_weights(model, dict(snapshot(model)))
+
+
+def test_batch_norm_without_running_statistics_is_refused_before_training(own_module):
+    spec = NetworkSpec(f"{own_module}:of_batch", OWN_STEM, 3)
+    with pytest.raises(UserError, match="bn has no running statistics"):
+        networks.build_float(spec, (16, 16))

@@ -252,7 +252,9 @@ def load_weights(
     if any(problems.values()):
         hint = _hint(model, state, problems)
         raise UserError(f"the checkpoint does not fit the model{hint}: {_listed(problems)}")
-    model.load_state_dict(state, strict=False)
+    # with the versions of modules, which a file does not keep
+    own.update(state)
+    model.load_state_dict(own)
 
     loaded_ranges = len(ranges) - len(uncalibrated)
     line = (

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import dataset
 import models
@@ -48,10 +49,19 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     model = models.build(spec.name, spec.num_classes, spec.stem)
     example = example_images(*size)
     if is_foreign(spec.name):
+        _require_statistics(model, spec)
         _require_logits(model, example, spec)
     for name, reason in modularize(model, example).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model
+
+
+def _require_statistics(model: nn.Module, spec: NetworkSpec) -> None:
+    """Raises UserError if an image's logits depend on the other images of its batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            what = f"{name} has no running statistics, which an exported graph needs"
+            raise UserError(f"--m {spec.name}: {what}: give it track_running_stats=True")
 
 
 def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None:
