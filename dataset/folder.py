@@ -243,7 +243,7 @@ def _fill(
         faults = pool.map(_read_image, files, images)
         for path, image, fault in zip(files, images, faults, strict=False):
             if fault is None:
-                # in the place of one that is none
+                # closes the gaps that unusable files leave
                 images[len(used)] = image
                 used.append(path)
             elif fault != NO_IMAGE:

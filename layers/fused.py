@@ -47,7 +47,7 @@ def _per_channel(pointer, c, exists):
 
 @triton.jit
 def _codes(x, amax):
-    """INT8 codes, not clamped yet, as torch rounds: times the inverse of the scale."""
+    """INT8 codes as torch rounds, times the inverse of the scale, cut at 200; and the scale."""
     scale = tl.div_rn(amax, 127.0)
     x = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -200.0), 200.0)
     return (x + ROUNDING) - ROUNDING, scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -15,9 +16,9 @@ STEMLESS = ("vanilla_cnn",)
 
 MODELS: dict[str, Callable[[int, str], nn.Module]] = {
     "vanilla_cnn": lambda num_classes, stem: VanillaCNN(num_classes),
-    "resnet18": lambda num_classes, stem: resnet("resnet18", num_classes, stem),
-    "resnet34": lambda num_classes, stem: resnet("resnet34", num_classes, stem),
-    "resnet50": lambda num_classes, stem: resnet("resnet50", num_classes, stem),
+    "resnet18": partial(resnet, "resnet18"),
+    "resnet34": partial(resnet, "resnet34"),
+    "resnet50": partial(resnet, "resnet50"),
     "mobilenet_v2": mobilenet_v2,
     "efficientnet_b0": efficientnet_b0,
 }

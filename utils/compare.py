@@ -359,7 +359,8 @@ def evaluate_network(
     """A row for each batch size with the network's own time, and one from host to host.
 
     The latter only where the former is the device's alone. The agreement is with what PyTorch
-    predicts in the same precision or, where it was not run in that, in FP32.
+    predicts in the same precision or, where it was not run in that, in FP32. Prints a line if the
+    network is much worse than in PyTorch.
 
     Args:
         images, labels: the test images (N, H, W, 3) uint8 and their classes (N,); without labels

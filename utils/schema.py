@@ -61,7 +61,7 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        # one of these: where a list may stand for one value, it is the last
+        # `int | list[int]`: a list is of the last kind, anything else of the first
         kinds = [arg for arg in args if arg is not type(None)]
         kind = kinds[-1] if isinstance(value, list | tuple) else kinds[0]
         return _value(kind, value, what, name)
