@@ -218,7 +218,7 @@ def tune(
         choice = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
         print(choice_table(choice))
         args.skip_layers = [*quantization.skip_layers, *choice.skip_layers] or None
-        by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no flag"
+        by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no --skip_layers"
         if choice.skip_layers == ["*"]:
             args.precisions = list(tuner.floats)
             by_hand = " ".join([by_hand, *(f"--{name}" for name in tuner.floats)])

@@ -346,7 +346,7 @@ OWN_TITLES = [
 
 
 PEER_TITLES = {
-    "float": "nobody: FP32, on TensorRT FP16",
+    "float": "nobody: FP32",
     "this_project_sqnr": "this project, `sqnr`",
     "this_project_entropy": "this project, `entropy`",
     "this_project_max": "this project, `max`",
