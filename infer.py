@@ -134,7 +134,7 @@ def source_refusals(args: Flags) -> Iterator[str]:
     if not args.onnx:
         return
     if not args.onnx.is_dir():
-        yield "--onnx names no folder; make an export with infer.py --load_ckpt"
+        yield f"--onnx {args.onnx} is no folder; make an export with infer.py --load_ckpt"
     if args.torch_compile:
         yield "--torch_compile: PyTorch runs before the export; name the checkpoint by --load_ckpt"
     if found := flags.given(args, (*flags.QUANTIZATION, "onnx_dir")):
@@ -218,7 +218,11 @@ def tune(
         choice = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
         print(choice_table(choice))
         args.skip_layers = [*quantization.skip_layers, *choice.skip_layers] or None
-        by_hand = f"--skip_layers {shlex.join(args.skip_layers)}" if args.skip_layers else "no --skip_layers"
+        by_hand = (
+            f"--skip_layers {shlex.join(args.skip_layers)}"
+            if args.skip_layers
+            else "no --skip_layers"
+        )
         if choice.skip_layers == ["*"]:
             args.precisions = list(tuner.floats)
             by_hand = " ".join([by_hand, *(f"--{name}" for name in tuner.floats)])

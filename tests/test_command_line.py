@@ -667,7 +667,9 @@ def test_without_tensorrt_openvino_runs_and_says_why(exported, capsys, tmp_path)
 
 def test_folder_without_a_manifest_is_no_export(tmp_path, error_line):
     assert f"{tmp_path} is no complete export" in error_line(infer.main, ["--onnx", tmp_path])
-    assert "--onnx names no folder" in error_line(infer.main, ["--onnx", tmp_path / "none"])
+    assert "none is no folder; make an export" in error_line(
+        infer.main, ["--onnx", tmp_path / "none"]
+    )
     assert not (tmp_path / "none").exists()
 
 

@@ -707,7 +707,8 @@ def test_the_full_tensorrt_comes_before_the_rtx_one(install):
 def test_no_pycuda_is_one_line(install):
     install()
     line = line_of(tensorrt_build.load_cuda, fake_tensorrt("10"))
-    assert line == "the Python package pycuda is missing (pip install -r requirements-gpu.txt)"
+    mend = "on a GPU machine: pip install -r requirements-gpu.txt"
+    assert line == f"the Python package pycuda is missing ({mend})"
 
 
 def test_no_driver_is_one_line(install):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from itertools import cycle
 from pathlib import Path
 
@@ -23,9 +22,7 @@ def plot(path: Path, record: Record) -> None:
     rows = [row for row in record.rows if row.throughput_img_s and row.accuracy_pct is not None]
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
-    # no screen is needed, whatever a notebook left in the environment
-    os.environ["MPLBACKEND"] = "Agg"
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     # a colour for each network, a marker for each batch size
     networks = dict.fromkeys(f"{row.backend} {row.precision}" for row in rows)
@@ -33,7 +30,8 @@ def plot(path: Path, record: Record) -> None:
     batch_sizes = sorted({row.batch_size for row in rows})
     markers = dict(zip(batch_sizes, cycle(MARKERS), strict=False))
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         colour = colours[f"{row.backend} {row.precision}"]
         marker = markers[row.batch_size]
@@ -52,4 +50,3 @@ def plot(path: Path, record: Record) -> None:
     figure.savefig(png, format="png", dpi=120)
     with atomic_path(path, follow_link=True) as partial:
         partial.write_bytes(png.getvalue())
-    pyplot.close(figure)

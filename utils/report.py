@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,15 +99,15 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
     """The points as an SVG element; "" if there are none."""
     if not points:
         return ""
-    # no screen is needed, whatever a notebook left in the environment
-    os.environ["MPLBACKEND"] = "Agg"
-    from matplotlib import pyplot
+    import matplotlib
+    from matplotlib.figure import Figure
 
     # text stays text, in grey, which is read on white and on black
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     look = {"svg.fonttype": "none", "svg.hashsalt": "report", **dict.fromkeys(parts, "grey")}
-    with pyplot.rc_context(look):
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
         for index, (label, ratio, lost_pct) in enumerate(points):
             axes.scatter(ratio, lost_pct, s=60, color=f"C{index % 10}", label=label)
         axes.axvline(1, color="grey", linestyle=":")
@@ -118,7 +117,6 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
         text = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    pyplot.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

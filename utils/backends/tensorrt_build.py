@@ -110,7 +110,9 @@ def load_cuda(trt: ModuleType) -> ModuleType:
         cuda = importlib.import_module("pycuda.driver")
         importlib.import_module("pycuda.autoprimaryctx")
     except ModuleNotFoundError:
-        raise UserError(f"the Python package pycuda is missing ({INSTALL})") from None
+        raise UserError(
+            f"the Python package pycuda is missing (on a GPU machine: {INSTALL})"
+        ) from None
     except Exception as error:  # no driver: ImportError; no GPU: PyCUDA's own, known only to it
         mend = "run on a GPU machine or use --backend onnxruntime"
         raise UserError(f"there is no usable NVIDIA GPU here ({error}); {mend}") from None

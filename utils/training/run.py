@@ -52,11 +52,6 @@ class Run:
         self._writing: Future[None] | None = None
 
     @property
-    def path(self) -> Path:
-        """The checkpoint of the last epoch completed."""
-        return self.folder / f"ckpt_{self.epoch}"
-
-    @property
     def best(self) -> Path:
         """The checkpoint of the epoch with the lowest loss on the val part."""
         return self.folder / BEST
@@ -70,8 +65,9 @@ class Run:
             return
         self.wait()
         left = "no checkpoint was written yet"
-        if self.path.exists():
-            left = f"the last good checkpoint is {self.path}"
+        last = self.folder / f"ckpt_{self.epoch}"
+        if last.exists():
+            left = f"the last good checkpoint is {last}"
         what = f"the loss became {loss} in epoch {self.epoch + 1}"
         raise UserError(f"{what}: use a lower --lr than {lr:g}; {left}")
 
