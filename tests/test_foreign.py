@@ -63,6 +63,18 @@ def of_batch(num_classes):
     net.bn = nn.BatchNorm2d(8, track_running_stats=False)
     return net
 
+def scripted(num_classes):
+    import torch
+    return torch.jit.script(Net(num_classes))
+
+def extra(num_classes):
+    class Extra(Net):
+        def get_extra_state(self):
+            return {"note": "mine"}
+        def set_extra_state(self, state):
+            pass
+    return Extra(num_classes)
+
 def fails(num_classes):
     raise RuntimeError("two\\nlines")
 """
@@ -610,7 +622,15 @@ def test_a_network_with_versioned_modules_loads_what_train_wrote():
     ckpt.load_weights(model, dict(snapshot(model)))
 
 
-def test_batch_norm_without_running_statistics_is_refused_before_training(own_module):
-    spec = NetworkSpec(f"{own_module}:of_batch", OWN_STEM, 3)
-    with pytest.raises(UserError, match="bn has no running statistics"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("of_batch", "bn has no running statistics"),
+        ("scripted", "the network is TorchScript"),
+        ("extra", "its state has _extra_state, which is no tensor"),
+    ],
+)
+def test_what_cannot_be_saved_or_exported_is_refused_before_training(own_module, name, said):
+    spec = NetworkSpec(f"{own_module}:{name}", OWN_STEM, 3)
+    with pytest.raises(UserError, match=said):
         networks.build_float(spec, (16, 16))

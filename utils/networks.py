@@ -49,19 +49,26 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     model = models.build(spec.name, spec.num_classes, spec.stem)
     example = example_images(*size)
     if is_foreign(spec.name):
-        _require_statistics(model, spec)
+        _require_usable(model, spec)
         _require_logits(model, example, spec)
     for name, reason in modularize(model, example).items():
         print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return model
 
 
-def _require_statistics(model: nn.Module, spec: NetworkSpec) -> None:
-    """Raises UserError if an image's logits depend on the other images of its batch."""
+def _require_usable(model: nn.Module, spec: NetworkSpec) -> None:
+    """Raises UserError if a network from elsewhere could be trained, but not saved or exported."""
     for name, module in model.named_modules():
+        what = ""
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            what = f"{name} has no running statistics, which an exported graph needs"
-            raise UserError(f"--m {spec.name}: {what}: give it track_running_stats=True")
+            what = "has no running statistics, which a graph needs: track_running_stats=True"
+        if isinstance(module, torch.jit.ScriptModule):
+            what = "is TorchScript, which cannot be rewritten: use the module it was made of"
+        if what:
+            raise UserError(f"--m {spec.name}: {name or 'the network'} {what}")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"--m {spec.name}: its state has {name}, which is no tensor; drop it")
 
 
 def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None:
