@@ -158,23 +158,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for node, value in interpreter.env.items():
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
-    children = {}
-    for node in list(graph.nodes):
-        made = _module_for(node)
-        if made is None:
-            continue
-        word, child, inputs = made
-        child_name = _free_name(word, {*dir(module), *children})
-        children[child_name] = child
-        holder.add_submodule(child_name, child)
-        with graph.inserting_before(node):
-            new = graph.call_module(child_name, inputs)
-            # `x.mean((2, 3))` keeps no single pixels, a pool does
-            if isinstance(child, nn.AdaptiveAvgPool2d) and len(_shape(node)) == 2:
-                new = graph.call_function(torch.flatten, (new, 1))
-        new.meta["shape"] = _shape(node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+
+    children = _replace_calls(holder, {*dir(module)})
     if not children:
         return
     holder.recompile()
@@ -187,6 +172,34 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     cls = type(module)
     content = {"forward": type(holder).forward, "__module__": cls.__module__}
     module.__class__ = type(cls.__name__, (cls,), content)
+
+
+def _replace_calls(holder: fx.GraphModule, taken: set[str]) -> dict[str, nn.Module]:
+    """Put calls of new child modules in the place of functional calls; the children by name.
+
+    Args:
+        holder: of a graph whose nodes know the shapes of what they make.
+        taken: names that no child may have.
+    """
+    graph = holder.graph
+    children: dict[str, nn.Module] = {}
+    for node in list(graph.nodes):
+        made = _module_for(node)
+        if made is None:
+            continue
+        word, child, inputs = made
+        child_name = _free_name(word, {*taken, *children})
+        children[child_name] = child
+        holder.add_submodule(child_name, child)
+        with graph.inserting_before(node):
+            new = graph.call_module(child_name, inputs)
+            # `x.mean((2, 3))` keeps no single pixels, a pool does
+            if isinstance(child, nn.AdaptiveAvgPool2d) and len(_shape(node)) == 2:
+                new = graph.call_function(torch.flatten, (new, 1))
+        new.meta["shape"] = _shape(node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    return children
 
 
 def _cloned(values: Any) -> Any:
