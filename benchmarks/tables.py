@@ -13,6 +13,7 @@ The table of train.py's defaults stands between `<!-- recipes -->` and the end.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -714,4 +715,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # it takes no flags
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     run(main)

@@ -825,6 +825,20 @@ class CalledDifferently(Base):
         return self.head(self.scaling(self.scaling(self.conv1(x), 1.0), -3.0))
 
 
+class Dropping(nn.Module):
+    def forward(self, x, training):
+        return x + F.dropout(x, 0.5, training)
+
+
+class GivenAFlag(Base):
+    def __init__(self):
+        super().__init__()
+        self.dropping = Dropping()
+
+    def forward(self, x):
+        return self.head(self.dropping(self.conv1(x), self.training))
+
+
 class Gathering(nn.Module):
     def forward(self, parts):
         return parts["a"] + parts["b"]
@@ -873,6 +887,7 @@ class Frozen(Base):
     ("network", "name", "why"),
     [
         (CalledDifferently, "scaling", "its calls differ"),
+        (GivenAFlag, "dropping", "it is given a flag"),
         (OfDict, "gathering", "parts holds tensors in a dict"),
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from layers import Add, Mul
 from utils.errors import first_line
@@ -55,9 +55,11 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
         for name in sorted(owners):
             args, kwargs = watched.inputs[name]
             try:
-                # a trace holds the constants of one call, and none of these switches
+                # a trace holds the constants of one call in evaluation, and no such switch
                 if len(watched.constants[name]) > 1:
                     raise ValueError("its calls differ in more than tensors")
+                if any(isinstance(value, bool) for value in tree_leaves((args, kwargs))):
+                    raise ValueError("it is given a flag, which may be another in training")
                 if name in watched.switch_gradients:
                     raise ValueError("it switches gradients off")
                 _rewrite(model.get_submodule(name), args, kwargs)
