@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from itertools import cycle
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def plot(path: Path, record: Record) -> None:
     rows = [row for row in record.rows if row.throughput_img_s and row.accuracy_pct is not None]
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
+    # what a notebook left there may not be installed
+    os.environ["MPLBACKEND"] = "Agg"
     from matplotlib.figure import Figure
 
     # a colour for each network, a marker for each batch size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
     """The points as an SVG element; "" if there are none."""
     if not points:
         return ""
+    # what a notebook left there may not be installed
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
     from matplotlib.figure import Figure
 
