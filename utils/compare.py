@@ -173,7 +173,7 @@ def export_checkpoint(
 
     info = checkpoint.data
     wanted = comparison.wanted
-    if checkpoint.quantization and checkpoint.epoch == 0:
+    if checkpoint.quantization and checkpoint.epoch == 0 and "INT8-QAT" in wanted:
         # only calibrated, whatever it is called
         print("this checkpoint is of epoch 0: its INT8-QAT is its INT8-PTC")
         if "INT8-QAT" not in comparison.precisions:
