@@ -17,7 +17,6 @@ from utils.errors import UserError, run  # first: it is ready for Ctrl-C during 
 
 # isort: split
 import argparse
-import os
 import shlex
 import sys
 from collections import defaultdict
@@ -30,7 +29,7 @@ import dataset
 from dataset.folder import LeftOut, describe, printable, read_batches
 from utils import compare, flags, records, report
 from utils.compare import Comparison, comparison_refusals, tensorrt_flag
-from utils.files import locked, real_path, sha256, user_path
+from utils.files import blocking_folder, locked, real_path, sha256, user_path
 from utils.flags import Flags
 from utils.manifest import PRECISIONS, Manifest, read_export
 from utils.plot import plot
@@ -119,9 +118,8 @@ def run_refusals(args: Flags) -> Iterator[str]:
     for path in outputs:
         if path.is_dir():
             yield f"{path} is a folder: name a file in it"
-        there = [folder for folder in real_path(path).parents if folder.exists()]
-        if not os.access(there[0], os.W_OK):
-            yield f"{path} cannot be written: {there[0]} does not let you"
+        if folder := blocking_folder(path):
+            yield f"{path} cannot be written: {folder} does not let you"
     if args.export_only and (args.onnx or args.audit or tensorrt_flag(args)):
         yield "--export_only runs no engine: drop it, or --onnx, --audit and what is TensorRT's"
 
@@ -218,14 +216,13 @@ def tune(
         choice = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
         print(choice_table(choice))
         args.skip_layers = [*quantization.skip_layers, *choice.skip_layers] or None
-        by_hand = (
-            f"--skip_layers {shlex.join(args.skip_layers)}"
-            if args.skip_layers
-            else "no --skip_layers"
-        )
+        by_hand = "no --skip_layers"
+        if args.skip_layers:
+            by_hand = f"--skip_layers {shlex.join(args.skip_layers)}"
         if choice.skip_layers == ["*"]:
             args.precisions = list(tuner.floats)
-            by_hand = " ".join([by_hand, *(f"--{name}" for name in tuner.floats)])
+            for name in tuner.floats:
+                by_hand += f" --{PRECISIONS[name].flag}"
         print(f"the same by hand: {by_hand}", flush=True)
     else:
         write_record(args, tuner.record(scan, flag_values(args)))

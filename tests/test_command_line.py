@@ -611,6 +611,9 @@ def test_a_checkpoint_that_is_only_calibrated_is_not_called_qat(qat_checkpoint, 
     # unless it is asked for
     infer.main([*argv, "--INT8QAT"])
     assert "FAKE-QUANT-QAT" in capsys.readouterr().out
+    # nor is it spoken of where nobody wants it
+    infer.main([*argv, "--FP32", "--INT8PTC"])
+    assert "epoch 0" not in capsys.readouterr().out
 
 
 # mistakes with infer.py
@@ -1102,6 +1105,9 @@ def test_an_output_that_may_not_be_written_is_told_before_the_work(
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     argv = ["--onnx", exported / "onnx", "--record", tmp_path / "new" / "record.json"]
     assert f"record.json cannot be written: {tmp_path} does not let" in error_line(infer.main, argv)
+    # a device is written to, whoever owns its folder
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert files.blocking_folder(Path(os.devnull)) is None
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,16 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
         partial.replace(path)
 
 
+def blocking_folder(path: Path) -> Path | None:
+    """The folder that keeps `atomic_path` from writing what a user named; None: none does."""
+    path = real_path(path)
+    if path.exists() and not path.is_file():
+        # a device is written to, not replaced
+        return None
+    nearest = next(folder for folder in path.parents if folder.exists())
+    return None if os.access(nearest, os.W_OK) else nearest
+
+
 @contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files move to `folder`, which exists, if the block succeeds.
