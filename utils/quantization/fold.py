@@ -24,14 +24,14 @@ from layers.pool import MatrixAvgPool2d
 from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 from utils.errors import UserError
-from utils.quantization.watch import Operation, Watch, replace_module, watch
+from utils.quantization.watch import Operation, Watch, is_plain, replace_module, watch
 
 
 def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
     """Names of every layer with a weight and BatchNorm that can be folded into it.
 
-    The BatchNorm is the only reader of the layer's output, each is called once, and no function
-    reads their parameters directly.
+    The BatchNorm is the only reader of the layer's output, each is called once and has no hooks,
+    and no function reads their parameters directly.
     """
     calls = Counter(op.name for op in watched.operations if op.module is not None)
     pairs = []
@@ -39,18 +39,14 @@ def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
         source = op.reads[0] if op.reads else None
         if source is None or not _is_foldable(op.module) or not _takes_factors(source):
             continue
-        only_reader = len(source.readers) == 1 and _plain(source.module) and _plain(op.module)
+        only_reader = len(source.readers) == 1
+        plain = is_plain(source.module) and is_plain(op.module)
         called_once = calls[source.name] == calls[op.name] == 1
         parameters = [*source.module.parameters(), *op.module.parameters()]
         read_directly = not watched.parameters_read.isdisjoint(parameters)
-        if only_reader and called_once and not read_directly:
+        if only_reader and plain and called_once and not read_directly:
             pairs.append((source.name, op.name))
     return pairs
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether nothing changes what a module's class computes."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _takes_factors(operation: Operation) -> bool:
@@ -135,17 +131,17 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
         # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
-        if isinstance(module, QuantLinear) and _plain(module):
+        if isinstance(module, QuantLinear) and is_plain(module):
             replace_module(model, name, PointwiseLinear.from_linear(module))
         # the ranges of activations, which come after their layers
         if isinstance(module, Quantizer) and module.axis is None:
             replace_module(model, name, FrozenQuantizer(module.scale))
     # average pools that ONNX has no operator for
-    sizes: dict[str, tuple[int, ...]] = {}
     for operation in watched.operations:
         pool = operation.module
         if isinstance(pool, nn.AdaptiveAvgPool2d) and not _is_regular(operation):
-            if sizes.setdefault(operation.name, operation.shapes[0]) != operation.shapes[0]:
+            sizes = {other.shapes[0] for other in watched.operations if other.module is pool}
+            if len(sizes) > 1:
                 mend = "give each size a pool of its own"
                 raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
             replaced = nn.Sequential(*pool.children())  # its quantizer, if it has one

@@ -219,6 +219,11 @@ def example_images(height: int, width: int, channels: int = 3) -> Tensor:
     return (values * 0.7).sin().reshape(2, channels, height, width)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether no hook and no `forward` of its own changes what a module's class computes."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of a module, under all the names that it has."""
     old = model.get_submodule(name)

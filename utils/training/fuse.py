@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from layers import Add
 from layers.quantized import QuantAdd
 from layers.quantizers import Quantizer
-from utils.quantization.watch import Operation, Watch
+from utils.quantization.watch import Operation, Watch, is_plain
 from utils.training import kernels
 
 Forward = Callable[..., Tensor]
@@ -85,9 +85,7 @@ def find_chains(model: nn.Module, example: Tensor) -> list[Chain]:
 def _is_plain_norm(operation: Operation) -> bool:
     """Whether an operation is torch's own BatchNorm, with everything that the kernels expect."""
     norm = operation.module
-    if type(norm) is not nn.BatchNorm2d or "forward" in vars(norm):
-        return False
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if type(norm) is not nn.BatchNorm2d or not is_plain(norm):
         return False
     return norm.affine and norm.track_running_stats and norm.momentum is not None
 
