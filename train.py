@@ -414,7 +414,7 @@ def list_layers(recipe: Recipe) -> None:
     """Print the layers that can be quantized, and which of them the flags choose."""
     num_classes = 10
     if recipe.dataset == "folder":
-        num_classes = count_classes(Path(recipe.data_dir))
+        num_classes = count_classes(recipe.data_dir)
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes)
     size = tuple(recipe.img_size or (32, 32))
     model = networks.build_quantized(spec, recipe.quantization, size)

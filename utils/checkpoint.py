@@ -303,7 +303,6 @@ def _fault(key: str, value: Tensor, own: Tensor) -> str:
 def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) -> str:
     """What may be the reason of the problems, and what to do."""
     missing, shapes = problems["missing"], problems["of another shape"]
-    ranges = has_ranges(model.state_dict())
     if missing and all(key.endswith(RANGE_SUFFIX) for key in missing):
         return " (a float checkpoint for a quantized model: add --partial_ckpt)"
     if any(key.endswith(RANGE_SUFFIX) for key in problems["unexpected"]):
@@ -311,7 +310,9 @@ def _hint(model: nn.Module, state: State, problems: defaultdict[str, set[str]]) 
     if problems["not finite"]:
         return " (a training that diverged or a damaged file: use another checkpoint)"
     if shapes and shapes <= classifier_keys(model, state):
-        mend = "train in float with --new_classifier first" if ranges else "add --new_classifier"
+        mend = "add --new_classifier"
+        if has_ranges(model.state_dict()):
+            mend = "train in float with --new_classifier first"
         return f" (it is of other classes: {mend})"
     return ""
 

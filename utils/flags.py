@@ -20,6 +20,7 @@ from utils.specs import (
     Quantization,
     height_width,
     is_foreign,
+    runs_code,
 )
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def require_named(name: str, named: str | None) -> None:
         name: of the network, as the checkpoint says.
         named: by the user.
     """
-    if ":" in name and name != named:
+    if runs_code(name) and name != named:
         why = f"the checkpoint's network is made by {name}, and importing that runs its code"
         raise UserError(f"{why}: if you trust it, add --m {name}")
 

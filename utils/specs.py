@@ -30,7 +30,12 @@ def height_width(size: int | Sequence[int]) -> list[int]:
 
 def is_foreign(name: str) -> bool:
     """Whether a network is from elsewhere: torchvision/NAME, timm/NAME, package.module:callable."""
-    return "/" in name or ":" in name
+    return "/" in name or runs_code(name)
+
+
+def runs_code(name: str) -> bool:
+    """Whether to build a network of that name runs a module's code: package.module:callable."""
+    return ":" in name
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.device import default_device
 from utils.errors import UserError, first_line, mendable
+from utils.specs import runs_code
 
 T = TypeVar("T")
 
@@ -145,7 +146,7 @@ def command(named: str | None) -> str:
     if active():
         count = os.environ.get("LOCAL_WORLD_SIZE", "N")
         words = ["torchrun", f"--nproc_per_node={count}", script]
-    if named and ":" in named:
+    if named and runs_code(named):
         words += ["--model", named]
     return shlex.join(words)
 
