@@ -389,7 +389,6 @@ def read_flags(argv: Sequence[str] | None) -> tuple[Recipe, Checkpoint | None]:
 def main(argv: Sequence[str] | None = None) -> None:
     given = build_parser().parse_args(argv)
     flags.refuse([given_refusals], given)
-    torch.backends.cudnn.benchmark = True
     with ranks.started() as here:
         if given.resume:
             # what is read there must be the newest: nobody else may train on meanwhile

@@ -232,8 +232,6 @@ def reference(
     here: Ranks,
 ) -> Training:
     """The loop that people write first, starting from `state` if there is one."""
-    # torch's default, which `ours` changes
-    torch.backends.cudnn.benchmark = False
     device = here.device
     on_gpu = device.type == "cuda"
     batch_size = args.reference_batch_size
@@ -312,7 +310,6 @@ def ours(
 
     It starts from `state` if there is one, else from a network that is not trained.
     """
-    torch.backends.cudnn.benchmark = True
     on_gpu = here.device.type == "cuda"
 
     # the images, plain to calibrate with and augmented to train on

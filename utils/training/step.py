@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layers.normalize import logits_of
-from utils.device import full_precision
+from utils.device import full_precision, tuned_convolutions
 from utils.errors import UserError, first_line
 from utils.metrics import percent_equal
 from utils.training import kernels, ranks
@@ -116,6 +116,7 @@ class Step:
                 "make that a buffer"
             ) from None
 
+    @tuned_convolutions()
     def _run(self, images: Tensor, labels: Tensor) -> None:
         loss, logits = self._gradient(images, labels)
         if self.sam_rho:
