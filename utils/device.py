@@ -7,9 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-KERNELS_TIMED = 2
-"""For each convolution, of cuDNN's own order; with 10, torch's default, steps are no faster."""
-
 
 def default_device() -> torch.device:
     """The GPU if torch sees one, else the CPU."""
@@ -42,10 +39,9 @@ def tuned_convolutions() -> Iterator[None]:
 
     That takes seconds for a network, so it is for what runs thousands of times.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.benchmark_limit
-    cudnn.benchmark, cudnn.benchmark_limit = True, KERNELS_TIMED
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.benchmark_limit = before
+        torch.backends.cudnn.benchmark = before
