@@ -185,6 +185,11 @@ def scan_of(noise):
     return Scan("INT8-PTC", 10, parts)
 
 
+def right_images(pct):
+    """Of 1000 images, the first are classified rightly."""
+    return np.arange(1000) < 10 * pct
+
+
 def search(
     int8_ms, accuracy, noise, max_drop=0.1, float_ms=FLOAT_MS, measured_pct=None, fp16_pct=100.0
 ):
@@ -194,6 +199,13 @@ def search(
         measured_pct: an engine's own accuracy, by the layers in float; fake quantization's if None.
     """
     measured_pct = measured_pct or accuracy
+    float_right = right_images(accuracy(NAMES))
+
+    def least_pct(pct):
+        return auto_quant.least_pct(right_images(pct), float_right, max_drop)
+
+    def keeps(skip):
+        return accuracy(skip) >= least_pct(accuracy(skip))
 
     def engines(skip):
         if skip == ["*"]:
@@ -202,10 +214,33 @@ def search(
         return {"INT8-PTC": Engine(times, pct=measured_pct(skip))}
 
     def measured(skip, named):
-        return [Candidate(name, skip, made.total_ms, made.pct) for name, made in named.items()]
+        return [
+            Candidate(name, skip, made.total_ms, made.pct, least_pct(made.pct))
+            for name, made in named.items()
+        ]
 
-    choice = auto_quant.search(scan_of(noise), NAMES, engines, measured, accuracy, max_drop)
+    choice = auto_quant.search(scan_of(noise), NAMES, engines, measured, keeps)
     return choice.skip_layers
+
+
+def test_a_loss_of_as_many_images_as_chance_moves_is_within_the_budget():
+    float_right = np.arange(1000) < 960
+
+    def keeps(lost, gained, max_drop=0.1):
+        right = float_right.copy()
+        right[:lost] = False
+        right[960 : 960 + gained] = True
+        pct = auto_quant.accuracy_pct(right)
+        return pct >= auto_quant.least_pct(right, float_right, max_drop)
+
+    # one image is 0.1 points; of 4 and of 9 images that change, chance moves 2 and 3
+    assert keeps(0, 0, max_drop=0)
+    assert keeps(1, 0)
+    assert keeps(2, 0)
+    assert not keeps(4, 0)
+    assert keeps(3, 1)
+    assert keeps(6, 3) and not keeps(7, 2)
+    assert keeps(6, 3, max_drop=0) and not keeps(6, 2, max_drop=0)
 
 
 @pytest.mark.parametrize("max_drop", [0.1, 5.0])

@@ -30,10 +30,9 @@ from utils.compare import Comparison
 from utils.engine_layers import held
 from utils.errors import UserError
 from utils.manifest import ENGINES, INT8, graph_file
-from utils.metrics import percent_equal
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
-from utils.quantization.sensitivity import ALL, Progress, accuracy_pct, scan, switched
+from utils.quantization.sensitivity import ALL, Progress, right_images, scan, switched
 from utils.records import Candidate, Choice, Record, Scan, text_table
 from utils.schema import parse
 from utils.specs import Quantization
@@ -146,8 +145,14 @@ class Tuner:
             built = self.folder / ENGINES
             backend = compare.choose_backend(Path(draft), self.comparison, engines=built)
 
-            def accuracy(skip: Sequence[str]) -> float:
-                return accuracy_pct(network, val, set(names) - set(skip))
+            def right(skip: Sequence[str]) -> np.ndarray:
+                return right_images(network, val, set(names) - set(skip))
+
+            float_right = right(names)
+
+            def keeps(skip: Sequence[str]) -> bool:
+                found = right(skip)
+                return accuracy_pct(found) >= least_pct(found, float_right, max_drop)
 
             def engines(skip: Sequence[str]) -> dict[str, Network]:
                 precisions = self._draft(Path(draft), skip)
@@ -156,13 +161,15 @@ class Tuner:
             def measured(skip: list[str], networks: dict[str, Network]) -> list[Candidate]:
                 candidates = []
                 for precision, engine in networks.items():
-                    milliseconds = float(np.median(engine.latencies_ms(images)))
+                    latency_ms = float(np.median(engine.latencies_ms(images)))
                     predicted = predict(engine, self.val[0], engine.evaluation_batch, "val images")
-                    pct = percent_equal(predicted, self.val[1])
-                    candidates.append(Candidate(precision, skip, milliseconds, pct))
+                    found = predicted == self.val[1]
+                    least = least_pct(found, float_right, max_drop)
+                    pct = accuracy_pct(found)
+                    candidates.append(Candidate(precision, skip, latency_ms, pct, least))
                 return candidates
 
-            return search(found, names, engines, measured, accuracy, max_drop)
+            return search(found, names, engines, measured, keeps)
 
     def _draft(self, folder: Path, skip: Sequence[str]) -> Sequence[str]:
         """Export the network without `skip` in INT8; the precisions that it can then run in."""
@@ -183,13 +190,33 @@ class Tuner:
         return precisions
 
 
+def accuracy_pct(right: np.ndarray) -> float:
+    """Accuracy in percent, of which images (N,) bool are classified rightly."""
+    return 100 * float(right.mean())
+
+
+def least_pct(right: np.ndarray, float_right: np.ndarray, max_drop: float) -> float:
+    """The accuracy that a network must have: FP32's, less `max_drop` points, less what is chance.
+
+    Rounding makes some wrong images right and some right ones wrong. Of d such images as many go
+    one way as the other if rounding costs nothing, give or take sqrt(d): the standard deviation of
+    a sum of d times +1 or -1. A loss of sqrt(d) images or less shows nothing.
+
+    Args:
+        right: images (N,) bool that the network classifies rightly.
+        float_right: those that FP32 does.
+    """
+    changed = int((right != float_right).sum())
+    chance = 100 * changed**0.5 / len(right)
+    return max(0.0, accuracy_pct(float_right) - max_drop - chance - ROUNDING)
+
+
 def search(
     found: Scan,
     names: Sequence[str],
     engines: Callable[[Sequence[str]], dict[str, Network]],
     measured: Callable[[list[str], dict[str, Network]], list[Candidate]],
-    accuracy: Callable[[Sequence[str]], float],
-    max_drop: float,
+    keeps: Callable[[Sequence[str]], bool],
 ) -> Choice:
     """What `Tuner.choose` returns.
 
@@ -197,14 +224,14 @@ def search(
         names: of all layers that may be quantized.
         engines: with the layers that it is given in float, by precision; of `*` those in float.
         measured: time and accuracy of these engines, which have the layers it is given in float.
-        accuracy: in percent, of fake quantization, with the layers that it is given in float.
+        keeps: whether fake quantization, with the layers that it is given in float, is within the
+            budget.
     """
     # the two ends
     floats = engines([ALL])
-    least_pct = max(0.0, accuracy(names) - max_drop - ROUNDING)
     tried = measured([ALL], floats)
     # in FP16 a network's values may be too large
-    fastest = fastest_within(tried, least_pct, tried[0])
+    fastest = fastest_within(tried, tried[0])
     all_int8 = engines([])
     [int8_engine] = all_int8.values()
     lost = lost_ms(names, floats[fastest.precision], int8_engine)
@@ -218,14 +245,14 @@ def search(
             return False
         for candidate in tried:
             if candidate.skip_layers == skip:
-                return candidate.val_accuracy_pct >= least_pct
+                return candidate.within
         tried.extend(measured(skip, engines(skip) if skip else all_int8))
-        return tried[-1].val_accuracy_pct >= least_pct
+        return tried[-1].within
 
     # none in float or, if that is not within the budget, as few as fake quantization says
     needed: list[str] = []
     if not attempt(needed):
-        needed = fewest(order, lambda skip: accuracy(skip) >= least_pct)
+        needed = fewest(order, keeps)
     within = attempt(needed)
     # and those that are slower in INT8
     within |= attempt([*needed, *(name for name in names if lost[name] < 0)])
@@ -235,35 +262,34 @@ def search(
     while not within and (count := max(1, 2 * count)) < len(names):
         within = attempt(order[:count])
 
-    best = fastest_within(tried, least_pct, fastest)
+    best = fastest_within(tried, fastest)
     if best.latency_ms * MIN_SPEED_UP > fastest.latency_ms:
         best = fastest
-    return Choice(best.skip_layers, least_pct, tried)
+    return Choice(best.skip_layers, tried)
 
 
-def fastest_within(tried: Sequence[Candidate], least_pct: float, default: Candidate) -> Candidate:
-    """The fastest of those that have at least that accuracy; `default` if none has."""
-    within = [candidate for candidate in tried if candidate.val_accuracy_pct >= least_pct]
+def fastest_within(tried: Sequence[Candidate], default: Candidate) -> Candidate:
+    """The fastest of those that are within the budget; `default` if none is."""
+    within = [candidate for candidate in tried if candidate.within]
     return min(within, key=lambda candidate: candidate.latency_ms, default=default)
 
 
 def choice_table(choice: Choice) -> str:
     """The engines that were tried, and which one it is."""
-    cells = [["tried", "ms", "val accuracy %"]]
+    cells = [["tried", "ms", "val accuracy %", "at least"]]
     in_float = ["layers in float"]
     for candidate in choice.candidates:
-        pct = f"{candidate.val_accuracy_pct:.2f}"
-        cells.append([candidate.precision, f"{candidate.latency_ms:.3f}", pct])
+        pct, least = f"{candidate.val_accuracy_pct:.2f}", f"{candidate.least_pct:.2f}"
+        cells.append([candidate.precision, f"{candidate.latency_ms:.3f}", pct, least])
         skipped = "all" if candidate.skip_layers == [ALL] else " ".join(candidate.skip_layers)
         in_float.append(skipped or "none")
     lines = text_table(cells, names=1).splitlines()
     table = [f"{line}  {layers}" for line, layers in zip(lines, in_float, strict=True)]
 
-    chosen = "the fastest with at least"
+    chosen = "the fastest that keeps its val accuracy"
     if choice.skip_layers == [ALL]:
-        chosen = "all in float: no INT8 engine is 2 % faster with at least"
-    end = f"--auto_quant: {chosen} {choice.least_pct:.2f} % of val accuracy"
-    return "\n".join([*table, end])
+        chosen = "all in float: no INT8 engine that keeps its val accuracy is 2 % faster"
+    return "\n".join([*table, f"--auto_quant: {chosen}"])
 
 
 def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list[str]:

@@ -136,12 +136,19 @@ class Candidate:
         skip_layers: those in float; of a float engine `["*"]`.
         latency_ms: the median, of a batch.
         val_accuracy_pct: the engine's own.
+        least_pct: what that must be.
     """
 
     precision: str
     skip_layers: list[str]
     latency_ms: float
     val_accuracy_pct: float
+    least_pct: float
+
+    @property
+    def within(self) -> bool:
+        """Whether it keeps the accuracy."""
+        return self.val_accuracy_pct >= self.least_pct
 
 
 @dataclass(frozen=True)
@@ -150,12 +157,10 @@ class Choice:
 
     Args:
         skip_layers: of the candidate that it chose.
-        least_pct: the val accuracy that an engine must have.
         candidates: in the order in which they were tried.
     """
 
     skip_layers: list[str]
-    least_pct: float
     candidates: list[Candidate]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -150,16 +151,16 @@ def parts_of(names: Sequence[str]) -> dict[str, list[str]]:
     return parts | {name: [name] for name in names}
 
 
-def accuracy_pct(
+def right_images(
     network: Switched, batches: Sequence[tuple[Tensor, Tensor]], int8: Collection[str]
-) -> float:
-    """Accuracy with the layers `int8` in INT8, in percent.
+) -> np.ndarray:
+    """Which images (N,) bool are classified rightly with the layers `int8` in INT8.
 
     Args:
         batches: normalised images (B, C, H, W) and labels (B,), served again for each call.
     """
-    hits = torch.cat([network(images, int8).argmax(1) == labels for images, labels in batches])
-    return 100 * int(hits.sum()) / len(hits)
+    right = [network(images, int8).argmax(1) == labels for images, labels in batches]
+    return torch.cat(right).cpu().numpy()
 
 
 def scan(
