@@ -88,6 +88,16 @@ SENSITIVITY_TITLES = [
     "of all but this, dB",
 ]
 
+CHOICE_TITLES = [
+    "network",
+    "batch",
+    "FP16 ms",
+    "all in INT8, ms",
+    "chosen",
+    "its ms",
+    "times FP16",
+]
+
 GPUS_TITLES = ["network", "GPUs", "s an epoch", "images/s", "times one GPU"]
 
 RECIPE_TITLES = [
@@ -408,7 +418,8 @@ def own_networks_table(folder: Path) -> str:
                 found = times_ms.setdefault((row["network"], size), {})
                 found[row["variant"], row["precision"]] = time["p50"]
     lines = [OWN_TITLES]
-    for (name, size), found in times_ms.items():
+    for name, size in sorted(times_ms, key=lambda key: (key[0], int(key[1]))):
+        found = times_ms[name, size]
         float_ms = found.get(("this_project", "FP16"))
         quantized_ms = [
             found.get((variant, "INT8-PTC")) for variant in ("this_project", "modelopt")
@@ -534,6 +545,26 @@ def sensitivity_table(folder: Path) -> str:
                 ]
             )
     return markdown_table(lines, names=2)
+
+
+def choices_table(folder: Path) -> str:
+    """What `--auto_quant` chose, beside the engines with all layers in FP16 and in INT8."""
+    lines = [CHOICE_TITLES]
+    for path in sorted(folder.glob("*.json")):
+        record = records.read(path)
+        choice = record["choice"]
+        times_ms = {}
+        for candidate in choice["candidates"]:
+            times_ms[tuple(candidate["skip_layers"])] = candidate["latency_ms"]
+        chosen = tuple(choice["skip_layers"])
+        titles = {(): "all in INT8", ("*",): "all in FP16"}
+        title = titles.get(chosen) or f"`{' '.join(chosen)}` in float"
+        [batch_size] = {row["batch_size"] for row in record["rows"]} - {None}
+        cells = [f"{TITLES[record['model']]}, {record['stem']} stem", str(batch_size)]
+        cells += [f"{times_ms['*',]:.3f}", f"{times_ms[()]:.3f}", title]
+        cells += [f"{times_ms[chosen]:.3f}", f"{times_ms['*',] / times_ms[chosen]:.2f}"]
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 # The table of recipes
@@ -674,6 +705,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training": training_table,
     "gpus": gpus_table,
     "sensitivity": sensitivity_table,
+    "choice": choices_table,
 }
 """The kind of a table -> what makes it from the path in its marker."""
 
