@@ -218,11 +218,14 @@ def test_the_table_of_choices_compares_with_the_two_ends(tmp_path):
         (line,) = cells(tables.choices_table(tmp_path))
         assert (line["batch"], line["FP16 ms"], line["all in INT8, ms"]) == ("32", "3.000", "2.000")
         found = line["chosen"], line["its ms"], line["times FP16"]
-        assert found == {
-            2: ("`conv1 fc` in float", "2.400", "1.25"),
-            0: ("all in INT8", "2.000", "1.50"),
-            1: ("all in FP16", "3.000", "1.00"),
-        }[len(chosen)]
+        assert (
+            found
+            == {
+                2: ("`conv1 fc` in float", "2.400", "1.25"),
+                0: ("all in INT8", "2.000", "1.50"),
+                1: ("all in FP16", "3.000", "1.00"),
+            }[len(chosen)]
+        )
 
 
 def test_the_table_of_recipes_has_each_kind_of_training():
