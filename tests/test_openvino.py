@@ -273,7 +273,8 @@ def test_every_layer_meant_for_int8_runs_in_it(small):
     convolutions = [layer for layer in network.layers if layer.kind == "Convolution"]
     assert len(convolutions) == 7
     assert {layer.precision for layer in convolutions} == {"INT8"}
-    assert all("I8" in layer.tactic for layer in convolutions)
+    # in small letters in the names of some kernels
+    assert all("I8" in layer.tactic.upper() for layer in convolutions)
 
 
 def test_convolutions_have_times(small):
