@@ -330,6 +330,8 @@ def train(
     run = Run(folder, model, optimizer, base, keep=recipe.keep)
     if resume:
         run.go_on(start, write=here.first)
+        if run.epoch >= recipe.num_epochs:
+            print(f"{run.epoch} epochs are done: a larger --num_epochs than that goes on")
     elif recipe.quantize and here.first:
         # ckpt_0: calibrated, not yet fine-tuned; it is the best where QAT clearly lost
         val_loss, val_pct = evaluate(model, val)

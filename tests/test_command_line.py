@@ -599,7 +599,9 @@ def test_quantized_training_without_pytorch_quantization_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_only_calibrated_is_not_called_qat(qat_checkpoint, tmp_path, capsys):
+def test_a_checkpoint_that_is_only_calibrated_is_not_called_qat(
+    qat_checkpoint, few_digits, tmp_path, capsys
+):
     calibrated = replace(ckpt.load(qat_checkpoint), epoch=0)
     ckpt.save(tmp_path / "ckpt_0", calibrated)
     argv = f"--load_ckpt {tmp_path}/ckpt_0 --export_only".split()

@@ -395,7 +395,7 @@ def test_the_command_scans_and_remembers(outlier_checkpoint, scanned, few, capsy
 
 
 @pytest.mark.usefixtures("quick_latencies")
-@pytest.mark.parametrize("int8_ms", [1.0, 3.0])
+@pytest.mark.parametrize("int8_ms", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_the_command_chooses(
     outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch, int8_ms
 ):

@@ -623,6 +623,14 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(runs, tmp_path):
     assert (last.epoch, len(last.history)) == (4, 4)
 
 
+def test_a_finished_run_that_is_resumed_says_that_it_is_done(runs, tmp_path, capsys):
+    copy = part_of_run(runs["float"], tmp_path / "run", 3)
+    files = sorted(path.name for path in copy.iterdir())
+    train.main(["--resume", str(copy), "--num_epochs", "2"])
+    assert "3 epochs are done: a larger --num_epochs" in capsys.readouterr().out
+    assert sorted(path.name for path in copy.iterdir()) == files
+
+
 def test_resuming_with_another_optimizer_is_one_line(runs, tmp_path, error_line):
     copy = part_of_run(runs["float"], tmp_path / "run", 2)
     assert "--optimizer" in error_line(train.main, ["--resume", copy, "--optimizer", "adamw"])
