@@ -292,15 +292,21 @@ def engines_table(groups: Groups) -> str:
 
     Agreements are of predictions with those of the fake quantized network in PyTorch.
     """
-    titles = ["network", "seeds", "FP32 in PyTorch", *IN_TENSORRT]
-    lines = [[*titles, "QAT agreement", "PTQ agreement"]]
+    every = [record for group in groups.values() for record in group]
+    # a study may have no engines of implicit calibration
+    shown = {
+        title: precision
+        for title, precision in IN_TENSORRT.items()
+        if _rows_of(every, "tensorrt", precision)
+    }
+    lines = [["network", "seeds", "FP32 in PyTorch", *shown, "QAT agreement", "PTQ agreement"]]
     for name, group in groups.items():
         built = [record for record in group if _rows_of([record], "tensorrt", FAST)]
         if not built:
             continue
         cells = [name, str(len(built))]
         cells += _accuracies(built, "pytorch", ["FP32"])
-        cells += _accuracies(built, "tensorrt", IN_TENSORRT.values())
+        cells += _accuracies(built, "tensorrt", shown.values())
         for precision in ("INT8-QAT", "INT8-PTC"):
             rows = _rows_of(built, "tensorrt", precision)
             cells.append(_mean_and_spread([row["agreement_pct"] for row in rows]))
