@@ -206,6 +206,26 @@ class Pair(Base):
         return self.head(self.sum((self.conv2(x), x)))
 
 
+class OfMany(nn.Module):
+    """Takes arguments of every kind, as wrappers do."""
+
+    def forward(self, x, /, factor=1.0, *others, scale=2.0, last, **unused):
+        for other in others:
+            x = x + other
+        return scale * x + last * factor
+
+
+class AnyNumber(Base):
+    def __init__(self):
+        super().__init__()
+        self.sum = OfMany()
+
+    def forward(self, x, *nothing, **unused):
+        x = self.conv1(x)
+        y = self.conv2(x)
+        return self.head(self.sum(x, 0.5, y, y, last=x) + y)
+
+
 class ActivatedNorm(nn.BatchNorm2d):
     """As timm's: BatchNorm and an activation in one."""
 
@@ -487,6 +507,7 @@ def modularized(network):
         (Residual, {"add": Add, "avgpool": nn.AdaptiveAvgPool2d}),
         (Gate, {"mul": Mul, "avgpool": nn.AdaptiveAvgPool2d, "avgpool2": nn.AdaptiveAvgPool2d}),
         (Concatenation, {"avgpool": nn.AdaptiveAvgPool2d}),
+        (AnyNumber, {"add": Add, "avgpool": nn.AdaptiveAvgPool2d}),
     ],
 )
 def test_functions_become_children_with_plain_names(network, kinds):
@@ -519,6 +540,17 @@ def test_the_second_time_nothing_changes():
     before = list(model.named_modules())
     modularize(model, EXAMPLE)
     assert list(model.named_modules()) == before
+
+
+def test_a_forward_may_take_arguments_of_every_kind():
+    others = torch.randn(3, 3, SIZE, SIZE)
+    torch.manual_seed(0)
+    model = AnyNumber().eval()
+    with torch.no_grad():
+        before = model(others)
+        modularize(model, EXAMPLE)
+        assert torch.equal(model(others), before)
+    assert [name for name, _ in model.sum.named_children()] == ["add", "add2", "add3"]
 
 
 def test_dropout_goes_on_in_training_alone():
@@ -854,6 +886,21 @@ class OfDict(Base):
         return self.head(self.gathering({"a": x, "b": self.conv2(x)}))
 
 
+class Naming(nn.Module):
+    def forward(self, x, **others):
+        return x + others["y"]
+
+
+class OfNames(Base):
+    def __init__(self):
+        super().__init__()
+        self.naming = Naming()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.naming(x, y=self.conv2(x)))
+
+
 class Keeping(nn.Module):
     """Adds what another module left in an attribute."""
 
@@ -889,6 +936,7 @@ class Frozen(Base):
         (CalledDifferently, "scaling", "its calls differ"),
         (GivenAFlag, "dropping", "it is given a flag"),
         (OfDict, "gathering", "parts holds tensors in a dict"),
+        (OfNames, "naming", "others holds tensors in a dict"),
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),
     ],

@@ -15,6 +15,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from traceback import walk_tb
 from typing import Any
 
@@ -35,6 +36,8 @@ UNARY = {
     "leaky_relu": ("act", nn.LeakyReLU),
 }
 """Function -> name and class of the child that does it; both take the same options."""
+STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+"""What a parameter that takes any number of arguments is written with."""
 
 
 def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -108,27 +111,52 @@ class _Tracer(fx.Tracer):
             TypeError: tensors are given in something else, which would be built in, too.
         """
         args: list[Any] = [self.root]
+        kwargs: dict[str, Any] = {}
         parameters = inspect.signature(self.root.forward).parameters
         for name, value in concrete_args.items():
-            default = parameters[name].default
-            proxy = self.create_proxy(
-                "placeholder", name, () if default is inspect.Parameter.empty else (default,), {}
-            )
-            if isinstance(value, Tensor):
-                args.append(proxy)
-            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-                parts = [proxy[index] for index in range(len(value))]
-                args.append(tuple(parts) if isinstance(value, tuple) else parts)
-            elif tensors_in(value):
-                raise TypeError(f"{name} holds tensors in a {type(value).__name__}")
+            parameter = parameters[name]
+            defaults = () if parameter.default is parameter.empty else (parameter.default,)
+            target = f"{STARS.get(parameter.kind, '')}{name}"
+            proxy = self.create_proxy("placeholder", target, defaults, {})
+            given = _stand_in(proxy, name, value)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args.extend(given)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update(given)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[name] = given
             else:
-                args.append(value)
+                args.append(given)
         self.root.training = self.create_proxy("get_attr", "training", (), {})
-        return forward, args
+        return partial(forward, **kwargs), args
+
+
+def _stand_in(proxy: fx.Proxy, name: str, value: Any) -> Any:
+    """The `proxy` of an argument, in the form of its `value`; or that itself, without tensors."""
+    if isinstance(value, Tensor):
+        return proxy
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        parts = [proxy[index] for index in range(len(value))]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if tensors_in(value):
+        raise TypeError(f"{name} holds tensors in a {type(value).__name__}")
+    return value
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph node by node."""
+    """Runs a graph node by node.
+
+    Args:
+        given: the arguments by name.
+    """
+
+    def __init__(self, holder: fx.GraphModule, given: dict[str, Any]):
+        # `env` is what each node makes
+        super().__init__(holder, garbage_collect_values=False)
+        self.given = given
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.given[target.lstrip("*")]
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # fx's lists cannot be changed, and HRNet changes those that it gets
@@ -147,16 +175,15 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Replace the functional operations of one module's own `forward`, called as shown."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    expected = _run(module.forward, bound.arguments)
+    expected = _run(module.forward, bound)
     graph = _Tracer().trace(module, bound.arguments)
     for node in graph.nodes:
         is_constant = node.op == "get_attr" and node.target.startswith("_tensor_constant")
         if is_constant and getattr(module, node.target).ndim:
             raise ValueError("it reads a tensor that is neither given nor its own")
     holder = fx.GraphModule(module, graph)
-    # `env` is what each node makes
-    interpreter = _Interpreter(holder, garbage_collect_values=False)
-    interpreter.run(*_cloned(bound.arguments).values())
+    interpreter = _Interpreter(holder, _cloned(bound.arguments))
+    interpreter.run()
     for node, value in interpreter.env.items():
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
@@ -165,7 +192,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not children:
         return
     holder.recompile()
-    pairs = zip(_run(holder.forward, bound.arguments), expected, strict=True)
+    pairs = zip(_run(holder.forward, bound), expected, strict=True)
     if not all(torch.equal(found, wanted) for found, wanted in pairs):
         raise ValueError("it changes a tensor in place that has another name, too")
     # the children, and the new `forward` in a subclass of the module's own class, of its name
@@ -209,11 +236,11 @@ def _cloned(values: Any) -> Any:
     return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
 
 
-def _run(forward: Callable[..., Any], given: dict[str, Any]) -> list[Tensor]:
+def _run(forward: Callable[..., Any], bound: inspect.BoundArguments) -> list[Tensor]:
     """What a module's `forward` returns, and what it leaves of the tensors that it is given."""
-    given = _cloned(given)
-    tensors = tensors_in(given)
-    return [*tensors_in(forward(**given)), *tensors]
+    args, kwargs = _cloned((bound.args, bound.kwargs))
+    tensors = tensors_in((args, kwargs))
+    return [*tensors_in(forward(*args, **kwargs)), *tensors]
 
 
 def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
