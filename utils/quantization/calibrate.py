@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from pytorch_quantization.calib import HistogramCalibrator, MaxCalibrator
+from pytorch_quantization.calib import HistogramCalibrator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,7 +74,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
 
     # first pass, in float: the largest magnitudes, which are all that weights and "max" need
     for quantizer in quantizers.values():
-        quantizer._calibrator = MaxCalibrator(num_bits=8, axis=quantizer.axis, unsigned=False)
+        quantizer._calibrator = _Largest(quantizer.axis)
         quantizer.disable_quant()
     for module in model.modules():
         if hasattr(module, "weight_quantizer"):
@@ -119,6 +119,34 @@ def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Q
             model(images.to(device))
     for quantizer in quantizers:
         quantizer.disable_calib()
+
+
+class _Largest:
+    """The largest |x|: of an activation, or of each output channel of a weight.
+
+    The library's own reads x once for each dimension, and waits for the device each time.
+
+    Args:
+        axis: where a weight has its output channels.
+    """
+
+    def __init__(self, axis: int | None):
+        self.axis = axis
+        self.largest: Tensor | None = None
+
+    def collect(self, x: Tensor) -> None:
+        if self.axis is None:
+            low, high = x.aminmax()
+        else:
+            channels = x.movedim(self.axis, 0).flatten(1)
+            low, high = channels.aminmax(dim=1)
+        # NaN, if one is
+        found = torch.maximum(-low, high)
+        self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+
+    def compute_amax(self) -> Tensor | None:
+        """None if nothing was seen."""
+        return self.largest
 
 
 class _Histogram:
@@ -191,7 +219,9 @@ class _RoundingError:
         errors, squares = _errors_of_bins(x.device)
         x = x.flatten(1)  # (N, values)
         for images in x.split(max(1, VALUES_AT_A_TIME // x.shape[1])):
-            counts = _count(images.abs().float() / self.largest.clamp_min(1e-30))  # (n, BINS)
+            shares = images.abs().float()
+            shares /= self.largest.clamp_min(1e-30)
+            counts = _count(shares)  # (n, BINS)
             found = errors @ counts.T  # (candidates, n)
             if self.relative:
                 found = found / (counts @ squares).clamp_min(1e-30)
@@ -207,14 +237,20 @@ _FIRST_BIN = (127 - OCTAVES) * BINS_PER_OCTAVE
 
 
 def _count(shares: Tensor) -> Tensor:
-    """(n, values) in 0..1 -> (n, BINS) float32: how many values of each image lie in each bin."""
+    """(n, values) in 0..1 -> (n, BINS) float32: how many values of each image lie in each bin.
+
+    `shares` is used up: memory is what this takes its time for.
+    """
+    bins = shares.view(torch.int32)
+    bins >>= 16
     # column 0 is for what is too small; 1 itself belongs to the last bin
-    bins = ((shares.view(torch.int32) >> 16) - _FIRST_BIN + 1).clamp_(0, BINS)
+    bins -= _FIRST_BIN - 1
+    bins.clamp_(0, BINS)
     # one count over all images: each has its own BINS + 1 numbers
-    image = torch.arange(len(shares), device=shares.device, dtype=torch.int32)[:, None]
-    numbers = bins + image * (BINS + 1)
-    counts = torch.bincount(numbers.flatten(), minlength=len(shares) * (BINS + 1))
-    return counts.view(len(shares), -1)[:, 1:].float()
+    image = torch.arange(len(bins), device=bins.device, dtype=torch.int32)[:, None]
+    bins += image * (BINS + 1)
+    counts = torch.bincount(bins.flatten(), minlength=len(bins) * (BINS + 1))
+    return counts.view(len(bins), -1)[:, 1:].float()
 
 
 @functools.lru_cache(maxsize=1)
