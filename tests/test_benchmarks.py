@@ -505,6 +505,7 @@ def test_flags_with_typing_errors_are_refused_first(arguments, flags):
         reproduce.main([*arguments, flags])
 
 
+@pytest.mark.slow
 def test_cpu_speed_leaves_a_record_of_both_runtimes(
     tmp_path, small_digits, quick_latencies, capsys
 ):

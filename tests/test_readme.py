@@ -258,6 +258,7 @@ def test_the_way_of_an_own_network_runs(tmp_path, digits, monkeypatch):
 # The demo
 
 
+@pytest.mark.slow
 def test_demo_runs(tmp_path, small_digits, quick_latencies, monkeypatch):
     """Its commands, as make would run them, but with one epoch and few images."""
     dry_run = ["make", "-n", "demo"]

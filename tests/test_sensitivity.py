@@ -431,6 +431,7 @@ def test_the_command_chooses(
 
 
 @pytest.mark.usefixtures("quick_latencies")
+@pytest.mark.slow
 def test_a_choice_must_beat_just_the_float_precision_that_is_named(
     outlier_checkpoint, scanned, few, tmp_path, capsys, monkeypatch
 ):
