@@ -243,6 +243,13 @@ def test_a_loss_of_as_many_images_as_chance_moves_is_within_the_budget():
     assert keeps(6, 3, max_drop=0) and not keeps(6, 2, max_drop=0)
 
 
+def test_of_few_images_chance_excuses_nothing():
+    float_right = np.arange(10) < 3
+    constant = np.arange(10) == 0
+    least = auto_quant.least_pct(constant, float_right, 0.1)
+    assert auto_quant.accuracy_pct(constant) < least < 30
+
+
 @pytest.mark.parametrize("max_drop", [0.1, 5.0])
 def test_what_cannot_be_quantized_stays_float_if_the_budget_says_so(max_drop):
     int8_ms = {"a": 0.5, "b": 0.5, "c": 0.5}
