@@ -553,6 +553,45 @@ def test_a_forward_may_take_arguments_of_every_kind():
     assert [name for name, _ in model.sum.named_children()] == ["add", "add2", "add3"]
 
 
+class OnlyByName(nn.Module):
+    def forward(self, x, factor=1.0, *, scale=2.0, last):
+        return scale * x + last * factor
+
+
+def test_arguments_by_keyword_alone_are_traced_without_a_star_argument_too():
+    class Network(Base):
+        def __init__(self):
+            super().__init__()
+            self.sum = OnlyByName()
+
+        def forward(self, x):
+            x = self.conv1(x)
+            return self.head(self.sum(x, last=self.conv2(x)))
+
+    others = torch.randn(3, 3, SIZE, SIZE)
+    model = Network().eval()
+    with torch.no_grad():
+        before = model(others)
+        assert modularize(model, EXAMPLE) == {}
+        assert torch.equal(model(others), before)
+    assert isinstance(model.sum.add, Add)
+
+
+def test_a_forward_of_any_number_of_arguments_is_given_as_many_as_traced():
+    class Network(AnyNumber):
+        def forward(self, x):
+            x = self.conv1(x)
+            y = self.conv2(x)
+            more = [y] if self.training else []
+            return self.head(self.sum(x, 0.5, y, *more, last=x))
+
+    model = Network()
+    modularize(model, EXAMPLE)
+    model.eval()(EXAMPLE)
+    with pytest.raises(UserError, match="1 arguments behind its star is given 2"):
+        model.train()(EXAMPLE)
+
+
 def test_dropout_goes_on_in_training_alone():
     model, _ = modularized(Dropped)
     model.train()

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layers import Add, Mul
-from utils.errors import first_line
+from utils.errors import UserError, first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
 ADDING = ("add", "iadd", "radd")
@@ -113,11 +113,19 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self.root]
         kwargs: dict[str, Any] = {}
         parameters = inspect.signature(self.root.forward).parameters
+        any_number = "*" in [STARS.get(parameter.kind) for parameter in parameters.values()]
         for name, value in concrete_args.items():
             parameter = parameters[name]
+            # fx has no word for a bare `*`, behind which arguments are given by keyword alone
+            if parameter.kind is parameter.KEYWORD_ONLY and not any_number:
+                any_number = True
+                none = self.create_proxy("placeholder", "*others_by_place", (), {})
+                self.create_proxy("call_function", require_as_traced, (none, 0), {})
             defaults = () if parameter.default is parameter.empty else (parameter.default,)
             target = f"{STARS.get(parameter.kind, '')}{name}"
             proxy = self.create_proxy("placeholder", target, defaults, {})
+            if parameter.kind in STARS:
+                self.create_proxy("call_function", require_as_traced, (proxy, len(value)), {})
             given = _stand_in(proxy, name, value)
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args.extend(given)
@@ -129,6 +137,15 @@ class _Tracer(fx.Tracer):
                 args.append(given)
         self.root.training = self.create_proxy("get_attr", "training", (), {})
         return partial(forward, **kwargs), args
+
+
+def require_as_traced(given: Sequence[Any] | dict[str, Any], count: int) -> None:
+    """Raises UserError unless a forward that takes any number of arguments is given as many."""
+    if len(given) != count:
+        raise UserError(
+            f"a forward that was traced with {count} arguments behind its star is given "
+            f"{len(given)}: give it the same in training as in evaluation"
+        )
 
 
 def _stand_in(proxy: fx.Proxy, name: str, value: Any) -> Any:
@@ -156,7 +173,7 @@ class _Interpreter(fx.Interpreter):
         self.given = given
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.given[target.lstrip("*")]
+        return self.given.get(target.lstrip("*"), ())
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # fx's lists cannot be changed, and HRNet changes those that it gets
