@@ -556,6 +556,7 @@ def sensitivity_table(folder: Path) -> str:
 def choices_table(folder: Path) -> str:
     """What `--auto_quant` chose, beside the engines with all layers in FP16 and in INT8."""
     lines = [CHOICE_TITLES]
+    ends = {(): "all in INT8", ("*",): "all in FP16"}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
         choice = record["choice"]
@@ -563,8 +564,7 @@ def choices_table(folder: Path) -> str:
         for candidate in choice["candidates"]:
             times_ms[tuple(candidate["skip_layers"])] = candidate["latency_ms"]
         chosen = tuple(choice["skip_layers"])
-        titles = {(): "all in INT8", ("*",): "all in FP16"}
-        title = titles.get(chosen) or f"`{' '.join(chosen)}` in float"
+        title = ends.get(chosen) or f"`{' '.join(chosen)}` in float"
         [batch_size] = {row["batch_size"] for row in record["rows"]} - {None}
         cells = [f"{TITLES[record['model']]}, {record['stem']} stem", str(batch_size)]
         cells += [f"{times_ms['*',]:.3f}", f"{times_ms[()]:.3f}", title]

@@ -226,6 +226,21 @@ class AnyNumber(Base):
         return self.head(self.sum(x, 0.5, y, y, last=x) + y)
 
 
+class OnlyByName(nn.Module):
+    def forward(self, x, factor=1.0, *, scale=2.0, last):
+        return scale * x + last * factor
+
+
+class Named(Base):
+    def __init__(self):
+        super().__init__()
+        self.sum = OnlyByName()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.sum(x, last=self.conv2(x)))
+
+
 class ActivatedNorm(nn.BatchNorm2d):
     """As timm's: BatchNorm and an activation in one."""
 
@@ -542,38 +557,18 @@ def test_the_second_time_nothing_changes():
     assert list(model.named_modules()) == before
 
 
-def test_a_forward_may_take_arguments_of_every_kind():
+@pytest.mark.parametrize(
+    ("network", "children"), [(AnyNumber, ["add", "add2", "add3"]), (Named, ["add"])]
+)
+def test_a_forward_may_take_arguments_of_every_kind(network, children):
     others = torch.randn(3, 3, SIZE, SIZE)
     torch.manual_seed(0)
-    model = AnyNumber().eval()
-    with torch.no_grad():
-        before = model(others)
-        modularize(model, EXAMPLE)
-        assert torch.equal(model(others), before)
-    assert [name for name, _ in model.sum.named_children()] == ["add", "add2", "add3"]
-
-
-class OnlyByName(nn.Module):
-    def forward(self, x, factor=1.0, *, scale=2.0, last):
-        return scale * x + last * factor
-
-
-def test_arguments_by_keyword_alone_are_traced_without_a_star_argument_too():
-    class Network(Base):
-        def __init__(self):
-            super().__init__()
-            self.sum = OnlyByName()
-
-        def forward(self, x):
-            x = self.conv1(x)
-            return self.head(self.sum(x, last=self.conv2(x)))
-
-    others = torch.randn(3, 3, SIZE, SIZE)
-    model = Network().eval()
+    model = network().eval()
     with torch.no_grad():
         before = model(others)
         assert modularize(model, EXAMPLE) == {}
         assert torch.equal(model(others), before)
+    assert [name for name, _ in model.sum.named_children()] == children
     assert isinstance(model.sum.add, Add)
 
 

@@ -206,28 +206,29 @@ def test_the_table_of_several_gpus_compares_with_one_of_them(tmp_path):
     assert (two["GPUs"], two["images/s"], two["times one GPU"]) == ("2", "1,500", "1.50")
 
 
-def test_the_table_of_choices_compares_with_the_two_ends(tmp_path):
+@pytest.mark.parametrize(
+    ("chosen", "title", "milliseconds", "times"),
+    [
+        (["conv1", "fc"], "`conv1 fc` in float", "2.400", "1.25"),
+        ([], "all in INT8", "2.000", "1.50"),
+        (["*"], "all in FP16", "3.000", "1.00"),
+    ],
+)
+def test_the_table_of_choices_compares_with_the_two_ends(
+    tmp_path, chosen, title, milliseconds, times
+):
     candidates = [
         {"skip_layers": ["*"], "latency_ms": 3.0},
         {"skip_layers": [], "latency_ms": 2.0},
         {"skip_layers": ["conv1", "fc"], "latency_ms": 2.4},
     ]
-    rows = [{"batch_size": None}, {"batch_size": 32}]
-    for chosen in (["conv1", "fc"], [], ["*"]):
-        record = {"model": "resnet18", "stem": "cifar", "rows": rows}
-        record["choice"] = {"skip_layers": chosen, "candidates": candidates}
-        write(tmp_path / "record.json", record)
-        (line,) = cells(tables.choices_table(tmp_path))
-        assert (line["batch"], line["FP16 ms"], line["all in INT8, ms"]) == ("32", "3.000", "2.000")
-        found = line["chosen"], line["its ms"], line["times FP16"]
-        assert (
-            found
-            == {
-                2: ("`conv1 fc` in float", "2.400", "1.25"),
-                0: ("all in INT8", "2.000", "1.50"),
-                1: ("all in FP16", "3.000", "1.00"),
-            }[len(chosen)]
-        )
+    record = {"model": "resnet18", "stem": "cifar"}
+    record["rows"] = [{"batch_size": None}, {"batch_size": 32}]
+    record["choice"] = {"skip_layers": chosen, "candidates": candidates}
+    write(tmp_path / "record.json", record)
+    (line,) = cells(tables.choices_table(tmp_path))
+    assert (line["batch"], line["FP16 ms"], line["all in INT8, ms"]) == ("32", "3.000", "2.000")
+    assert (line["chosen"], line["its ms"], line["times FP16"]) == (title, milliseconds, times)
 
 
 def test_the_table_of_recipes_has_each_kind_of_training():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -18,30 +18,29 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.preserve_format
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Meanwhile, float32 convolutions on a GPU multiply in float32.
 
     By default they round their operands to TF32's 11 bits, which moves values across the ties of
     the next quantizer: a fake quantized network would no longer predict what its INT8 engine does.
     """
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    return _cudnn("allow_tf32", False)
 
 
-@contextmanager
-def tuned_convolutions() -> Iterator[None]:
+def tuned_convolutions() -> AbstractContextManager[None]:
     """Meanwhile, cuDNN times several kernels for each new convolution on a GPU, and keeps the best.
 
     That takes seconds for a network, so it is for what runs thousands of times.
     """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    return _cudnn("benchmark", True)
+
+
+@contextmanager
+def _cudnn(switch: str, value: bool) -> Iterator[None]:
+    """Meanwhile, one of cuDNN's switches has this value."""
+    before = getattr(torch.backends.cudnn, switch)
+    setattr(torch.backends.cudnn, switch, value)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        setattr(torch.backends.cudnn, switch, before)

@@ -116,11 +116,11 @@ class Step:
                 "make that a buffer"
             ) from None
 
-    @tuned_convolutions()
     def _run(self, images: Tensor, labels: Tensor) -> None:
-        loss, logits = self._gradient(images, labels)
-        if self.sam_rho:
-            self._sharpness_aware_gradient(images, labels)
+        with tuned_convolutions():
+            loss, logits = self._gradient(images, labels)
+            if self.sam_rho:
+                self._sharpness_aware_gradient(images, labels)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.loss_sum += loss * len(labels)
