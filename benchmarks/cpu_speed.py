@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import openvino
 
 import infer
 import train
@@ -27,7 +26,7 @@ from benchmarks import tables
 from benchmarks.reproduce import BOTH_STEMS
 from models import MODELS
 from utils import compare, records
-from utils.backends.openvino import OpenVinoNetwork
+from utils.backends.openvino import OpenVinoNetwork, core
 from utils.compare import Comparison
 from utils.errors import run
 from utils.manifest import graph_file, read_export
@@ -59,7 +58,7 @@ def measured(folder: Path, batch_sizes: Sequence[int]) -> records.Record:
         rows += found
 
     # what OpenVINO makes of the float network by default, where the CPU has bfloat16
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         network = OpenVinoNetwork(folder / graph_file("FP32"), BFLOAT16)
         images, labels = data.test_images, data.test_labels
         rows += compare.evaluate_network(network, "BF16", images, labels, predictions, batch_sizes)

@@ -51,6 +51,27 @@ def small(tmp_path_factory, quick_latencies):
     return exported(made(Small).eval(), tmp_path_factory.mktemp("small") / "int8.onnx")
 
 
+SIGNAL = """
+import os, signal, sys
+from pathlib import Path
+from utils.backends.openvino import OpenVinoNetwork
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+path = Path(sys.argv[1])
+first, second = OpenVinoNetwork(path), OpenVinoNetwork(path)
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_networks_is_handled(small):
+    """On a CPU with AMX it would find no stack."""
+    command = [sys.executable, "-c", SIGNAL, small]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n")
+
+
 # what it computes
 
 

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,12 @@ class OpenVinoNetwork(Network):
         self.layers = read_layers(compiled)
 
     def _compile(self, batch_size: int | None = None, **options: Any) -> openvino.CompiledModel:
-        core = openvino.Core()
         try:
-            model = core.read_model(self.path)
+            model = core().read_model(self.path)
             use_unsigned_codes(model)
             if batch_size is not None:
                 model.reshape([batch_size, *self.image_shape])
-            return core.compile_model(model, "CPU", self._options | options)
+            return core().compile_model(model, "CPU", self._options | options)
         except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
             raise UserError(
                 f"OpenVINO cannot load {self.path}: {_reason(error)}; export it again"
@@ -130,6 +130,17 @@ class OpenVinoNetwork(Network):
             for name in layer.name.split():
                 types[name].add(layer.precision)
         return [node for node in nodes if types[node] != {"INT8"}]
+
+
+@cache
+def core() -> openvino.Core:
+    """The one entrance to OpenVINO, which lives as long as the process.
+
+    On CPUs with AMX each core gives the thread another stack for signals, and puts the one before
+    back when it goes. Two that do not go in turn leave a stack that is freed: the next signal that
+    Python handles, Ctrl-C or the end of a child, is a segmentation fault.
+    """
+    return openvino.Core()
 
 
 def checked_network(path: Path) -> Network:
