@@ -935,6 +935,36 @@ class OfNames(Base):
         return self.head(self.naming(x, y=self.conv2(x)))
 
 
+class Asking(nn.Module):
+    def forward(self, *parts):
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        return tensors[0] + tensors[1] if tensors else parts[0]
+
+
+class OfKinds(Base):
+    def __init__(self):
+        super().__init__()
+        self.asking = Asking()
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.asking(x, self.conv2(x)))
+
+
+class ConstantDefault(nn.Module):
+    def forward(self, x, shift=torch.ones(8, 1, 1)):  # noqa: B008
+        return x + x.abs() + shift
+
+
+class OfDefault(Base):
+    def __init__(self):
+        super().__init__()
+        self.shifting = ConstantDefault()
+
+    def forward(self, x):
+        return self.head(self.shifting(self.conv1(x)))
+
+
 class Keeping(nn.Module):
     """Adds what another module left in an attribute."""
 
@@ -971,6 +1001,8 @@ class Frozen(Base):
         (GivenAFlag, "dropping", "it is given a flag"),
         (OfDict, "gathering", "parts holds tensors in a dict"),
         (OfNames, "naming", "others holds tensors in a dict"),
+        (OfKinds, "asking", "stands for one"),
+        (OfDefault, "shifting", "a tensor that is neither given nor its own"),
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),
     ],
@@ -981,7 +1013,9 @@ def test_what_a_trace_of_one_call_would_change_stays(network, name, why):
     others = torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
         before = model(others)
+    attributes = {*vars(model.get_submodule(name))}
     assert why in modularize(model, EXAMPLE)[name]
+    assert {*vars(model.get_submodule(name))} == attributes
     with torch.no_grad():
         assert torch.equal(model(others), before)
     model(others).sum().backward()

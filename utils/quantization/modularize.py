@@ -57,6 +57,8 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
     with evaluating(model):
         for name in sorted(owners):
             args, kwargs = watched.inputs[name]
+            module = model.get_submodule(name)
+            attributes = {*vars(module)}
             try:
                 # a trace holds the constants of one call in evaluation, and no such switch
                 if len(watched.constants[name]) > 1:
@@ -65,9 +67,12 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
                     raise ValueError("it is given a flag, which may be another in training")
                 if name in watched.switch_gradients:
                     raise ValueError("it switches gradients off")
-                _rewrite(model.get_submodule(name), args, kwargs)
+                _rewrite(module, args, kwargs)
             except Exception as error:  # what a network's own Python raises on fx's stand-ins
                 kept[name] = _reason(error)
+                # the tensors that fx took for constants
+                for attribute in {*vars(module)} - attributes:
+                    delattr(module, attribute)
     place_additions(watch(model, example).operations)
     return kept
 
@@ -204,6 +209,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for node, value in interpreter.env.items():
         if isinstance(value, Tensor):
             node.meta["shape"] = tuple(value.shape)
+    if not any(map(_is_candidate, graph.nodes)):
+        raise ValueError("it does something else with what is no tensor, but stands for one")
 
     children = _replace_calls(holder, {*dir(module)})
     if not children:
@@ -262,11 +269,10 @@ def _run(forward: Callable[..., Any], bound: inspect.BoundArguments) -> list[Ten
 
 def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
     """Name and module to put in place of a functional call, and what it reads; None: none."""
+    if not _is_candidate(node):
+        return None
     word = _word(node)
     shapes = [_shape(arg) for arg in node.args]
-    is_function = node.op in ("call_function", "call_method")
-    if not is_function or not _may_become_module(word, shapes):
-        return None
     # `alpha=` makes another operation of it
     if word in ADDING and not node.kwargs:
         return "add", Add(), node.args
@@ -287,6 +293,12 @@ def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
         child.inplace = False
         return name, child, inputs
     return None
+
+
+def _is_candidate(node: fx.Node) -> bool:
+    """As `is_candidate`, of a node."""
+    is_function = node.op in ("call_function", "call_method")
+    return is_function and _may_become_module(_word(node), [_shape(arg) for arg in node.args])
 
 
 def _word(node: fx.Node) -> str:
