@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 from functools import partial
 
 import numpy as np
@@ -609,6 +610,19 @@ def test_attributes_methods_and_hooks_stay():
     clone = copy.deepcopy(model)
     assert torch.equal(clone(EXAMPLE), model(EXAMPLE))
     assert clone.add is not model.add
+
+
+def test_a_whole_network_can_be_saved():
+    model = Residual().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE], "max")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, Residual)
 
 
 @pytest.mark.parametrize(

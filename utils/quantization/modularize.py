@@ -11,11 +11,12 @@ its children count as single steps, whatever they do.
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from traceback import walk_tb
 from typing import Any
 
@@ -222,9 +223,34 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     # the children, and the new `forward` in a subclass of the module's own class, of its name
     for child_name, child in children.items():
         module.add_module(child_name, child.eval())
-    cls = type(module)
-    content = {"forward": type(holder).forward, "__module__": cls.__module__}
-    module.__class__ = type(cls.__name__, (cls,), content)
+    _, (_, imports) = holder.__reduce__()
+    module.__class__ = _with_forward(type(module), imports + holder.code)
+
+
+@cache
+def _with_forward(cls: type[nn.Module], source: str) -> type[nn.Module]:
+    """A subclass of a module's class, of its name, with the `forward` of a source text.
+
+    Its modules pickle as that class and text, as pickle finds no class that was made while running.
+    """
+    names: dict[str, Any] = {}
+    exec(compile(source, f"<traced forward of {cls.__qualname__}>", "exec"), names)
+
+    def reduce(module: nn.Module, protocol: int) -> Any:
+        make, args, *state = super(subclass, module).__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:
+            make, args = _empty, (cls, source)
+        return make, args, *state
+
+    content = {"forward": names["forward"], "__reduce_ex__": reduce, "__module__": cls.__module__}
+    subclass = type(cls.__name__, (cls,), content)
+    return subclass
+
+
+def _empty(cls: type[nn.Module], source: str) -> nn.Module:
+    """A module of `_with_forward` without its attributes, which pickle adds."""
+    subclass = _with_forward(cls, source)
+    return subclass.__new__(subclass)
 
 
 def _replace_calls(holder: fx.GraphModule, taken: set[str]) -> dict[str, nn.Module]:
