@@ -39,8 +39,8 @@ class Batches:
 
     def __init__(
         self,
-        images: np.ndarray,
-        labels: np.ndarray,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray | Tensor,
         normalize: nn.Module,
         batch_size: int,
         device: torch.device,
@@ -51,8 +51,9 @@ class Batches:
     ):
         if len(images) < world_size:
             raise UserError(f"{len(images)} images cannot be shared by {world_size} ranks")
-        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
+        # no copy of tensors that are there already
+        self.images = torch.as_tensor(images, device=device).contiguous()
+        self.labels = torch.as_tensor(labels, device=device)
         self.normalize = normalize.to(device)
         # at most all images, of which each rank has equally many
         self.batch_size = min(batch_size, len(images) // world_size * world_size)

@@ -174,10 +174,10 @@ def restore(
     quantized = checkpoint.quantization is not None
     start = checkpoint.ptq_state if quantized else checkpoint.state
     spec, info, device = checkpoint.network, checkpoint.data, default_device()
-    train_part, _ = data.split(info.split_seed)
     if not quantized:
-        images = min(quantization.calib_images, len(train_part[0]))
-        quantization = replace(quantization, calib_images=images)
+        train_part, _ = data.split(info.split_seed)
+        images, labels = (array[: quantization.calib_images] for array in train_part)
+        quantization = replace(quantization, calib_images=len(images))
 
     model = build_float(spec, info.size)
     load_weights(model, without_ranges(start))
@@ -192,5 +192,5 @@ def restore(
             load_weights(model, state, allow_missing_ranges=not quantized)
             networks[precision] = model.to(device)
             if not quantized:
-                calibrate_model(model, quantization, batches_of(*train_part, info))
+                calibrate_model(model, quantization, batches_of(images, labels, info))
     return quantization, networks
