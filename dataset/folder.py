@@ -191,7 +191,8 @@ def _available_bytes() -> float:
     available = math.inf
     with suppress(OSError):
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        available = int(found[1]) * 1024
+        if found:
+            available = int(found[1]) * 1024
     # "max" is no limit
     with suppress(OSError, ValueError):
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))

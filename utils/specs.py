@@ -115,7 +115,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.calibrator not in CALIBRATORS:
-            raise ValueError(f"there is no calibrator {self.calibrator!r}")
+            raise ValueError(f"calibrator {self.calibrator!r}: one of {', '.join(CALIBRATORS)}")
         if not 1 <= self.calib_images <= MOST_IMAGES:
             raise ValueError(f"calib_images {self.calib_images}: 1 to {MOST_IMAGES} images")
 
