@@ -289,7 +289,8 @@ def train_batches(
     """The train part twice: as it is, to calibrate with, and augmented, to train on."""
     plain = networks.batches_of(*part, info, recipe.batch_size // here.world_size)
     augmented = Batches(
-        *part,
+        plain.images,
+        plain.labels,
         plain.normalize,
         recipe.batch_size,
         here.device,
@@ -303,11 +304,14 @@ def train_batches(
 
 def train(
     recipe: Recipe, start: Checkpoint | None, folder: Path, here: ranks.Ranks, resume: bool = False
-) -> None:
+) -> dataset.ImageData:
     """Train as the recipe says and test the best checkpoint.
 
     Args:
         start: the checkpoint to start from or, with `resume`, to go on from.
+
+    Returns:
+        The images.
     """
     print(f"experiment folder: {folder}", flush=True)
     # the images, and what the recipe makes of so many
@@ -348,6 +352,7 @@ def train(
         test = networks.batches_of(data.test_images, data.test_labels, info, own_size)
         _, test_pct = evaluate(model, test)
         print(f"{run.best} is epoch {best.epoch}: test accuracy {test_pct:.2f} %")
+    return data
 
 
 def check_ranks(recipe: Recipe, here: ranks.Ranks, images: int) -> None:
@@ -377,7 +382,11 @@ def read_flags(argv: Sequence[str] | None) -> tuple[Recipe, Checkpoint | None]:
     start = None
     if args.resume:
         start = load_to_resume(args.resume)
-        parser.set_defaults(**stored_flags(start))
+        stored = stored_flags(start)
+        # argparse would add those that are named now
+        if args.precisions:
+            stored.pop("precisions", None)
+        parser.set_defaults(**stored)
         args = parser.parse_args(argv)
     elif args.load_ckpt:
         start = ckpt.load(args.load_ckpt)
@@ -397,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = ckpt.latest(given.resume).parent
             with at_work_in(folder, here.first, given.model):
                 recipe, start = read_flags(argv)
-                train(recipe, start, folder, here, resume=True)
+                data = train(recipe, start, folder, here, resume=True)
         else:
             recipe, start = read_flags(argv)
             if given.list_layers:
@@ -406,9 +415,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parent, name = given.output_dir or Path("/tmp"), given.exp_name or "pytorch_exp"
             folder = ranks.from_first(lambda: new_folder(parent, name))
             with at_work_in(folder, here.first, given.model):
-                train(recipe, start, folder, here)
+                data = train(recipe, start, folder, here)
     if recipe.comparison and here.first:
-        compare_best(folder / BEST, recipe)
+        compare_best(folder / BEST, recipe, data)
 
 
 def list_layers(recipe: Recipe) -> None:
@@ -417,20 +426,19 @@ def list_layers(recipe: Recipe) -> None:
     if recipe.dataset == "folder":
         num_classes = count_classes(recipe.data_dir)
     spec = NetworkSpec(recipe.model, recipe.stem, num_classes)
-    size = tuple(recipe.img_size or (32, 32))
+    size = dataset.size_of(recipe.img_size)
     model = networks.build_quantized(spec, recipe.quantization, size)
     print(layer_table(model, example_images(*size)))
 
 
-def compare_best(path: Path, recipe: Recipe) -> None:
+def compare_best(path: Path, recipe: Recipe, data: dataset.ImageData) -> None:
     """Export a checkpoint and compare its engines, as infer.py does."""
     checkpoint = ckpt.load_whole(path)
-    data = compare.load_data(
-        recipe.dataset, recipe.data_dir, recipe.img_size, checkpoint.data, other_images=True
-    )
+    # a quantized one was calibrated with no more images than there are
+    quantization = checkpoint.quantization or recipe.quantization
     folder = compare.export_folder(path)
     with locked(folder, make=True):
-        compare.export_checkpoint(checkpoint, data, recipe.quantization, recipe.comparison, folder)
+        compare.export_checkpoint(checkpoint, data, quantization, recipe.comparison, folder)
         manifest, predictions = read_export(folder)
         rows, _ = compare.evaluate_export(folder, manifest, predictions, data, recipe.comparison)
     compare.print_record(compare.make_record(manifest, rows))

@@ -98,12 +98,17 @@ def load(
     """
     if name not in LOADERS:
         raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
-    size = tuple(img_size or (32, 32))
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in size):
+    *arrays, classes = LOADERS[name](Path(data_dir), size_of(img_size), test_only)
+    return ImageData(name, classes, *arrays)
+
+
+def size_of(img_size: Sequence[int] | None) -> tuple[int, int]:
+    """Height and width in pixels, by default 32; raises UserError for what cannot be."""
+    height, width = img_size or (32, 32)
+    if not (MIN_SIZE <= height <= MAX_SIZE and MIN_SIZE <= width <= MAX_SIZE):
         # it may have more digits than Python writes
         raise UserError(f"--img_size: {MIN_SIZE} to {MAX_SIZE} pixels")
-    *arrays, classes = LOADERS[name](Path(data_dir), size, test_only)
-    return ImageData(name, classes, *arrays)
+    return height, width
 
 
 def split_train(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

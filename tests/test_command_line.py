@@ -230,6 +230,11 @@ def test_quantized_fine_tuning_from_a_float_checkpoint_and_its_engine(
     assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4, 1e-4]
     assert (last.network, last.data) == (source.network, source.data)
 
+    # as many images calibrated it as there were
+    manifest, _ = read_export(folder / "ckpt_best_onnx")
+    assert manifest.quantization == last.quantization
+    assert last.quantization.calib_images < Quantization().calib_images
+
 
 def test_layers_are_listed_without_training(tmp_path, capsys):
     train.main(f"--m vanilla_cnn --list_layers --od {tmp_path}/out".split())
@@ -239,6 +244,14 @@ def test_layers_are_listed_without_training(tmp_path, capsys):
     assert names == [*convolutions, "avgpool", "fc"]
     assert lines[-1] == "INT8: 100.0 % of the multiply-adds; float: nothing of these"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["2", "0", "-5"])
+def test_layers_are_not_listed_for_images_that_cannot_be(size, tmp_path, error_line):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    argv = ["--m", "vanilla_cnn", "--list_layers", "--dataset", "folder", "--data_dir", tmp_path]
+    line = error_line(train.main, [*argv, "--img_size", size])
+    assert line == "error: --img_size: 8 to 4096 pixels"
 
 
 def test_layers_are_listed_of_a_network_with_as_many_classes_as_there_are_folders(

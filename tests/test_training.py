@@ -932,9 +932,19 @@ def test_a_resume_reads_its_checkpoint_after_it_has_the_lock(runs, tmp_path, mon
             train.main(["--resume", str(start)])
 
 
-@pytest.mark.parametrize("flags", [["--od", "x"], ["--en", "x"], ["--pretrain"]])
+@pytest.mark.parametrize("flags", [["--od", "x"], ["--en", "x"], ["--pretrain"], ["--list_layers"]])
 def test_flags_that_a_resumed_run_would_ignore_are_refused(runs, error_line, flags):
     assert "drop" in error_line(train.main, ["--resume", runs["float"], *flags])
+
+
+def test_a_resumed_run_names_its_engines_anew_and_finds_moved_images(runs, tmp_path):
+    checkpoint = ckpt.load(runs["float"] / "ckpt_3")
+    checkpoint.recipe |= {"test_trt": True, "precisions": ["FP16"], "data_dir": "/gone/data"}
+    ckpt.save(tmp_path / "ckpt_3", checkpoint)
+    for flags, precisions in (([], ["FP16"]), (["--INT8PTC"], ["INT8-PTC"])):
+        recipe, _ = train.read_flags(["--resume", str(tmp_path), *flags])
+        assert recipe.comparison.precisions == precisions
+        assert recipe.data_dir == Path("data")
 
 
 def test_fine_tuning_that_collapses_leaves_the_calibrated_network(runs, tmp_path, capsys):

@@ -39,6 +39,10 @@ class Defaults:
     peak_lr: Mapping[str, float]
     last_third: str = ""
 
+    def lr(self, optimizer: str, batch_size: int) -> float:
+        """The peak learning rate at that batch size."""
+        return self.peak_lr[optimizer] * batch_size / 128
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -121,7 +125,7 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
     if optimizer not in defaults.peak_lr:
         others = " or ".join(defaults.peak_lr)
         raise UserError(f"--optimizer {optimizer} trains from scratch only: use {others}")
-    values.setdefault("lr", defaults.peak_lr[optimizer] * batch_size / 128)
+    values.setdefault("lr", defaults.lr(optimizer, batch_size))
     # Muon's runs end with SAM. With SGD it cost accuracy on digits, and in QAT, where the
     # statistics are frozen, nothing cancels the perturbation
     sam = defaults.last_third == "SAM" and optimizer == "muon"
@@ -133,7 +137,7 @@ def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: An
 def given_refusals(args: Flags) -> Iterator[str]:
     """What the command line may not say, before a resumed run's own flags fill it."""
     starts = ("load_ckpt", "pretrain", "partial_ckpt", "new_classifier")
-    found = flags.given(args, (*starts, "output_dir", "exp_name"))
+    found = flags.given(args, (*starts, "output_dir", "exp_name", "list_layers"))
     if args.resume and found:
         yield f"{found}: --resume goes on with a run as it began, in its folder; drop it"
     if (args.mean is None) != (args.std is None):
@@ -199,8 +203,9 @@ def stored_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     values = {name: stored.get(name) is True for name in ("quantize", "test_trt")}
     for cls in (Comparison, Quantization, Recipe):
         values |= parse_fields(cls, stored, "the checkpoint's recipe")
-    # the checkpoint says it itself, and the command line may have to
-    values.pop("model", None)
+    # the checkpoint says these itself, and the command line may have to
+    for name in ("model", "data_dir"):
+        values.pop(name, None)
     return values
 
 
@@ -259,8 +264,9 @@ def fit_to_images(recipe: Recipe, defaults: Defaults, images: int) -> Recipe:
         recipe = replace(recipe, quantization=replace(quantization, calib_images=images))
     if recipe.batch_size <= images:
         return recipe
-    default_lr = defaults.peak_lr[recipe.optimizer] * recipe.batch_size / 128
-    lr = recipe.lr * images / recipe.batch_size if recipe.lr == default_lr else recipe.lr
+    lr = recipe.lr
+    if lr == defaults.lr(recipe.optimizer, recipe.batch_size):
+        lr = defaults.lr(recipe.optimizer, images)
     return replace(recipe, batch_size=images, lr=lr)
 
 
