@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, first_few
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ def load(
     train_images, train_labels = _read(train, size, left_out, refused)
     test_images, test_labels = _read(test, size, left_out, refused)
     if refused:
-        faults = _first(refused, "; ")
+        faults = first_few(refused, SHOWN, "; ")
         raise UserError(f"{len(refused)} of {count} files cannot be used: {faults}")
     for split, files_of, labels in (("train", train, train_labels), ("test", test, test_labels)):
         for label, name in enumerate(files_of):
@@ -311,7 +311,7 @@ def describe(left_out: LeftOut) -> str:
     """Which files are left out and why; empty if none are."""
     reasons = []
     for reason, names in left_out.items():
-        shown = _first([printable(name) for name in names], ", ")
+        shown = first_few([printable(name) for name in names], SHOWN)
         reasons.append(f"{len(names)} {reason} ({shown})")
     return f"; left out: {', '.join(reasons)}" if reasons else ""
 
@@ -319,7 +319,3 @@ def describe(left_out: LeftOut) -> str:
 def printable(text: str) -> str:
     """A name as a terminal may show it: it may hold what moves the cursor."""
     return text if text.isprintable() else repr(text)
-
-
-def _first(texts: list[str], separator: str) -> str:
-    return separator.join(texts[:SHOWN] + ["..."] * (len(texts) > SHOWN))

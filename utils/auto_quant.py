@@ -300,8 +300,8 @@ def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list
     if keeps([]):
         return []
     # by halves; with all layers in float nothing is lost
-    prefixes = [order[:count] for count in range(len(order))]
-    first = list(order[: bisect_left(prefixes, True, key=keeps)])
+    count = bisect_left(range(len(order)), True, key=lambda count: keeps(order[:count]))
+    first = list(order[:count])
     # of these, not all may matter
     needed = first
     for name in first:
@@ -328,8 +328,11 @@ def layer_times(engine: Network, names: Sequence[str]) -> dict[str, float]:
     """
     times: dict[str, float] = {}
     for layer, layer_ms in zip(engine.layers, engine.layer_times_ms(), strict=True):
-        owners = set().union(*held(layer, names))
-        for name in owners if layer_ms is not None else ():
+        if layer_ms is None:
+            continue
+        computed, prepared = held(layer, names)
+        owners = {*computed, *prepared}
+        for name in owners:
             times[name] = times.get(name, 0) + layer_ms / len(owners)
     return times
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError, mendable
+from utils.errors import UserError, first_few, mendable
 from utils.files import atomic_path
 from utils.manifest import PRECISIONS
 from utils.schema import parse
@@ -344,7 +344,5 @@ def _listed(problems: dict[str, set[str]]) -> str:
     texts = []
     for what, keys in problems.items():
         if keys:
-            first = ", ".join(sorted(keys)[:5])
-            more = ", ..." if len(keys) > 5 else ""
-            texts.append(f"{len(keys)} {what}: {first}{more}")
+            texts.append(f"{len(keys)} {what}: {first_few(sorted(keys), 5)}")
     return "; ".join(texts)

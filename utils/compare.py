@@ -146,7 +146,8 @@ def load_data(
         same = other_images or known.digest in (None, data.digest())
     if not same:
         what = "other images, or in another order, than the checkpoint or export was made with"
-        raise UserError(f"--data_dir {data_dir}: {what}; name those{mend and f', or {mend}'}")
+        others = f", or {mend}" if mend else ""
+        raise UserError(f"--data_dir {data_dir}: {what}; name those{others}")
     return data
 
 
@@ -448,7 +449,7 @@ def evaluate_export(
         network = backend(precision)
         sizes = comparison.batch_sizes
         rows += evaluate_network(network, precision, images, labels, predictions, sizes)
-        if comparison.audit or comparison.report and network.layers:
+        if comparison.audit or (comparison.report and network.layers):
             nodes = manifest.int8_nodes.get(precision, [])
             engines.append(engine_of(network, precision, nodes))
         if comparison.audit:

@@ -30,7 +30,7 @@ class Spent:
     """What an engine does for one layer of the network.
 
     Args:
-        main: the engine layer that computes it; None: there is none but copies.
+        main: the engine layer that computes it; a copy where there is nothing else.
         ms: of that and of the copies for it; None: not known.
         tops, gb_s, generation: of the former alone, as `rates` and `generation` find them.
         fused: other layers of the network that the engine layer holds.
@@ -156,7 +156,8 @@ def rates(
     moved = max(0, sum(part.reads for part in parts) - inside + parts[-1].writes)
     values = batch_size * moved + sum(part.parameters for part in parts)
     size = VALUE_BYTES.get(layer.precision)
-    return tops or None, size and size * values / seconds / 1e9
+    gb_s = None if size is None else size * values / seconds / 1e9
+    return tops or None, gb_s
 
 
 def generation(layer: Layer) -> str:
@@ -177,6 +178,6 @@ def audit_lines(engine: Engine, layers: Sequence[LayerFacts]) -> Iterator[str]:
         computed, _ = held(layer, known)
         tops, gb_s = rates(engine.batch_size, layer, [known[name] for name in computed])
         cells = []
-        for value, form in ((layer.ms, "8.4f"), (tops, "8.2f"), (gb_s, "7.1f")):
-            cells.append(format("-", ">" + form[0]) if value is None else format(value, form))
+        for value, width, digits in ((layer.ms, 8, 4), (tops, 8, 2), (gb_s, 7, 1)):
+            cells.append(f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}")
         yield f"{' '.join(cells)}  {generation(layer):16} {layer}"

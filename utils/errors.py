@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
@@ -95,6 +95,12 @@ def _interrupt(*_: Any) -> None:
     # while an error ends the process already, a second one would only hide it
     if sys.exc_info()[0] is None:
         raise KeyboardInterrupt
+
+
+def first_few(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first of the texts, and `...` if there are more."""
+    more = ["..."] if len(texts) > most else []
+    return separator.join([*texts[:most], *more])
 
 
 def first_line(error: Exception) -> str:

@@ -32,7 +32,7 @@ def require_known(name: str, stem: str) -> None:
     if not foreign_name and name not in models.MODELS:
         known = ", ".join(models.MODELS)
         raise UserError(f"no model {name!r}; there are {known}, and {foreign.FORMS}")
-    if foreign_name and stem != OWN_STEM or name in models.STEMLESS and stem != "cifar":
+    if (foreign_name and stem != OWN_STEM) or (name in models.STEMLESS and stem != "cifar"):
         raise UserError(f"--stem {stem}: {name} has no other stem than its own; drop the flag")
 
 

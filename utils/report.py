@@ -61,7 +61,8 @@ def write(
         limits=(LARGEST_CLIPPED_PCT, LEAST_USED_PCT, round(100 * SLOWER - 100)),
     )
     with atomic_path(path, follow_link=True) as partial:
-        partial.write_text(page, encoding="utf-8")
+        # names of folders need not be UTF-8
+        partial.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _images(predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if hint is float and type(value) is int and value.bit_length() < 1000:
         return float(value)
     # a bool is an int to Python, a text a sequence, and NaN a float
-    other = isinstance(value, bool) and hint is not bool or origin is Sequence
+    other = (isinstance(value, bool) and hint is not bool) or origin is Sequence
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, origin or hint) and not other and not nan:
         return value

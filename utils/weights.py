@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.errors import UserError, mendable
+from utils.errors import UserError, first_few, mendable
 
 State = dict[str, Tensor]
 
@@ -40,8 +40,7 @@ def unwrapped(content: Any, path: Path) -> State:
     if len(found) > 1:
         raise UserError(f"{path} holds several state dicts ({', '.join(found)}): save one alone")
     others = [str(key) for key in content if key != found[0]]
-    more = ", ..." if len(others) > 5 else ""
-    beside = f"; left aside: {', '.join(others[:5])}{more}" if others else ""
+    beside = f"; left aside: {first_few(others, 5)}" if others else ""
     print(f"{path}: the state dict under {found[0]!r}{beside}")
     return content[found[0]]
 

@@ -19,8 +19,9 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
-from utils.backends.network import BURST, Layer, Network, cpu_threads, require_ends
+from utils.backends.network import BURST, Network, cpu_threads, require_ends
 from utils.errors import UserError
+from utils.records import Layer
 
 OPTIONS = {
     "PERFORMANCE_HINT": "LATENCY",

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from utils.backends.network import Layer
+from utils.records import Layer
 
 SILENT = Layer("(TensorRT tells nothing of this layer)", "-", "-", "-")
 

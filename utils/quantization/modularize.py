@@ -119,12 +119,12 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self.root]
         kwargs: dict[str, Any] = {}
         parameters = inspect.signature(self.root.forward).parameters
-        any_number = "*" in [STARS.get(parameter.kind) for parameter in parameters.values()]
+        star_written = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
         for name, value in concrete_args.items():
             parameter = parameters[name]
             # fx has no word for a bare `*`, behind which arguments are given by keyword alone
-            if parameter.kind is parameter.KEYWORD_ONLY and not any_number:
-                any_number = True
+            if parameter.kind is parameter.KEYWORD_ONLY and not star_written:
+                star_written = True
                 none = self.create_proxy("placeholder", "*others_by_place", (), {})
                 self.create_proxy("call_function", require_as_traced, (none, 0), {})
             defaults = () if parameter.default is parameter.empty else (parameter.default,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -135,12 +136,12 @@ def muon_step(
     norms = torch._foreach_norm(filters)
     by_rows: dict[int, list[int]] = {}
     for index, weight in enumerate(filters):
-        by_rows.setdefault(-(-min(_shape(weight)) // ROW_STEP), []).append(index)
+        by_rows.setdefault(math.ceil(min(_shape(weight)) / ROW_STEP), []).append(index)
 
     for indices in by_rows.values():
         # every matrix in a slot of its own, filled up with zeros, which the iteration keeps
         shapes = [sorted(_shape(filters[i])) for i in indices]
-        share = -(-len(indices) // ranks.world_size())
+        share = math.ceil(len(indices) / ranks.world_size())
         rows, width = (max(sizes) for sizes in zip(*shapes, strict=True))
         slots = filters[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
         for i, slot in zip(indices, slots, strict=False):
