@@ -532,6 +532,7 @@ def test_cpu_speed_leaves_a_record_of_both_runtimes(
 # peers
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_digits", "quick_latencies")
 def test_peers_are_compared_with_this_project(tmp_path):
     """A peer's graph is a copy of one of ours here; another's has no file, as torchao's."""

@@ -612,6 +612,7 @@ def test_quantized_training_without_pytorch_quantization_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_only_calibrated_is_not_called_qat(
     qat_checkpoint, few_digits, tmp_path, capsys
 ):

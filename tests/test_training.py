@@ -1186,6 +1186,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
         assert all(value.isfinite().all() for value in ckpt.load(path).state.values())
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, small_cifar10, failure_line):
     argv = [
         "--m",
