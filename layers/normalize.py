@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 
 class Normalize(nn.Module):
     """(N, H, W, C) uint8 -> (N, C, H, W): (pixel / 255 - mean) / std of each channel.
@@ -55,7 +57,16 @@ def logits_of(result: Any) -> Tensor:
     """A network's logits: its result, the first of several, or what it calls so.
 
     Other results are those of auxiliary heads, or features.
+
+    Raises:
+        UserError: nothing tells which result it is.
     """
-    if isinstance(result, Mapping):
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping) and ("logits" in result or len(result) == 1):
         return result["logits"] if "logits" in result else next(iter(result.values()))
-    return result if isinstance(result, Tensor) else result[0]
+    if isinstance(result, Sequence) and result and isinstance(result[0], Tensor):
+        return result[0]
+    names = f" of {', '.join(map(str, result))}" if isinstance(result, Mapping) else ""
+    what = f"the network returns a {type(result).__name__}{names}"
+    raise UserError(f"{what}: return the logits alone, first, or under 'logits'")

@@ -196,14 +196,24 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
         return True
     if "weight" not in layer._parameters or layer._forward_hooks or layer._forward_pre_hooks:
         return False
+    # a factor that is 1 at first, or a sum that is 0, as LoRA's
+    if not {*layer._parameters, *layer._buffers, *layer._modules} <= {"weight", "bias"}:
+        return False
     # an odd size, which no padding fits by chance
     shape = (2, layer.in_features) if base is nn.Linear else (2, layer.in_channels, 23, 23)
     x = torch.linspace(-1, 1, math.prod(shape), device=layer.weight.device).reshape(shape)
-    with torch.no_grad():
-        try:
-            return torch.equal(cls.forward(layer, x), base.forward(layer, x))
-        except (RuntimeError, TypeError, ValueError):
-            return False
+    mode = layer.training
+    try:
+        # a dropout inside draws random numbers, and only in training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for layer.training in (True, False):
+                if not torch.equal(cls.forward(layer, x), base.forward(layer, x)):
+                    return False
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        layer.training = mode
+    return True
 
 
 @torch.no_grad()

@@ -527,6 +527,22 @@ class Same(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+class Gained(nn.Conv2d):
+    """With a factor that is 1 until it is trained."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class Dropping(nn.Conv2d):
+    def forward(self, x):
+        return F.dropout2d(super().forward(x), 0.5, self.training)
+
+
 class Standardised(nn.Conv2d):
     """As in networks with weight standardisation: another weight than its own."""
 
@@ -542,6 +558,9 @@ class Standardised(nn.Conv2d):
         (Same(3, 4, 3, padding=1), QuantConv2d),
         (Same(3, 4, 3, dilation=2), None),  # which it forgets
         (Standardised(3, 4, 3), None),
+        (Gained(3, 4, 3), None),
+        (Dropping(3, 4, 3).eval(), None),
+        (Dropping(3, 4, 3), None),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), None),
         (nn.ConvTranspose2d(3, 4, 3), QuantConvTranspose2d),
         (nn.Conv1d(3, 4, 3), None),

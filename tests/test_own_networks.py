@@ -415,7 +415,10 @@ def check_whole_way(model, size, folder, unfoldable=0, agreement=0.99):
 
     # nothing functional is left, and BatchNorm goes
     watched = watch(model, example)
-    assert not [op.name for op in watched.operations if is_candidate(op)]
+    for left in filter(is_candidate, watched.operations):
+        # a product of whole maps
+        assert left.function == "mul"
+        assert (1, 1) not in [shape[2:] for shape in left.shapes]
     norms = [o for o in watched.operations if isinstance(o.module, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) - len(conv_bn_pairs(watched)) == unfoldable
 
@@ -646,6 +649,114 @@ def test_what_cannot_be_rewritten_stays_as_it_was(network, why):
     assert type(model) is network
     table = layer_table(model, EXAMPLE)
     assert "functional, at test_own_networks.py:" in table
+
+
+class CountingImages(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.fc(x.reshape(int(x.shape[0] * 1.0), 8, -1).mean(2))
+
+
+class OneByOne(Base):
+    def forward(self, x):
+        return torch.cat([self.head(image[None]) for image in self.conv1(x)])
+
+
+@pytest.mark.parametrize("network", [CountingImages, OneByOne])
+def test_a_graph_of_two_images_alone_is_not_exported(network, tmp_path):
+    with pytest.raises(UserError, match="a Python number of how many images"):
+        export_onnx(network(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    assert not list(tmp_path.iterdir())
+
+
+class Several(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return {"boxes": self.fc(x.mean((2, 3))), "scores": self.head(x)}
+
+
+def test_a_network_of_several_results_says_which_are_its_logits(tmp_path):
+    with pytest.raises(UserError, match="returns a dict of boxes, scores: return the logits alone"):
+        export_onnx(Several(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+class Excited(Base):
+    """Squeeze and excitation as its authors' PyTorch code has it."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        factor = torch.sigmoid(F.adaptive_avg_pool2d(x, 1))
+        return self.head(x * factor.expand_as(x))
+
+
+def test_an_expanded_factor_is_one_for_each_channel():
+    model = Excited()
+    with torch.no_grad():
+        before = model(EXAMPLE)
+    assert "mul" in quantize_modules(model, EXAMPLE)
+    model = Excited()
+    assert modularize(model, EXAMPLE) == {}
+    assert isinstance(model.mul, Mul)
+    assert before.shape == model(EXAMPLE).shape
+
+
+class Normed(Residual):
+    """Spectral normalisation, which computes the weight, in the first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.spectral_norm(self.conv1)
+
+
+def test_computed_weights_are_exported_as_their_values(tmp_path):
+    model = Normed().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE], "max")
+    with torch.no_grad():
+        before = model(EXAMPLE)
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+    with torch.no_grad():
+        assert torch.equal(model(EXAMPLE), before)
+        network = FromImages(model, MEAN, STD)
+        images = images_of(SIZE)
+        expected = network(torch.from_numpy(images)).numpy()
+    assert sqnr_db(in_onnx_runtime(tmp_path / "int8.onnx", images), expected) > 40
+
+
+class Attending(Base):
+    """A transformer's layer, whose fused kernel calls none of its own layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        return self.fc(self.encode(x).mean(1))
+
+
+def test_the_layers_of_a_transformer_are_calibrated():
+    model = Attending().eval()
+    assert "encode.linear1" in quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE], "max")
+    with torch.no_grad():
+        assert torch.equal(model(EXAMPLE), model(EXAMPLE.requires_grad_(False)))
+        before = model(EXAMPLE)
+        model.encode.linear1.input_quantizer.set_range(torch.tensor(1e-3))
+        assert not torch.equal(model(EXAMPLE), before)
+
+
+def test_a_network_without_quantizable_layers_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
+    with pytest.raises(UserError, match="no layer of this network has a quantized form"):
+        quantize_modules(model, EXAMPLE)
+
+
+def test_dictionaries_of_images_are_refused():
+    model = Residual().eval()
+    quantize_modules(model, EXAMPLE)
+    with pytest.raises(UserError, match="no dictionaries"):
+        calibrate(model, [{"image": EXAMPLE}])
 
 
 def test_a_branch_on_values_is_not_exported(tmp_path):
@@ -979,6 +1090,15 @@ class OfDefault(Base):
         return self.head(self.shifting(self.conv1(x)))
 
 
+class Featured(Base):
+    """Leaves its features for another loss."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.features = self.conv2(x) + x
+        return self.head(self.features)
+
+
 class Keeping(nn.Module):
     """Adds what another module left in an attribute."""
 
@@ -1017,6 +1137,7 @@ class Frozen(Base):
         (OfNames, "naming", "others holds tensors in a dict"),
         (OfKinds, "asking", "stands for one"),
         (OfDefault, "shifting", "a tensor that is neither given nor its own"),
+        (Featured, "", "it sets self.features"),
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),
     ],
@@ -1032,6 +1153,8 @@ def test_what_a_trace_of_one_call_would_change_stays(network, name, why):
     assert {*vars(model.get_submodule(name))} == attributes
     with torch.no_grad():
         assert torch.equal(model(others), before)
+    if network is Featured:
+        assert isinstance(model.features, torch.Tensor)
     model(others).sum().backward()
     assert (model.conv1.weight.grad is None) == (network is Frozen)
 

@@ -18,7 +18,7 @@ All but "max" go over the images twice: the second pass counts |x| between 0 and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
     # without labels
+    batches = list(batches)
+    if any(isinstance(batch, Mapping) for batch in batches):
+        raise UserError("calibration takes images, or (images, labels), and no dictionaries")
     batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     if not batches:
         raise UserError("there are no images to calibrate with")
@@ -104,7 +107,8 @@ def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 def _require_finite(name: str, amax: Tensor | None) -> None:
     if amax is None:
-        raise UserError(f"{name} was never computed: the model does not call its layer")
+        why = "the model does not call its layer, or keeps it in a list that is no nn.ModuleList"
+        raise UserError(f"{name} was never computed: {why}")
     if not torch.isfinite(amax).all():
         raise UserError(f"{name} met values that are not finite: weights or images are broken")
 
@@ -217,7 +221,7 @@ class _RoundingError:
 
     def collect(self, x: Tensor) -> None:
         errors, squares = _errors_of_bins(x.device)
-        x = x.flatten(1)  # (N, values)
+        x = torch.atleast_2d(x).flatten(1)  # (N, values)
         for images in x.split(max(1, VALUES_AT_A_TIME // x.shape[1])):
             shares = images.abs().float()
             shares /= self.largest.clamp_min(1e-30)

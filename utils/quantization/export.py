@@ -69,6 +69,7 @@ def export_onnx(
     network = FromImages(to_inference(model, example), mean, std).eval()
     graph = _traced(network, torch.zeros(2, *image_size, len(mean), dtype=torch.uint8))
     merge_shared_quantizers(graph)
+    _require_free_batch(graph)
     fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
     for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16_stem))):
         onnx.checker.check_model(version, full_check=True)
@@ -92,6 +93,23 @@ def _traced(network: nn.Module, images: Tensor) -> ModelProto:
             dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
         )
     return onnx.load_from_string(buffer.getvalue())
+
+
+def _require_free_batch(graph: ModelProto) -> None:
+    """Raises UserError if a graph makes logits of as many images as it was traced with."""
+    skeleton = ModelProto()
+    skeleton.CopyFrom(graph)
+    # what the exporter was told of the dimension
+    del skeleton.graph.value_info[:]
+    skeleton.graph.output[0].type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    # without dimensions where nothing is known
+    sides = inferred.graph.output[0].type.tensor_type.shape.dim
+    if sides and sides[0].HasField("dim_value"):
+        raise UserError(
+            "the network makes a Python number of how many images there are, by int() or a loop "
+            "over them, which a graph keeps: reshape by x.shape[0] or -1"
+        )
 
 
 def int8_nodes(path: Path, model: nn.Module) -> list[str]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from layers.pool import MatrixAvgPool2d
 from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
@@ -105,6 +107,18 @@ def fold_batch_norm(conv: nn.Module, bn: _BatchNorm) -> None:
         conv.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def keep_computed(layer: nn.Module) -> None:
+    """Replace weights that are computed of others, as by spectral normalisation, by their values.
+
+    torch's own removal changes the layer's class, which a copied layer shares.
+    """
+    values = {name: getattr(layer, name) for name in layer.parametrizations}
+    layer.__class__ = type(layer).__base__
+    del layer.parametrizations
+    for name, value in values.items():
+        setattr(layer, name, nn.Parameter(value.detach(), requires_grad=False))
+
+
 def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of `model` on the CPU in its inference form.
 
@@ -117,6 +131,9 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         UserError: an average pool has windows of several sizes.
     """
     model = copy.deepcopy(model).cpu().float().eval()
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, _ConvNd)) and parametrize.is_parametrized(module):
+            keep_computed(module)
     watched = watch(model, example)
     # BatchNorm into convolutions, whose quantized weights are frozen by that
     for conv_name, bn_name in conv_bn_pairs(watched):

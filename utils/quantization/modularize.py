@@ -89,7 +89,7 @@ def _may_become_module(word: str, shapes: Sequence[tuple[int, ...]]) -> bool:
     if word in ADDING:
         return len(maps) == 2 and maps[0] == maps[1]
     if word in MULTIPLYING:
-        return len(maps) == 2 and any(shape[2:] == (1, 1) for shape in maps)
+        return len(maps) == 2
     return (word == "mean" or word in UNARY) and bool(maps)
 
 
@@ -199,7 +199,13 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     expected = _run(module.forward, bound)
+    before = dict(vars(module))
     graph = _Tracer().trace(module, bound.arguments)
+    for name, value in vars(module).items():
+        is_constant = name.startswith("_tensor_constant")
+        if not is_constant and before.get(name, module) is not value:
+            vars(module).update(before)
+            raise ValueError(f"it sets self.{name}")
     for node in graph.nodes:
         is_constant = node.op == "get_attr" and node.target.startswith("_tensor_constant")
         if is_constant and getattr(module, node.target).ndim:
@@ -234,7 +240,7 @@ def _with_forward(cls: type[nn.Module], source: str) -> type[nn.Module]:
     Its modules pickle as that class and text, as pickle finds no class that was made while running.
     """
     names: dict[str, Any] = {}
-    exec(compile(source, f"<traced forward of {cls.__qualname__}>", "exec"), names)
+    exec(compile(source, f"<forward of {cls.__qualname__}>", "exec"), names)
 
     def reduce(module: nn.Module, protocol: int) -> Any:
         make, args, *state = super(subclass, module).__reduce_ex__(protocol)
@@ -298,14 +304,14 @@ def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
     if not _is_candidate(node):
         return None
     word = _word(node)
-    shapes = [_shape(arg) for arg in node.args]
     # `alpha=` makes another operation of it
     if word in ADDING and not node.kwargs:
         return "add", Add(), node.args
     if word in MULTIPLYING:
-        factor = _factor(node, shapes)
+        operands = [_before_expansion(arg) for arg in node.args]
+        factor = _factor(operands)
         if factor is not None:
-            return "mul", Mul(), (node.args[factor], node.args[1 - factor])
+            return "mul", Mul(), (operands[factor], operands[1 - factor])
     # the size of a pool's windows may be computed, too
     inputs = node.args[:1]
     if tuple(node.all_input_nodes) != inputs:
@@ -345,15 +351,23 @@ def _is_global_mean(node: fx.Node) -> bool:
     return {dim % 4 for dim in dims} == {2, 3}
 
 
-def _factor(node: fx.Node, shapes: list[tuple[int, ...]]) -> int | None:
+def _before_expansion(node: Any) -> Any:
+    """What a node makes larger by repeating it, or the node itself."""
+    while isinstance(node, fx.Node) and _word(node) in ("expand", "expand_as"):
+        node = node.args[0]
+    return node
+
+
+def _factor(operands: Sequence[Any]) -> int | None:
     """Which operand of a product holds one factor for each channel (N, C, 1, 1): 0, 1 or None.
 
     Where both are so small, it is the one that comes from a pool: names do not depend on the size
     of the example.
     """
+    shapes = [_shape(operand) for operand in operands]
     small = [index for index in (0, 1) if shapes[index][2:] == (1, 1)]
     if len(small) == 2:
-        small = [index for index in small if _comes_from_pool(node.args[index])]
+        small = [index for index in small if _comes_from_pool(operands[index])]
     return small[0] if len(small) == 1 and shapes[0][:2] == shapes[1][:2] else None
 
 

@@ -80,7 +80,8 @@ def quantize_modules(
     Raises:
         UserError: a pattern matches nothing, or no layer is left.
     """
-    modularize(model, example)
+    for name, reason in modularize(model, example).items():
+        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
     return swap_layers(model, example, quant_layers, skip_layers)
 
 
@@ -90,6 +91,9 @@ def swap_layers(
     """As `quantize_modules`, of a model whose functional operations are modules already."""
     called = {operation.name for operation in watch(model, example).operations}
     layers = {name: layer for name, layer in quantizable_modules(model).items() if name in called}
+    if not layers:
+        what = "weights that are computed of others have none: torch's remove_parametrizations"
+        raise UserError(f"no layer of this network has a quantized form ({what} helps)")
     selected = select(list(layers), quant_layers, skip_layers)
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
@@ -97,6 +101,10 @@ def swap_layers(
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
             replace_module(model, name, quantized_form(layer).from_float(layer))
+    # its fused kernel would read the weights, and call none of its layers
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
     return selected
 
 

@@ -241,6 +241,9 @@ def first_place(frames: Iterable[tuple[FrameType, int]]) -> str:
     """`net.py:12`, the first that is not torch's or of this folder; "" if there is none."""
     for frame, line in frames:
         file = frame.f_code.co_filename
+        # what `modularize` made
+        if file.startswith("<forward of"):
+            return file.strip("<>")
         if not file.startswith((TORCH_FOLDER, str(Path(__file__).parent))):
             return f"{Path(file).name}:{line}"
     return ""
