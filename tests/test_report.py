@@ -260,7 +260,8 @@ def test_times_of_other_fusions_are_not_compared():
     alone = Layer(f"{BLOCK}/conv1/Conv", "Convolution", "FP16", "-", 1.0)
     fused = Layer(f"{BLOCK}/conv1/Conv + {BLOCK}/add/Add", "Convolution", "INT8", "-", 2.0)
     slower = ["2.00 × the time of the float engine"]
-    for other, odd in ((alone, []), (replace(fused, ms=1.0), slower)):
+    three = replace(fused, name=f"{fused.name} + {BLOCK}/conv2/Conv", ms=1.0)
+    for other, odd in ((alone, []), (replace(fused, ms=1.0), slower), (three, slower)):
         engines = [engine("FP16", [other]), engine("INT8-QAT", [fused])]
         rows = {row.facts.name: row for row in layer_rows(NETWORK, engines, "INT8-QAT")}
         assert rows["layer1.0.conv1"].odd == odd
