@@ -214,7 +214,7 @@ def tune(
     choice: Choice | None = None
     if args.auto_quant:
         choice = tuner.choose(scan, MAX_DROP if args.max_drop is None else args.max_drop)
-        print(choice_table(choice))
+        print(choice_table(choice, len(tuner.val[0])))
         args.skip_layers = [*quantization.skip_layers, *choice.skip_layers] or None
         by_hand = "no --skip_layers"
         if args.skip_layers:

@@ -396,6 +396,8 @@ def test_the_command_scans_and_remembers(outlier_checkpoint, scanned, few, capsy
     assert again.sensitivity == record.sensitivity
     table = capsys.readouterr().out.splitlines()
     assert any(line.startswith(OUTLIER) for line in table)
+    images = record.sensitivity.images
+    assert f"of {images} val images: one is {100 / images:.2f} points" in table
     # nor for other flags taken for known
     with pytest.raises(TypeError):
         run(outlier_checkpoint, "--sensitivity", "--skip_layers", "fc", folder=scanned)

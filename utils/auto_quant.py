@@ -32,7 +32,14 @@ from utils.errors import UserError
 from utils.manifest import ENGINES, INT8, graph_file
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
-from utils.quantization.sensitivity import ALL, Progress, right_images, scan, switched
+from utils.quantization.sensitivity import (
+    ALL,
+    Progress,
+    one_image,
+    right_images,
+    scan,
+    switched,
+)
 from utils.records import Candidate, Choice, Record, Scan, text_table
 from utils.schema import parse
 from utils.specs import Quantization
@@ -277,7 +284,7 @@ def fastest_within(tried: Sequence[Candidate], default: Candidate) -> Candidate:
     return min(within, key=lambda candidate: candidate.latency_ms, default=default)
 
 
-def choice_table(choice: Choice) -> str:
+def choice_table(choice: Choice, val_images: int) -> str:
     """The engines that were tried, and which one it is."""
     cells = [["tried", "ms", "val accuracy %", "at least"]]
     in_float = ["layers in float"]
@@ -292,7 +299,7 @@ def choice_table(choice: Choice) -> str:
     chosen = "the fastest that keeps its val accuracy"
     if choice.skip_layers == [ALL]:
         chosen = "all in float: no INT8 engine that keeps its val accuracy is 2 % faster"
-    return "\n".join([*table, f"--auto_quant: {chosen}"])
+    return "\n".join([*table, one_image(val_images), f"--auto_quant: {chosen}"])
 
 
 def fewest(order: Sequence[str], keeps: Callable[[Sequence[str]], bool]) -> list[str]:
