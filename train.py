@@ -417,7 +417,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with at_work_in(folder, here.first, given.model):
                 data = train(recipe, start, folder, here)
     if recipe.comparison and here.first:
-        compare_best(folder / BEST, recipe, data)
+        with at_work_in(folder, here.first, given.model):
+            compare_best(folder / BEST, recipe, data)
 
 
 def list_layers(recipe: Recipe) -> None:

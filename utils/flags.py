@@ -112,7 +112,7 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
     """
     if value is not None and known is not None and value != known:
         said = f"{flag} {_words(value)} contradicts the checkpoint, which says {_words(known)}"
-        raise UserError(f"{said}; drop the flag or change the file")
+        raise UserError(f"{said}; drop the flag or name another file")
     for choice in (value, known, default):
         if choice is not None:
             return choice
@@ -121,7 +121,9 @@ def agreed(flag: str, value: T | None, known: T | None, default: T | None = None
 
 def _words(value: Any) -> str:
     """A flag's value as the user writes it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def agreed_network(
