@@ -1242,8 +1242,14 @@ def test_too_little_memory_is_one_line(ask, error_line):
 def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(
     float_checkpoint, few_digits, tmp_path, capsys
 ):
+    (tmp_path / "onnx").mkdir()
+    for name in ("int8_ptc.onnx", "int8_qat_fp16.onnx", "own.onnx"):
+        (tmp_path / "onnx" / name).touch()
     flags = f"--FP32 --export_only --onnx_dir {tmp_path}/onnx --record {tmp_path}/record.json"
     infer.main(f"--load_ckpt {float_checkpoint} {flags}".split())
+    # of the graphs that were there, only the user's own
+    graphs = {path.name for path in (tmp_path / "onnx").glob("*.onnx")}
+    assert graphs == {"fp32.onnx", "fp16.onnx", "own.onnx"}
     assert {row[0] for row in printed_rows(capsys.readouterr().out)} == {"pytorch"}
     environment = json.loads((tmp_path / "record.json").read_text())["environment"]
     assert environment["torch"] == torch.__version__

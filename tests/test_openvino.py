@@ -299,7 +299,8 @@ def test_every_layer_meant_for_int8_runs_in_it(small):
 
 
 def test_convolutions_have_times(small):
-    network = OpenVinoNetwork(small)
+    network = OpenVinoNetwork(small, batch_size=3)
+    assert network.evaluation_batch == 3
     for layer, ms in zip(network.layers, network.layer_times_ms(), strict=True):
         assert 0 <= ms < 1000 if layer.kind == "Convolution" else ms is None or ms < 1000
 

@@ -208,6 +208,11 @@ def export_checkpoint(
             layers=layers,
         )
         records.write(draft / MANIFEST, manifest)
+    # an earlier export's graphs would be taken for some of this one
+    for precision, remainder in itertools.product(PRECISIONS, ("fp32", "fp16")):
+        name = graph_file(precision, remainder)
+        if name not in manifest.files:
+            (folder / name).unlink(missing_ok=True)
     print(f"exported to {folder}")
 
 
@@ -309,7 +314,8 @@ def choose_backend(
         try:
             from utils.backends.openvino import checked_network
 
-            return lambda precision: checked_network(folder / graph_file(precision))
+            largest = max(comparison.batch_sizes, default=EVALUATION_BATCH)
+            return lambda precision: checked_network(folder / graph_file(precision), largest)
         except ImportError as error:
             if wanted == "openvino":
                 mend = "pip install -r requirements.txt"

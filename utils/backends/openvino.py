@@ -19,7 +19,7 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
-from utils.backends.network import BURST, Network, cpu_threads, require_ends
+from utils.backends.network import BURST, EVALUATION_BATCH, Network, cpu_threads, require_ends
 from utils.errors import UserError
 from utils.records import Layer
 
@@ -52,6 +52,7 @@ class OpenVinoNetwork(Network):
 
     Args:
         options: properties of OpenVINO beside `OPTIONS`, or in their place.
+        batch_size: of evaluations, and of the layers' times.
 
     Raises:
         UserError: the file is missing, truncated or not a graph that OpenVINO can run.
@@ -59,8 +60,14 @@ class OpenVinoNetwork(Network):
 
     name = "openvino"
 
-    def __init__(self, path: Path, options: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any] | None = None,
+        batch_size: int = EVALUATION_BATCH,
+    ):
         self.path = path
+        self.evaluation_batch = batch_size
         self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
         compiled = self._compile()
         ends = []
@@ -108,7 +115,7 @@ class OpenVinoNetwork(Network):
 
         Of a copy that measures itself, which takes time too.
         """
-        compiled = self._compile(PERF_COUNT=True)
+        compiled = self._compile(self.evaluation_batch, PERF_COUNT=True)
         request = compiled.create_infer_request()
         # what the images show does not matter
         images = np.zeros((self.evaluation_batch, *self.image_shape), np.uint8)
@@ -144,13 +151,16 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
-def checked_network(path: Path) -> Network:
+def checked_network(path: Path, batch_size: int = EVALUATION_BATCH) -> Network:
     """The file in OpenVINO, or in ONNX Runtime if OpenVINO computes something else in INT8.
+
+    Args:
+        batch_size: of evaluations, and of the layers' times.
 
     Raises:
         UserError: as `OpenVinoNetwork`.
     """
-    network = OpenVinoNetwork(path)
+    network = OpenVinoNetwork(path, batch_size=batch_size)
     if all(layer.precision != "INT8" for layer in network.layers):
         return network
     try:
