@@ -92,8 +92,8 @@ def swap_layers(
     called = {operation.name for operation in watch(model, example).operations}
     layers = {name: layer for name, layer in quantizable_modules(model).items() if name in called}
     if not layers:
-        what = "weights that are computed of others have none: torch's remove_parametrizations"
-        raise UserError(f"no layer of this network has a quantized form ({what} helps)")
+        mend = "where weights are computed, as by weight_norm, call remove_parametrizations first"
+        raise UserError(f"no layer of this network has a quantized form; {mend}")
     selected = select(list(layers), quant_layers, skip_layers)
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
