@@ -199,7 +199,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     expected = _run(module.forward, bound)
-    # a trace leaves stand-ins in what the forward sets, and runs that no more
+    # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
     graph = _Tracer().trace(module, bound.arguments)
     for name, value in vars(module).items():
