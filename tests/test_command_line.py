@@ -1239,6 +1239,14 @@ def test_too_little_memory_is_one_line(ask, error_line):
     assert "out of memory: use a smaller --batch_size" in error_line(ask, [])
 
 
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_graph_that_was_not_copied_is_named(backend, exported, tmp_path, error_line):
+    folder = shutil.copytree(exported / "onnx", tmp_path / "onnx")
+    (folder / "fp32.onnx").unlink()
+    argv = ["--onnx", folder, "--FP32", "--backend", backend, "--batch_size", "1"]
+    assert "fp32.onnx is not there: name the precisions" in error_line(infer.main, argv)
+
+
 def test_export_only_leaves_a_complete_export_and_runs_only_pytorch(
     float_checkpoint, few_digits, tmp_path, capsys
 ):

@@ -315,7 +315,7 @@ def choose_backend(
             from utils.backends.openvino import checked_network
 
             largest = max(comparison.batch_sizes, default=EVALUATION_BATCH)
-            return lambda precision: checked_network(folder / graph_file(precision), largest)
+            return lambda precision: checked_network(_graph(folder, precision), largest)
         except ImportError as error:
             if wanted == "openvino":
                 mend = "pip install -r requirements.txt"
@@ -326,7 +326,15 @@ def choose_backend(
         raise UserError(NO_AUDIT)
     from utils.backends.onnxruntime import OnnxRuntimeNetwork
 
-    return lambda precision: OnnxRuntimeNetwork(folder / graph_file(precision))
+    return lambda precision: OnnxRuntimeNetwork(_graph(folder, precision))
+
+
+def _graph(folder: Path, precision: str) -> Path:
+    """A graph's file; raises UserError if it is not there, as in a part of an export."""
+    path = folder / graph_file(precision)
+    if not path.exists():
+        raise UserError(f"{path} is not there: name the precisions that are, such as --INT8QAT")
+    return path
 
 
 def _tensorrt(
