@@ -752,6 +752,19 @@ def test_a_network_without_quantizable_layers_is_refused():
         quantize_modules(model, EXAMPLE)
 
 
+class OneVector(Base):
+    def forward(self, x):
+        return self.fc(self.conv1(x).mean((0, 2, 3)))
+
+
+def test_a_linear_layer_of_a_single_vector_is_calibrated():
+    model = OneVector().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    with torch.no_grad():
+        assert model(EXAMPLE).isfinite().all()
+
+
 def test_dictionaries_of_images_are_refused():
     model = Residual().eval()
     quantize_modules(model, EXAMPLE)

@@ -455,6 +455,17 @@ def test_a_failing_gpu_is_one_line_that_tells_how_to_go_on(tmp_path, error_line)
     assert line == f"{what}continue with: python train.py --resume {tmp_path / 'run'}"
 
 
+def test_an_interrupt_in_the_export_after_training_says_how_to_go_on(tmp_path, error_line):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    flags = [*arguments("float", None, epochs=1), "--test_trt", "--backend", "onnxruntime"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.compare, "export_checkpoint", interrupt)
+        line = error_line(train.main, [*flags, "--od", tmp_path, "--en", "run"])
+    assert line == f"error: interrupted; continue with: python train.py --resume {tmp_path / 'run'}"
+
+
 def test_a_float_run_stopped_in_its_first_epoch_leaves_nothing(tmp_path, error_line):
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 1)
