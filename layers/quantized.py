@@ -206,7 +206,8 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
     try:
         # a dropout inside draws random numbers, and only in training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for layer.training in (True, False):
+            for training in (True, False):
+                layer.training = training
                 if not torch.equal(cls.forward(layer, x), base.forward(layer, x)):
                     return False
     except (RuntimeError, TypeError, ValueError):

@@ -20,7 +20,7 @@ from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
 from utils.device import default_device
 from utils.errors import UserError, mendable
 from utils.quantization.calibrate import calibrate
-from utils.quantization.modularize import modularize
+from utils.quantization.modularize import modularize_or_say
 from utils.quantization.swap import follow_ranges, swap_layers
 from utils.quantization.watch import evaluating, example_images
 from utils.specs import OWN_STEM, DataSpec, NetworkSpec, Quantization, is_foreign
@@ -51,8 +51,7 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
     if is_foreign(spec.name):
         _require_usable(model, spec)
         _require_logits(model, example, spec)
-    for name, reason in modularize(model, example).items():
-        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
+    modularize_or_say(model, example)
     return model
 
 

@@ -30,6 +30,7 @@ from utils.quantization.watch import Operation, evaluating, first_place, tensors
 
 ADDING = ("add", "iadd", "radd")
 MULTIPLYING = ("mul", "multiply", "imul", "rmul")
+EXPANSIONS = ("expand", "expand_as")
 UNARY = {
     "adaptive_avg_pool2d": ("avgpool", nn.AdaptiveAvgPool2d),
     "avg_pool2d": ("pool", nn.AvgPool2d),
@@ -59,7 +60,7 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
         for name in sorted(owners):
             args, kwargs = watched.inputs[name]
             module = model.get_submodule(name)
-            attributes = {*vars(module)}
+            before = dict(vars(module))
             try:
                 # a trace holds the constants of one call in evaluation, and no such switch
                 if len(watched.constants[name]) > 1:
@@ -71,11 +72,17 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
                 _rewrite(module, args, kwargs)
             except Exception as error:  # what a network's own Python raises on fx's stand-ins
                 kept[name] = _reason(error)
-                # the tensors that fx took for constants
-                for attribute in {*vars(module)} - attributes:
-                    delattr(module, attribute)
+                # without fx's stand-ins, and the tensors that it took for constants
+                vars(module).clear()
+                vars(module).update(before)
     place_additions(watch(model, example).operations)
     return kept
+
+
+def modularize_or_say(model: nn.Module, example: Tensor) -> None:
+    """As `modularize`, with a line for each module whose functional operations stay."""
+    for name, reason in modularize(model, example).items():
+        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
 
 
 def is_candidate(operation: Operation) -> bool:
@@ -205,7 +212,6 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
         if not is_as_before and not name.startswith("_tensor_constant"):
-            vars(module).update(before)
             raise ValueError(f"it sets self.{name}")
     for node in graph.nodes:
         is_constant = node.op == "get_attr" and node.target.startswith("_tensor_constant")
@@ -227,11 +233,11 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     pairs = zip(_run(holder.forward, bound), expected, strict=True)
     if not all(torch.equal(found, wanted) for found, wanted in pairs):
         raise ValueError("it changes a tensor in place that has another name, too")
-    # the children, and the new `forward` in a subclass of the module's own class, of its name
-    for child_name, child in children.items():
-        module.add_module(child_name, child.eval())
+    # the new `forward` in a subclass of the module's own class, of its name; and the children
     _, (_, imports) = holder.__reduce__()
     module.__class__ = _with_forward(type(module), imports + holder.code)
+    for child_name, child in children.items():
+        module.add_module(child_name, child.eval())
 
 
 @cache
@@ -284,7 +290,12 @@ def _replace_calls(holder: fx.GraphModule, taken: set[str]) -> dict[str, nn.Modu
                 new = graph.call_function(torch.flatten, (new, 1))
         new.meta["shape"] = _shape(node)
         node.replace_all_uses_with(new)
+        read = node.all_input_nodes
         graph.erase_node(node)
+        # what made a factor larger for this product alone
+        for operand in read:
+            if _word(operand) in EXPANSIONS and not operand.users:
+                graph.erase_node(operand)
     return children
 
 
@@ -354,7 +365,7 @@ def _is_global_mean(node: fx.Node) -> bool:
 
 def _before_expansion(node: Any) -> Any:
     """What a node makes larger by repeating it, or the node itself."""
-    while isinstance(node, fx.Node) and _word(node) in ("expand", "expand_as"):
+    while isinstance(node, fx.Node) and _word(node) in EXPANSIONS:
         node = node.args[0]
     return node
 

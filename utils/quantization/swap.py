@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
-from utils.quantization.modularize import modularize
+from utils.quantization.modularize import modularize_or_say
 from utils.quantization.watch import is_quantizable, replace_module, watch
 
 
@@ -80,8 +80,7 @@ def quantize_modules(
     Raises:
         UserError: a pattern matches nothing, or no layer is left.
     """
-    for name, reason in modularize(model, example).items():
-        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
+    modularize_or_say(model, example)
     return swap_layers(model, example, quant_layers, skip_layers)
 
 
