@@ -56,9 +56,10 @@ def cuda_graph(stream: Any, enqueue: Callable[[], None]) -> Callable[[], None]:
     enqueue()
     call("cuStreamEndCapture", handle, ctypes.byref(graph))
 
-    # the graph, made ready to launch; there are no flags
+    # the graph, made ready to launch, is needed no more; there are no flags
     no_flags = ctypes.c_ulonglong(0)
     call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, no_flags)
+    call("cuGraphDestroy", graph)
     return lambda: call("cuGraphLaunch", executable, handle)
 
 
