@@ -861,3 +861,44 @@ def test_equal_nodes_of_other_kinds_stay():
 
 def test_graph_without_quantizers_stays():
     assert merged(["logits = Add x y"]) == ["logits = Add x y"]
+
+
+# the names of nodes
+
+
+class InContainers(nn.Module):
+    """Layers in containers that are not called themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Module()
+        self.enc.conv = nn.Conv2d(3, 4, 3)
+        self.dec = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "fc-1": nn.Linear(4, 2)})
+        self.enc.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())])
+
+    def forward(self, x):
+        x = self.dec["conv"](self.enc.conv(x))
+        return self.dec["fc-1"](self.enc.blocks[0](x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [
+        (InContainers, ["enc.conv", "dec.conv", "enc.blocks.0.0", "dec.fc-1"]),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 3),
+                nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+                nn.Flatten(),
+                nn.Linear(4 * 28 * 28, 2),
+            ),
+            ["0", "1.0", "3"],
+        ),
+    ],
+    ids=["containers", "sequential"],
+)
+def test_a_nodes_name_holds_its_layers_whole_name(tmp_path, network, layers):
+    export_onnx(network().eval(), tmp_path / "fp32.onnx", (32, 32), *STATS)
+    nodes = onnx.load(tmp_path / "fp32.onnx").graph.node
+    assert [layer_of(node.name) for node in nodes if node.op_type in ("Conv", "Gemm")] == layers
+    assert all(layer_of(node.name) == "" for node in nodes if "normalize" in node.name)

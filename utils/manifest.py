@@ -10,6 +10,7 @@ engines/                 TensorRT's cache
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,18 +73,35 @@ def graph_file(precision: str, remainder: str = "fp32") -> str:
     return f"{stem}_fp16.onnx" if half else f"{stem}.onnx"
 
 
+def scope_of(name: str, caller: str) -> str:
+    """What a module adds to the names of its nodes: "enc/blocks.0/conv1" of enc.blocks.0.conv1.
+
+    Args:
+        caller: the module that calls it; what that is in stands before it already.
+    """
+    # numbers stay with the word before them
+    words = re.findall(r"[^.]+(?:\.\d+(?=\.|$))*", name)
+    added = []
+    for count, word in enumerate(words, start=1):
+        container = ".".join(words[:count])
+        if not f"{caller}.".startswith(f"{container}."):
+            added.append(word)
+    return "/".join(added)
+
+
 def layer_of(node: str) -> str:
     """The layer of a node: layer1.0.conv1 of "/model/layer1/layer1.0/conv1/Conv".
 
-    "" for the nodes that normalise the images.
+    "" for what the network's own forward computes, and for the nodes that normalise the images.
     """
     parts: list[str] = []
-    for part in node.strip("/").split("/")[1:-1]:
+    for part in node.strip("/").split("/")[:-1]:
         # what a Sequential holds is named with it: "layer1", then "layer1.0"
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()
         parts.append(part)
-    return ".".join(parts)
+    root, _, layer = ".".join(parts).partition(".")
+    return layer if root == "model" else ""
 
 
 @dataclass

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +21,7 @@ from layers.quantized import QuantizedLayer
 from layers.quantizers import per_channel
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.manifest import BATCH, INPUT, OUTPUT, layer_of
+from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
 from utils.quantization.watch import example_images, watch
@@ -79,7 +82,7 @@ def export_onnx(
 
 def _traced(network: nn.Module, images: Tensor) -> ModelProto:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with _named_by_path(network), warnings.catch_warnings():
         # this exporter is deprecated, but its successor cannot export fake quantization
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -93,6 +96,38 @@ def _traced(network: nn.Module, images: Tensor) -> ModelProto:
             dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
         )
     return onnx.load_from_string(buffer.getvalue())
+
+
+@contextmanager
+def _named_by_path(network: nn.Module) -> Iterator[None]:
+    """Context manager: an exported node's name holds the whole name of its layer.
+
+    The exporter names a node by the modules that are being called, each by the last part of its
+    name. A container that is not called itself, such as a ModuleDict, would be missing.
+    """
+    running: list[str] = []  # names of the modules that are being called
+
+    def enter(name: str, module: nn.Module, _: Any) -> None:
+        scopes = torch.jit._trace._trace_module_map
+        # where the exporter traces, not where it runs the network to look at its results
+        if scopes is not None:
+            scope = scope_of(name, running[-1] if running else "")
+            kind = torch.typename(type(module))
+            scopes[module] = torch._C._jit_onnx_create_full_scope_name(kind, scope)
+        running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks = []
+    for name, module in network.named_modules():
+        hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _require_free_batch(graph: ModelProto) -> None:
