@@ -50,14 +50,14 @@ from utils.training.step import Step, estimate_batch_norm, evaluate, freeze_batc
 # grows in proportion to it; the rate rises for a twentieth of the run and falls to 0, in a line.
 # fmt: off
 DEFAULTS = {
-    #                     epochs, on a GPU, on a CPU, peak lr of each optimizer, in the last third
-    "scratch":     Defaults(40, "muon", "sgd", {"muon": 0.0125, "sgd": 0.05, "adamw": 2e-3}, "SAM"),
+    #                     epochs, on a GPU, on a CPU, peak lr of each optimizer, BatchNorm frozen?
+    "scratch":     Defaults(40, "muon", "sgd", {"muon": 0.0125, "sgd": 0.05, "adamw": 2e-3}),
     "pretrained":  Defaults(40, "sgd",  "sgd", {"sgd": 0.05, "adamw": 2e-3}),
-    "fine-tuning": Defaults(40, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, "frozen BatchNorm"),
-    "QAT":         Defaults(10, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, "frozen BatchNorm"),
+    "fine-tuning": Defaults(40, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, True),
+    "QAT":         Defaults(10, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, True),
 }
 # fmt: on
-LAST_PART = 1 / 3  # of the epochs
+LAST_PART = 1 / 3  # of the epochs: with Muon they are SAM's
 HANDICAP = 1.1  # of ckpt_0's val loss: a few val images alone do not make it the best
 FEW_VAL = 100  # images, of which one more or less that is right is over a point
 FEW_STEPS = 100  # until which BatchNorm's running averages lag too far behind to evaluate by
@@ -120,11 +120,10 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     first = run.epoch
     with closing(run), progress_bar(run, recipe, train_part) as bar, ExitStack() as opened:
         for epoch in range(first, recipe.num_epochs):
-            last = epoch >= last_part
-            set_mode(run.model, recipe, last)
+            set_mode(run.model, recipe)
             if epoch in (first, last_part):
                 opened.close()  # the step of the part before
-                step = make_step(run.model, run.optimizer, recipe, last)
+                step = make_step(run.model, run.optimizer, recipe, epoch >= last_part)
                 opened.enter_context(closing(step))
 
             # one pass over the images
@@ -137,7 +136,7 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
             # its network on the val part
             ranks.average_statistics(run.model)
             few = (epoch + 1) * len(train_part) < FEW_STEPS
-            if few and not (last and recipe.freeze_batch_norm):
+            if few and not recipe.freeze_batch_norm:
                 estimate_batch_norm(run.model, plain)
             val_loss, val_pct = evaluate(run.model, val)
             run.require_finite(loss + val_loss, recipe.lr)
@@ -163,25 +162,23 @@ def progress_bar(run: Run, recipe: Recipe, train_part: Batches) -> tqdm:
     )
 
 
-def set_mode(model: nn.Module, recipe: Recipe, last: bool) -> None:
-    """Training mode. In the last part of fine-tuning BatchNorm's statistics stay.
+def set_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Training mode. In QAT and fine-tuning BatchNorm uses its running statistics, which stay.
 
-    In QAT, and in float fine-tuning to compare it with.
+    Ranges were calibrated with these. A few images can have values so large that they make most of
+    a batch's variance. Ranges cut them off, so a quantized batch has another variance, and by its
+    own statistics the network would be another one than was calibrated.
     """
     model.train()
-    if last and recipe.freeze_batch_norm:
+    if recipe.freeze_batch_norm:
         freeze_batch_norm(model)
 
 
 def make_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, last: bool
 ) -> Step:
-    """The step of the last part of a run, or of all before.
-
-    Muon's runs end with SAM, for which late is enough (Zhou et al., 2024, arXiv:2410.10373).
-    """
-    sam_rho = recipe.sam_rho if last else 0.0
-    return Step(model, optimizer, recipe.label_smoothing, sam_rho)
+    """The step of the last part of a run, or of all before."""
+    return Step(model, optimizer, recipe.label_smoothing, recipe.sam_rho if last else 0.0)
 
 
 def train_epoch(

@@ -4,7 +4,7 @@
 
 A document marks where a table stands, and which:
 
-    <!-- speed: results/2026-11-25_h100 -->
+    <!-- speed: results/2026-11-27_h200 -->
     <!-- end -->
 
 The kinds are the keys of `TABLES`. The path, from the project's root, is a record's or a folder's.
@@ -105,6 +105,7 @@ RECIPE_TITLES = [
     "flags",
     "optimizer",
     "last third of the epochs",
+    "BatchNorm's statistics",
     "epochs",
     "peak lr at batch size 128",
 ]
@@ -595,13 +596,10 @@ def recipes_table() -> str:
 
 
 def _recipe_cells(recipe: Recipe) -> list[str]:
-    last_third = "as before"
-    if recipe.sam_rho:
-        last_third = f"SAM, radius {recipe.sam_rho:g}"
-    elif recipe.freeze_batch_norm:
-        last_third = "BatchNorm's statistics frozen"
+    last_third = f"SAM, radius {recipe.sam_rho:g}" if recipe.sam_rho else "as before"
+    statistics = "frozen" if recipe.freeze_batch_norm else "move"
     optimizer = OPTIMIZERS[recipe.optimizer]
-    return [optimizer, last_third, str(recipe.num_epochs), f"{recipe.lr:g}"]
+    return [optimizer, last_third, statistics, str(recipe.num_epochs), f"{recipe.lr:g}"]
 
 
 # The plot

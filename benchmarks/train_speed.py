@@ -18,8 +18,8 @@ ours: train.py. On a GPU: bf16, channels-last, fused kernels, the step as one CU
 512. Images lie on the device and are augmented there: crop and mirror as in the
 reference, and a blank square. Muon trains in float, SGD in QAT. An epoch's last, incomplete batch
 is dropped, so compare images/s. Both parts of a run are timed, and their medians weighted by their
-lengths: two thirds, and the last third. With Muon that has SAM, two passes for each batch, and in
-QAT frozen BatchNorm statistics. On a CPU: FP32, eager, batch size 128, SGD.
+lengths: two thirds, and the last third. With Muon that has SAM, two passes for each batch. In QAT
+BatchNorm's statistics are frozen. On a CPU: FP32, eager, batch size 128, SGD.
 
 Not timed: loading the data, calibration, evaluation, checkpoints. The warm-up epochs are timed, but
 apart. What they took beyond the median is `compile_s`: the kernels, cuDNN's tuning, the graph, and
@@ -333,7 +333,7 @@ def ours(
     steps: list[Step] = []
 
     def begin(last: bool) -> Epoch:
-        train.set_mode(model, recipe, last)
+        train.set_mode(model, recipe)
         for step in steps:
             step.close()
         step = train.make_step(model, optimizer, recipe, last)
