@@ -750,6 +750,7 @@ class Reused(nn.Module):
         (lambda model, x: model.bn(model.conv(x)) + model.bn(x), False),
         (lambda model, x: model.bn(model.conv(x)) * model.conv.weight.mean(), False),
         (lambda model, x: model.bn(model.conv(x)) * model.bn.weight.mean(), False),
+        (lambda model, x: (lambda y: (model.bn(y), y))(model.conv(x)), False),
         (lambda model, x: model.bn(input=model.conv(x)), True),
     ],
     ids=[
@@ -757,6 +758,7 @@ class Reused(nn.Module):
         "BatchNorm called twice",
         "weight read",
         "gamma read",
+        "convolution returned",
         "called by keyword",
     ],
 )

@@ -915,6 +915,40 @@ def test_table_counts_multiply_adds():
     assert last == f"INT8: {share:.1f} % of the multiply-adds, 1 of 1 additions; float: conv1"
 
 
+@pytest.mark.parametrize(
+    ("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)], ids=["LSTM", "GRU", "RNN"]
+)
+def test_table_counts_recurrent_layers(kind, gates):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 1)
+            self.rnn = kind(6, 5, batch_first=True, bidirectional=True)
+            self.fc = nn.Linear(10, 4)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).transpose(1, 2)
+            return self.fc(self.rnn(x)[0][:, -1])
+
+    model = Recurrent()
+    quantize_modules(model, EXAMPLE)
+    pixels = SIZE * SIZE
+    int8 = 3 * 6 * pixels + 10 * 4
+    share = 100 * int8 / (int8 + pixels * 2 * gates * (6 * 5 + 5 * 5))
+    last = layer_table(model, EXAMPLE).splitlines()[-1]
+    assert last == f"INT8: {share:.1f} % of the multiply-adds; float: rnn"
+
+
+def test_table_counts_addmm_as_no_addition():
+    class Product(Residual):
+        def forward(self, x):
+            return torch.addmm(x.new_zeros(5), super().forward(x), x.new_ones(5, 5))
+
+    model = Product()
+    quantize_modules(model, EXAMPLE)
+    assert ", 1 of 1 additions; float: addmm" in layer_table(model, EXAMPLE)
+
+
 def test_layers_that_are_never_called_are_named():
     class Auxiliary(Residual):
         def __init__(self):

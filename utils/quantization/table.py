@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from layers import Add
 from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
-from utils.quantization.modularize import is_candidate
+from utils.quantization.modularize import ADDING, is_candidate
 from utils.quantization.watch import Operation, is_quantizable, watch
 from utils.records import text_table
 
@@ -59,7 +59,10 @@ def _summary(operations: list[Operation], total: int) -> str:
     """As in `INT8: 98.7 % of the multiply-adds, 16 of 16 additions; float: conv1, fc`."""
     quantized = [op for op in operations if isinstance(op.module, QuantizedLayer)]
     macs = sum(op.macs for op in quantized)
-    additions = [op for op in operations if isinstance(op.module, Add) or "add" in op.function]
+    additions = []
+    for operation in operations:
+        if isinstance(operation.module, Add) or operation.function.strip("_") in ADDING:
+            additions.append(operation)
     added = [op for op in additions if op in quantized]
     text = f"INT8: {100 * macs / total:.1f} % of the multiply-adds"
     if additions:

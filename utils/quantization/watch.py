@@ -43,7 +43,7 @@ class Operation:
         macs: multiply-adds of one image.
         where: file and line of the function's call.
         reads: what made the tensors that it reads; None for an input of the network.
-        readers: the operations that read its results.
+        readers: the operations that read its results; one more where the network returns them.
     """
 
     name: str
@@ -123,6 +123,8 @@ class Watch(TorchFunctionMode):
             if layer:
                 self._note(name, module, "", (args, kwargs), out, "")
             self._running.pop()
+            if module is self._model:
+                self._note_results(out)
 
         self._exits.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         self._exits.enter_context(module.register_forward_hook(after, with_kwargs=True))
@@ -161,13 +163,18 @@ class Watch(TorchFunctionMode):
         self.parameters_read.update(t for t in read if isinstance(t, nn.Parameter))
         read = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
         flops = self._flops.get_total_flops()
+        macs = (flops - self._flops_noted) // 2
+        # torch's counter knows no recurrent layers
+        if isinstance(module, nn.RNNBase):
+            steps = read[0].numel() // module.input_size
+            macs = steps * sum(p.numel() for p in module.parameters() if p.ndim == 2)
         operation = Operation(
             name,
             module,
             function,
             shapes=[tuple(tensor.shape) for tensor in read],
             shape=tuple(made[0].shape),
-            macs=(flops - self._flops_noted) // 2 // self._images,
+            macs=macs // self._images,
             where=where,
             reads=[self._made.get(tensor) for tensor in read],
         )
@@ -179,6 +186,14 @@ class Watch(TorchFunctionMode):
         for tensor in made:
             self._made[tensor] = operation
         self.operations.append(operation)
+
+    def _note_results(self, out: Any) -> None:
+        """Whoever calls the network reads what it returns."""
+        made = [self._made[tensor] for tensor in tensors_in(out) if tensor in self._made]
+        shapes = [operation.shape for operation in made]
+        caller = Operation("", None, "return", shapes, (), 0, "", list(made))
+        for operation in made:
+            operation.readers.append(caller)
 
 
 def is_quantizable(module: nn.Module | None) -> bool:
