@@ -190,6 +190,9 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
     # a weight that is computed of others, such as weight normalisation's, cannot be replaced
     if hasattr(base, "reset_parameters") and layer._parameters.get("weight") is None:
         return False
+    # a function that was put in its place
+    if "forward" in vars(layer):
+        return False
     cls = type(layer)
     methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
     if all(getattr(cls, name) is getattr(base, name) for name in methods):

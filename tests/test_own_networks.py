@@ -869,6 +869,12 @@ def test_a_subclass_is_quantized_if_it_computes_what_its_base_does(layer, has_fo
     assert (quantized_form(layer) is not None) is has_form
 
 
+def test_a_layer_with_a_forward_of_its_own_stays_float():
+    layer = nn.Conv2d(3, 8, 3)
+    layer.forward = lambda x: 2 * nn.Conv2d.forward(layer, x)
+    assert quantized_form(layer) is None
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_transposed_convolution_has_a_range_for_each_output_channel(groups):
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups)

@@ -774,6 +774,17 @@ def test_values_that_are_not_finite_are_one_line(method, broken, where):
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
+def test_a_failed_calibration_leaves_the_network_as_it_was(method):
+    model = tiny().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, batches(1), method)
+    before = model(batches(1)[0])
+    with pytest.raises(UserError, match="not finite"):
+        calibrate(model, [torch.full_like(EXAMPLE, torch.nan)], method)
+    assert torch.equal(model(batches(1)[0]), before)
+
+
+@pytest.mark.parametrize("method", CALIBRATORS)
 def test_layer_that_never_ran_is_named(method):
     model = small()
     # quantize_modules leaves out what its example does not reach

@@ -53,11 +53,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
 
     Args:
         batches: normalised images (B, C, H, W), or (images, labels) as a DataLoader serves them.
+            All are kept in memory for a second pass: a thousand images are enough.
         method: one of `utils.specs.CALIBRATORS`.
 
     Raises:
         UserError: no such method, no images, images that are bytes, nothing to calibrate, or an
-            activation that was not finite or never computed.
+            activation that was not finite or never computed. Ranges are then what they were.
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
@@ -73,6 +74,21 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     quantizers = _quantizers(model)
     if not quantizers:
         raise UserError("there is nothing to calibrate: call quantize_modules first")
+    try:
+        _find_ranges(model, batches, quantizers, method)
+        for quantizer in tqdm(quantizers.values(), f"calibrate ({method})", leave=False):
+            quantizer.set_range(quantizer._calibrator.compute_amax())
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.disable_calib()
+            quantizer.enable_quant()
+            quantizer._calibrator = None
+
+
+def _find_ranges(
+    model: nn.Module, batches: list[Tensor], quantizers: dict[str, Quantizer], method: str
+) -> None:
+    """Leave each quantizer a calibrator that knows its range."""
     activations = [found for found in quantizers.values() if found.axis is None]
 
     # first pass, in float: the largest magnitudes, which are all that weights and "max" need
@@ -92,12 +108,6 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
         for quantizer in activations:
             quantizer._calibrator = counter(quantizer._calibrator.compute_amax(), method)
         _collect(model, batches, activations)
-
-    progress = tqdm(quantizers.values(), desc=f"calibrate ({method})", unit="range", leave=False)
-    for quantizer in progress:
-        quantizer.set_range(quantizer._calibrator.compute_amax())
-        quantizer.enable_quant()
-        quantizer._calibrator = None
 
 
 def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -121,8 +131,6 @@ def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Q
     with evaluating(model):
         for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
             model(images.to(device))
-    for quantizer in quantizers:
-        quantizer.disable_calib()
 
 
 class _Largest:
@@ -222,7 +230,7 @@ class _RoundingError:
     def collect(self, x: Tensor) -> None:
         errors, squares = _errors_of_bins(x.device)
         x = torch.atleast_2d(x).flatten(1)  # (N, values)
-        for images in x.split(max(1, VALUES_AT_A_TIME // x.shape[1])):
+        for images in x.split(max(1, VALUES_AT_A_TIME // max(x.shape[1], BINS))):
             shares = images.abs().float()
             shares /= self.largest.clamp_min(1e-30)
             counts = _count(shares)  # (n, BINS)
