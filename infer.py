@@ -244,7 +244,7 @@ def load_exported(args: Flags, manifest: Manifest) -> dataset.ImageData | None:
     require_network(args, manifest)
     name, img_size = flags.agreed_images(args, manifest.data)
     data_dir = flags.agreed_data_dir(args, None)
-    missing = dataset.MISSING[name](data_dir)
+    missing = dataset.missing(name, data_dir)
     # a folder that is named must have them
     if args.data_dir or not missing:
         # train images are for TensorRT's own calibration alone

@@ -79,6 +79,21 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def _require_known(name: str) -> None:
+    if name not in LOADERS:
+        raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
+
+
+def missing(name: str, data_dir: Path) -> str:
+    """What says that nothing of a data set is in `data_dir`; "" if something is, sound or not.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    _require_known(name)
+    return MISSING[name](data_dir)
+
+
 def load(
     name: str, data_dir: Path, img_size: Sequence[int] | None = None, test_only: bool = False
 ) -> ImageData:
@@ -96,8 +111,7 @@ def load(
             width that cannot be.
         OSError: the system cannot read a file now.
     """
-    if name not in LOADERS:
-        raise UserError(f"there is no data set {name!r}, but {', '.join(LOADERS)}")
+    _require_known(name)
     *arrays, classes = LOADERS[name](Path(data_dir), size_of(img_size), test_only)
     return ImageData(name, classes, *arrays)
 

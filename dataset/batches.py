@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -93,9 +92,9 @@ class Batches:
         # Every random choice of an epoch; their order decides what a seed means: keep it. All ranks
         # draw the whole epoch, so that together they serve what one process would.
         order = torch.randperm(count, device=self.device)
-        # where each pixel of an image lies in the padded one, (N, H) and (N, W)
-        rows = self._integers(2 * MAX_SHIFT + 1) + torch.arange(height, device=self.device)
-        columns = self._integers(2 * MAX_SHIFT + 1) + torch.arange(width, device=self.device)
+        # where each pixel of an image lies in the original, (N, H) and (N, W)
+        rows = self._shifted(height)
+        columns = self._shifted(width)
         if self.mirror_and_cutout:
             # a mirrored image reads its columns from right to left
             mirrored = torch.rand(count, 1, device=self.device) < 0.5
@@ -103,19 +102,28 @@ class Batches:
             cut_rows = self._cutout(height)
             cut_columns = self._cutout(width)
 
-        # black edges: (N, H, W, 3) -> (N, H + 8, W + 8, 3)
-        padded = F.pad(self.images, (0, 0, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT))
+        # what lies beside the original is black
+        black_rows = (rows < 0) | (rows >= height)
+        black_columns = (columns < 0) | (columns >= width)
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
         served = self.batch_size // self.world_size
         for index in range(len(self)):
             start = index * self.batch_size + self.rank * served
             part = slice(start, start + served)
             # (B, 1, 1), (B, H, 1) and (B, 1, W) broadcast: one index of each for every pixel
             pixels = order[part, None, None], rows[part, :, None], columns[part, None, :]
-            images = self.normalize(padded[pixels])  # (B, 3, H, W)
+            black = black_rows[part, :, None, None] | black_columns[part, None, :, None]
+            images = self.images[pixels].masked_fill(black, 0)  # (B, H, W, 3)
+            images = self.normalize(images)  # (B, 3, H, W)
             if self.mirror_and_cutout:
                 cut = cut_rows[part, None, :, None] & cut_columns[part, None, None, :]
                 images = images.masked_fill(cut, 0.0)
             yield images, self.labels[order[part]]
+
+    def _shifted(self, size: int) -> Tensor:
+        """Rows or columns of all images, each image's moved by its own shift, (N, size)."""
+        places = torch.arange(-MAX_SHIFT, size - MAX_SHIFT, device=self.device)
+        return self._integers(2 * MAX_SHIFT + 1) + places
 
     def _integers(self, limit: int) -> Tensor:
         """(N, 1) random ones below `limit`."""

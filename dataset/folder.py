@@ -77,7 +77,8 @@ def load(
     if len(classes) < 2:
         raise UserError(f"{data_dir}/test: {len(classes)} class folders; at least 2 are needed")
     count = sum(map(len, (*train.values(), *test.values())))
-    _require_memory(count, size)
+    # in training a second time: the train part is a copy without the val part
+    _require_memory(count + sum(map(len, train.values())), size)
 
     train_images, train_labels = _read(train, size, left_out, refused)
     test_images, test_labels = _read(test, size, left_out, refused)
@@ -176,12 +177,13 @@ def _files_below(top: Path, refused: list[str]) -> list[Path]:
 
 
 def _require_memory(count: int, size: tuple[int, int]) -> None:
+    """Raises UserError where so many images (H, W, 3) uint8 are more than there is room for."""
     height, width = size
     needed = count * height * width * 3
     available = _available_bytes()
     if needed > available:
         raise UserError(
-            f"needs {needed / 1e9:.1f} GB of memory for {count} images of {height}x{width}, "
+            f"images of {height}x{width} need {needed / 1e9:.1f} GB of memory, "
             f"{available / 1e9:.1f} GB are free: use a smaller --img_size"
         )
 

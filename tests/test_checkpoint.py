@@ -285,6 +285,7 @@ def test_plain_state_dict_is_accepted(tmp_path):
         ({"network": {"name": "resnet18", "stem": "imagenet"}}, ": network lacks 'num_classes'"),
         ({"data": ["digits"]}, ": data: ['digits'] stands where DataSpec should"),
         ({"history": [{"val_loss": "low"}]}, ": history is 'low', not of type float"),
+        ({"state": {1: torch.ones(1)}}, ": a name in state is 1, not of type str"),
     ],
 )
 @pytest.mark.parametrize("main", [train.main, infer.main])
@@ -477,6 +478,14 @@ def test_a_checkpoint_of_the_first_format_loads_resumes_and_exports(
     lines = capsys.readouterr().out.splitlines()
     rows = {tuple(line.split()[:2]) for line in lines if line.startswith("onnxruntime ")}
     assert rows == {("onnxruntime", "FP16"), ("onnxruntime", "INT8-PTC")}
+
+
+@pytest.mark.parametrize("change", [{"flags": None}, {"history": None}, {"history": [1]}])
+def test_a_damaged_checkpoint_of_the_first_format_is_one_line(tmp_path, error_line, change):
+    torch.save({"format": 1, "state": {"w": torch.ones(1)}, **change}, tmp_path / "ckpt_1")
+    line = error_line(train.main, ["--load_ckpt", tmp_path / "ckpt_1"])
+    said = "flags or history are not as train.py wrote them; use another checkpoint"
+    assert line == f"error: {tmp_path}/ckpt_1: {said}"
 
 
 def test_what_qat_started_from_has_another_name_in_the_first_format(tmp_path, qat_checkpoint):

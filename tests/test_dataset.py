@@ -785,7 +785,8 @@ def test_images_that_do_not_fit_into_memory_are_not_begun(tmp_path, monkeypatch)
     monkeypatch.setattr(folder, "_available_bytes", lambda: 4.0e8)
     monkeypatch.setattr(folder, "_read_image", None)
     message = load_error("folder", tmp_path, (4096, 4096))
-    assert message.startswith("needs 0.4 GB of memory for 8 images of 4096x4096, 0.4 GB are free")
+    # four to train on, twice, and four to test
+    assert message.startswith("images of 4096x4096 need 0.6 GB of memory, 0.4 GB are free")
 
 
 PEAK = """

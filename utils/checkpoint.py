@@ -122,7 +122,11 @@ def load(path: Path) -> Checkpoint:
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and 1 <= found <= FORMAT:
         if found == 1:
-            content = _from_format_1(content)
+            try:
+                content = _from_format_1(content)
+            except (AttributeError, TypeError, ValueError):
+                what = "flags or history are not as train.py wrote them"
+                raise UserError(f"{path}: {what}; use another checkpoint") from None
         if found <= 2:
             content = _from_format_2(content)
         checkpoint = parse(Checkpoint, content, str(path))

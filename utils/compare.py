@@ -333,7 +333,12 @@ def _graph(folder: Path, precision: str) -> Path:
     """A graph's file; raises UserError if it is not there, as in a part of an export."""
     path = folder / graph_file(precision)
     if not path.exists():
-        raise UserError(f"{path} is not there: name the precisions that are, such as --INT8QAT")
+        there = []
+        for name, other in PRECISIONS.items():
+            if (folder / graph_file(name)).exists():
+                there.append(f"--{other.flag}")
+        mend = f"name those that are: {', '.join(there)}" if there else "copy it there"
+        raise UserError(f"{path} is not there: {mend}")
     return path
 
 

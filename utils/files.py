@@ -91,13 +91,16 @@ def atomic_path(path: Path, follow_link: bool = False) -> Iterator[Path]:
 
 
 def blocking_folder(path: Path) -> Path | None:
-    """The folder that keeps `atomic_path` from writing what a user named; None: none does."""
+    """What keeps `atomic_path` from writing what a user named, a folder or a file in its place.
+
+    None: nothing does.
+    """
     path = real_path(path)
     if path.exists() and not path.is_file():
         # a device is written to, not replaced
         return None
     nearest = next(folder for folder in path.parents if folder.exists())
-    return None if os.access(nearest, os.W_OK) else nearest
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
 
 
 @contextmanager

@@ -236,7 +236,12 @@ def _gpu_name() -> str | None:
     torch, cuda = sys.modules.get("torch"), sys.modules.get("pycuda.driver")
     if torch is not None:
         return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return cuda.Context.get_device().name() if cuda is not None else None
+    if cuda is None:
+        return None
+    try:
+        return cuda.Context.get_device().name()
+    except cuda.Error:  # there is none, so that TensorRT was not used
+        return None
 
 
 def _cpu_name() -> str:

@@ -68,7 +68,10 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if origin in (list, Sequence) and isinstance(value, list | tuple):
         return [_value(args[0], item, what, name) for item in value]
     if origin is dict and isinstance(value, dict):
-        return {key: _value(args[1], item, what, name) for key, item in value.items()}
+        found = {}
+        for key, item in value.items():
+            found[_value(args[0], key, what, f"a name in {name}")] = _value(args[1], item, what, name)
+        return found
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and type(value) is int and value.bit_length() < 1000:
