@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+from conftest import normalised
 from onnx import numpy_helper
 from torch import nn
 
@@ -21,7 +22,7 @@ from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.backends import tensorrt_build
 from utils.backends.tensorrt_build import EngineOptions
 from utils.errors import UserError
-from utils.manifest import layer_of
+from utils.manifest import INPUT, layer_of
 from utils.metrics import sqnr_db
 from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
 from utils.quantization.export import int8_nodes
@@ -967,6 +968,35 @@ def test_layers_that_are_never_called_are_named():
         text for text in layer_table(model, EXAMPLE).splitlines() if text.startswith("aux ")
     )
     assert "never called" in line
+
+
+class Ramp(Residual):
+    """Adds a ramp that it makes itself, as positions are added."""
+
+    def forward(self, x):
+        ramp = torch.arange(x.shape[3], dtype=x.dtype, device=x.device) / x.shape[3]
+        return super().forward(x + ramp)
+
+
+class Noisy(Residual):
+    def forward(self, x):
+        return super().forward(x + 1e-9 * torch.randn(1))
+
+
+def test_random_numbers_are_exported_in_both_types(tmp_path):
+    # whoever exports checks the graphs; ONNX Runtime has no kernel for this in FP16
+    export_onnx(Noisy().eval(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    assert (tmp_path / "fp16.onnx").exists()
+
+
+def test_a_ramp_that_a_network_makes_is_exported_in_both_types(tmp_path):
+    model = Ramp().eval()
+    export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), dtype=np.uint8)
+    expected = model(normalised(images, MEAN, STD)).detach().numpy()
+    for name, tolerance in (("fp32.onnx", 1e-4), ("fp16.onnx", 2e-2)):
+        session = onnxruntime.InferenceSession(tmp_path / name)
+        np.testing.assert_allclose(session.run(None, {INPUT: images})[0], expected, atol=tolerance)
 
 
 def test_resize_scales_of_the_fp16_graph_stay_fp32(tmp_path):

@@ -70,7 +70,8 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
     if origin is dict and isinstance(value, dict):
         found = {}
         for key, item in value.items():
-            found[_value(args[0], key, what, f"a name in {name}")] = _value(args[1], item, what, name)
+            key = _value(args[0], key, what, f"a name in {name}")
+            found[key] = _value(args[1], item, what, name)
         return found
     if hint is Path and isinstance(value, str):
         return Path(value)

@@ -191,8 +191,10 @@ def to_fp16(model: ModelProto) -> ModelProto:
     """
     model = onnx.version_converter.convert_version(model, FP16_OPSET)
     model.ir_version = FP16_IR
+    without_fp16 = _without_fp16(model)
     _round_constants(model)
     _retype_ends(model)
+    _cast_around(model, without_fp16)
     # the types of all tensors in between are no longer these
     del model.graph.value_info[:]
     return model
@@ -231,11 +233,48 @@ def _round_constants(model: ModelProto) -> None:
         tensors[name].CopyFrom(numpy_helper.from_array(value, tensors[name].name))
 
 
+def _without_fp16(model: ModelProto) -> dict[str, list[str]]:
+    """Nodes that compute in FP32 and whose operator has no FP16, such as Range.
+
+    Name of the node -> names of the FP32 tensors that it reads.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    for value in graph.value_info:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            floats.add(value.name)
+    found = {}
+    for node in graph.node:
+        schema = onnx.defs.get_schema(node.op_type, FP16_OPSET, node.domain)
+        if node.output[0] in floats and "tensor(float16)" not in schema.outputs[0].types:
+            found[node.name] = [name for name in node.input if name in floats]
+    return found
+
+
+def _cast_around(model: ModelProto, nodes: dict[str, list[str]]) -> None:
+    """Let these nodes, as `_without_fp16` finds them, go on in FP32 among FP16, in place."""
+    kept = []
+    for node in model.graph.node:
+        reads = nodes.get(node.name, [])
+        for name in reads:
+            own = f"{node.name}/{name}/fp32"
+            kept.append(helper.make_node("Cast", [name], [own], own, to=TensorProto.FLOAT))
+            node.input[:] = [own if read == name else read for read in node.input]
+        kept.append(node)
+        if node.name in nodes:
+            made, own = node.output[0], f"{node.name}/made_fp32"
+            node.output[0] = own
+            kept.append(helper.make_node("Cast", [own], [made], own, to=TensorProto.FLOAT16))
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
 def _retype_ends(model: ModelProto) -> None:
     """Bytes are cast to FP16 instead of FP32, and the logits from FP16 to FP32, in place."""
     for node in model.graph.node:
         for attribute in node.attribute:
-            is_type = node.op_type == "Cast" and attribute.name == "to"
+            # of a Cast, or of what makes tensors of nothing, such as random ones
+            is_type = attribute.name in ("to", "dtype")
             if is_type and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.FLOAT16
         node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
