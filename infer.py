@@ -179,6 +179,13 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     name, _ = flags.agreed_network(args, checkpoint.network)
     flags.require_named(name, args.model)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
+    if args.auto_quant and checkpoint.quantization is not None:
+        if checkpoint.epoch > 0:
+            raise UserError("--auto_quant: this checkpoint went through QAT; name the float one")
+        # only calibrated, so its weights are the float network's: as if the flags had said the rest
+        state = ckpt.without_ranges(checkpoint.state)
+        checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
+        vars(args).update(vars(quantization))
     if "INT8-QAT" in (args.precisions or ()) and checkpoint.quantization is None:
         mend = "fine-tune it with train.py --quantize first"
         raise UserError(f"--INT8QAT: this is a float checkpoint; {mend}")
@@ -205,8 +212,6 @@ def tune(
     from utils.auto_quant import Tuner, choice_table
     from utils.quantization.sensitivity import scan_table
 
-    if args.auto_quant and checkpoint.quantization is not None:
-        raise UserError("--auto_quant: this checkpoint is quantized already; name the float one")
     tuner = Tuner(checkpoint, sha256(args.load_ckpt), data, quantization, comparison, folder)
     scan = tuner.scan()
     if args.sensitivity:

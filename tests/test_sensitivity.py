@@ -11,7 +11,7 @@ import torch
 from conftest import Small, digits_cut_to, made
 
 import infer
-from utils import auto_quant, records
+from utils import auto_quant, flags, records
 from utils import checkpoint as ckpt
 from utils.backends.network import Layer, Network
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
@@ -482,4 +482,19 @@ def test_contradictions_are_one_line(error_line, flags, said):
 def test_a_quantized_checkpoint_has_chosen_already(qat_checkpoint, few, tmp_path, error_line):
     flags = ["--load_ckpt", qat_checkpoint, "--auto_quant", "--batch_size", 1]
     line = error_line(infer.main, [*flags, "--onnx_dir", tmp_path / "onnx"])
-    assert "this checkpoint is quantized already" in line
+    assert "this checkpoint went through QAT; name the float one" in line
+
+
+def test_a_calibrated_checkpoint_is_chosen_of_as_the_float_one(qat_checkpoint, tmp_path):
+    content = torch.load(qat_checkpoint, weights_only=True)
+    content |= {"epoch": 0, "state": content["ptq_state"]}
+    content["quantization"]["skip_layers"] = ["fc"]
+    torch.save(content, tmp_path / "ckpt_0")
+    argv = ["--load_ckpt", str(tmp_path / "ckpt_0"), "--auto_quant", "--batch_size", "1"]
+    args = infer.build_parser().parse_args(argv)
+    checkpoint, _, quantization = infer.read_checkpoint(args)
+    assert checkpoint.quantization is None
+    assert checkpoint.state.keys() == ckpt.without_ranges(content["state"]).keys()
+    # what it was calibrated with holds on, as if the flags had said it
+    assert quantization.skip_layers == args.skip_layers == ["fc"]
+    assert flags.agreed_quantization(args, None) == quantization
