@@ -316,13 +316,13 @@ def test_use_of_codes_is_counted():
     assert (found.name, found.kind, found.int8, found.macs) == ("0", "Linear", True, 8)
     assert (found.reads, found.writes, found.parameters) == (4, 2, 8)
     operand, weight = found.ranges
-    # 0 1 5 6 7 126 127 of 0..127; two of eight values lie beyond
+    # 0 1 5 6 7 126 127, of eight values; two of them lie beyond
     assert (operand.operand, operand.smallest, operand.largest) == ("input", 127, 127)
-    assert operand.used_pct == pytest.approx(100 * 7 / 128)
+    assert operand.used_pct == pytest.approx(100 * 7 / 8)
     assert operand.clipped_pct == 25
     assert operand.histogram == [0] * 8 + [5 / 8] + [0] * 6 + [3 / 8]
-    # -127 0 1 2 3 4 127 of -127..127
-    assert weight.used_pct == pytest.approx(100 * 7 / 255)
+    # -127 0 1 2 3 4 127, of eight values
+    assert weight.used_pct == pytest.approx(100 * 7 / 8)
     assert weight.clipped_pct == 0
 
 

@@ -9,12 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 OWN_FAULTS = (errno.EBADF, errno.EINVAL)
 """What the system answers to a wrong program. All else that it refuses can be mended."""
 
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Module -> the package that brings it, where that has another name."""
@@ -113,7 +115,11 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        package = PACKAGES.get(error.name, error.name)
+        package = PACKAGES.get(error.name, error.name).replace("_", "-")
+        listed = REQUIREMENTS.read_text() if REQUIREMENTS.exists() else ""
+        # anybody may have given that name to a package of his own
+        if package not in listed and package not in PACKAGES.values():
+            return f"there is no Python module {error.name}: start where it lies, or install it"
         mend = f"pip install {package} (requirements.txt has the versions)"
         return f"the Python package {package} is missing: {mend}"
     if isinstance(error, OSError) and error.errno not in (None, *OWN_FAULTS):

@@ -128,7 +128,8 @@ class CodeUse:
         operand: which it is of: "input", "weight", "x", "other" or "factor".
         smallest, largest: of the range; they differ where each channel has its own.
         clipped_pct: values beyond the range, which get its last code.
-        used_pct: codes that occur, of -127..127 or, where nothing is negative, of 0..127.
+        used_pct: codes that occur, of -127..127 or, where nothing is negative, of 0..127; of as
+            many as there are values where these are fewer.
         histogram: share of the values in each sixteenth of the codes -128..127.
     """
 

@@ -93,13 +93,15 @@ def _code_use(operand: str, quantizer: Quantizer, counts: Tensor) -> CodeUse:
     # -128..127; what is beyond the range gets its last code
     codes = torch.zeros(256, dtype=torch.int64).index_add_(0, given + 128, counts)
 
+    # without negative values half of the codes cannot be used, and no more than there are values
     possible = codes[1:] if codes[:128].any() else codes[128:]
+    most = min(len(possible), total)
     parts = codes.reshape(PARTS, -1).sum(1) / total
     return CodeUse(
         operand=operand,
         smallest=quantizer.amax.min().item(),
         largest=quantizer.amax.max().item(),
         clipped_pct=100 * clipped / total,
-        used_pct=100 * int((possible > 0).sum()) / len(possible),
+        used_pct=100 * int((possible > 0).sum()) / most,
         histogram=[round(share, 5) for share in parts.tolist()],
     )
