@@ -247,7 +247,8 @@ def make_model(
     if start:
         partial = recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:
-            ckpt.load_weights(model, start.ptq_state)  # an export will need it
+            # an export loads it after the training: whether it can is checked before
+            ckpt.load_weights(model, start.ptq_state)
         # a run that is resumed has its own classifier by now
         new_classifier = recipe.new_classifier and not start.whole
         print(ckpt.load_weights(model, start.state, partial, new_classifier))

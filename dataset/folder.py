@@ -63,7 +63,8 @@ def load(
 
     Raises:
         UserError: a folder is missing or holds no images, the two splits have different classes,
-            files cannot be read or have more than 8 bits a channel, or do not fit into memory.
+            files cannot be read or would lose bits unevenly (greys of 16 bits, some TIFFs), or do
+            not fit into memory. Of 16-bit colours the upper 8 bits are taken.
     """
     # all files are known before the first is read, which may take long
     left_out: LeftOut = defaultdict(list)

@@ -237,7 +237,13 @@ def _backward_kernel(
 
 
 class _Grid:
-    """How programs share a feature map (N, C, H, W)."""
+    """How programs share a feature map (N, C, H, W).
+
+    Attributes:
+        all_tiles: programs of a kernel that works on single tiles.
+        sum_programs: those of a kernel that sums over rows, each over `tiles_per_program` tiles.
+        final_programs: those of a kernel that adds up what these have.
+    """
 
     def __init__(self, x: Tensor):
         self.channels = x.shape[1]
@@ -246,11 +252,10 @@ class _Grid:
         self.block_m = TILE.value // self.block_c
         row_tiles = triton.cdiv(self.rows, self.block_m)
         channel_tiles = triton.cdiv(self.channels, self.block_c)
-        self.tiles = (row_tiles, channel_tiles)
-        # a sum over rows: each program adds up several tiles, then a few add up what these have
-        self.tiles_of_a_sum = triton.cdiv(row_tiles * channel_tiles, PROGRAMS)
-        self.sums = (triton.cdiv(row_tiles, self.tiles_of_a_sum), channel_tiles)
-        self.final = (triton.cdiv(self.channels, FINAL_C),)
+        self.all_tiles = (row_tiles, channel_tiles)
+        self.tiles_per_program = triton.cdiv(row_tiles * channel_tiles, PROGRAMS)
+        self.sum_programs = (triton.cdiv(row_tiles, self.tiles_per_program), channel_tiles)
+        self.final_programs = (triton.cdiv(self.channels, FINAL_C),)
 
 
 class _FusedBatchNorm(torch.autograd.Function):
@@ -278,7 +283,7 @@ class _FusedBatchNorm(torch.autograd.Function):
         # second pass: everything else
         y = torch.empty_like(x)
         how = (activation, grid.block_m, grid.block_c)
-        _forward_kernel[grid.tiles](
+        _forward_kernel[grid.all_tiles](
             x, other, y, mean, rstd, weight, bias, amax, grid.rows, grid.channels, *how
         )
         ctx.save_for_backward(x, other, mean, rstd, weight, bias, amax)
@@ -293,14 +298,18 @@ class _FusedBatchNorm(torch.autograd.Function):
         given = (dy, x, other, mean, rstd, weight, bias, amax)
         sizes = (grid.rows, grid.channels)
         # first pass: the sums that make the gradients of scale and shift
-        sums = weight.new_empty(grid.sums[0], 2, grid.channels)
+        sums = weight.new_empty(grid.sum_programs[0], 2, grid.channels)
         dbias, dweight = torch.empty_like(bias), torch.empty_like(weight)
-        _gradient_sum_kernel[grid.sums](*given, sums, *sizes, grid.tiles_of_a_sum, *ctx.how)
-        _parameter_gradient_kernel[grid.final](sums, dbias, dweight, grid.channels, len(sums))
+        _gradient_sum_kernel[grid.sum_programs](
+            *given, sums, *sizes, grid.tiles_per_program, *ctx.how
+        )
+        _parameter_gradient_kernel[grid.final_programs](
+            sums, dbias, dweight, grid.channels, len(sums)
+        )
         # second pass: the gradients of x and other
         dx = torch.empty_like(x)
         dother = None if other is None else torch.empty_like(x)
-        _backward_kernel[grid.tiles](
+        _backward_kernel[grid.all_tiles](
             *given, dbias, dweight, dx, dother, *sizes, ctx.frozen, *ctx.how
         )
         return dx, dweight, dbias, dother, None, None, None
@@ -308,13 +317,13 @@ class _FusedBatchNorm(torch.autograd.Function):
 
 def _batch_statistics(x: Tensor, norm: nn.BatchNorm2d, grid: _Grid) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation (C,) of a batch, which `norm`'s running averages follow."""
-    sums = norm.running_mean.new_empty(grid.sums[0], 2, grid.channels)
+    sums = norm.running_mean.new_empty(grid.sum_programs[0], 2, grid.channels)
     mean, rstd = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_mean)
-    _sum_kernel[grid.sums](
-        x, norm.running_mean, sums, grid.rows, grid.channels, grid.tiles_of_a_sum,
+    _sum_kernel[grid.sum_programs](
+        x, norm.running_mean, sums, grid.rows, grid.channels, grid.tiles_per_program,
         grid.block_m, grid.block_c,
     )  # fmt: skip
-    _statistics_kernel[grid.final](
+    _statistics_kernel[grid.final_programs](
         sums, mean, rstd, norm.running_mean, norm.running_var, norm.num_batches_tracked,
         grid.rows, grid.channels, len(sums), norm.eps, norm.momentum,
     )  # fmt: skip

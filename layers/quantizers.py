@@ -53,7 +53,7 @@ def fake_quantize(
 
 
 class StraightThrough(torch.autograd.Function):
-    """torch's fake quantization bit for bit, in plain operations."""
+    """torch's fake quantization bit for bit, in plain operations; but NaN stays NaN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, code_min: int) -> Tensor:

@@ -29,7 +29,7 @@ from utils.checkpoint import Checkpoint
 from utils.compare import Comparison
 from utils.engine_layers import held
 from utils.errors import UserError
-from utils.manifest import ENGINES, INT8, graph_file
+from utils.manifest import ENGINES, FLOAT, INT8, graph_file
 from utils.networks import batches_of, build_quantized, restore
 from utils.quantization.export import export_onnx
 from utils.quantization.sensitivity import (
@@ -43,9 +43,6 @@ from utils.quantization.sensitivity import (
 from utils.records import Candidate, Choice, Record, Scan, text_table
 from utils.schema import parse
 from utils.specs import Quantization
-
-FLOAT = ("FP32", "FP16")
-"""Precisions of a float graph; the faster one is what INT8 must beat."""
 
 SCAN_IMAGES = 500
 """Of the val part."""

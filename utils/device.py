@@ -19,7 +19,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def full_precision() -> AbstractContextManager[None]:
-    """Meanwhile, float32 convolutions on a GPU multiply in float32.
+    """Context manager: float32 convolutions on a GPU multiply in float32.
 
     By default they round their operands to TF32's 11 bits, which moves values across the ties of
     the next quantizer: a fake quantized network would no longer predict what its INT8 engine does.
@@ -28,7 +28,7 @@ def full_precision() -> AbstractContextManager[None]:
 
 
 def tuned_convolutions() -> AbstractContextManager[None]:
-    """Meanwhile, cuDNN times several kernels for each new convolution on a GPU, and keeps the best.
+    """Context manager: cuDNN times several kernels for each new convolution, and keeps the best.
 
     That takes seconds for a network, so it is for what runs thousands of times.
     """
@@ -37,7 +37,7 @@ def tuned_convolutions() -> AbstractContextManager[None]:
 
 @contextmanager
 def _cudnn(switch: str, value: bool) -> Iterator[None]:
-    """Meanwhile, one of cuDNN's switches has this value."""
+    """Context manager: one of cuDNN's switches has this value."""
     before = getattr(torch.backends.cudnn, switch)
     setattr(torch.backends.cudnn, switch, value)
     try:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from utils.manifest import layer_of
+from utils.manifest import FLOAT, layer_of
 from utils.records import Engine, Layer
 from utils.specs import LayerFacts
 
@@ -63,7 +63,7 @@ class LayerRow:
 
 
 def float_engines(engines: Sequence[Engine]) -> list[Engine]:
-    return [engine for engine in engines if engine.precision in ("FP32", "FP16")]
+    return [engine for engine in engines if engine.precision in FLOAT]
 
 
 def layer_rows(

@@ -125,7 +125,9 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, make: bool = False) -> Iterator[None]:
-    """Meanwhile no other process can have `folder` locked. What killed ones left is deleted.
+    """Context manager: no other process can have `folder` locked.
+
+    What killed ones left is deleted.
 
     Args:
         make: it is made if it is not there, and deleted in the end if it is empty; so are the

@@ -58,6 +58,8 @@ PRECISIONS = {
 INT8 = [name for name, precision in PRECISIONS.items() if precision.int8]
 """The best one last."""
 
+FLOAT = [name for name, precision in PRECISIONS.items() if not precision.int8]
+
 IMPLICIT = "INT8-PTC-IMPLICIT"
 """FP32's graph with ranges that TensorRT's own calibration finds; it has no graph of its own."""
 

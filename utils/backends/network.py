@@ -21,7 +21,8 @@ MIN_RUNS = 30
 MIN_SECONDS = 1.0
 
 BURST = 20
-"""Runs that a GPU's events time back to back, so that it never waits for the host."""
+"""Runs that are timed one after the other: a GPU's by events, so that it never waits for the host,
+and those that time single layers."""
 
 PASSES = 5
 """Over the test set, for the end-to-end throughput."""

@@ -384,7 +384,7 @@ def _factor(operands: Sequence[Any]) -> int | None:
 
 
 def _comes_from_pool(node: fx.Node) -> bool:
-    """Whether one of the steps before, each with a single input, is an average pool."""
+    """Whether one of the steps before, by the first input of each, is an average pool."""
     while node.all_input_nodes:
         if node.op == "call_module":
             module = node.graph.owning_module.get_submodule(node.target)

@@ -3,10 +3,9 @@
 Layers are switched between INT8 and float in one calibrated network. For each layer and each block
 the network runs twice: with only that in INT8, and with all but that.
 
-What a run computes before the first layer that is switched is known. The network in float has
-computed it, or the one all in INT8. So the results of those two runs' layers are kept, and a run
-takes them for the layers before the first change. It computes what is behind, and between them
-what is cheap. To keep them for one batch only, a batch goes through all runs before the next.
+Before the first layer that is switched, a run computes what the network all in float, or all in
+INT8, has computed. So the results of those two runs' layers are kept and reused up to there. They
+are kept for one batch: it goes through all runs before the next one.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def _switch(layer: nn.Module, int8: bool) -> None:
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[Switched]:
-    """Meanwhile the layers of `model` are switched at will; then it is all in INT8 again."""
+    """Context manager: the layers of `model` are switched at will; then it is all in INT8 again."""
     require_calibrated(model)
     network = Switched(model)
     try:

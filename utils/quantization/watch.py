@@ -217,7 +217,7 @@ def watch(model: nn.Module, example: Tensor) -> Watch:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Meanwhile all of `model` is in evaluation mode, and nothing is kept for gradients."""
+    """Context manager: all of `model` is in evaluation mode, and nothing is kept for gradients."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -164,7 +164,10 @@ def _return_input(x: Tensor) -> Tensor:
 
 
 def _add(add: Add, operand: int, normalise: Forward, x: Tensor, other: Tensor) -> Tensor:
-    """`normalise` adds; `operand` is what its BatchNorm should have made, which is its input."""
+    """The addition of a chain: `normalise`, one kernel, does its BatchNorm and adds.
+
+    The BatchNorm module itself returns its input, so that operand comes here as it was before.
+    """
     operands = [x, other]
     second = 1 - operand
     if isinstance(add, QuantAdd) and (name := add.quantizer_of(second)):

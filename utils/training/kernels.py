@@ -1,4 +1,4 @@
-"""Whether this GPU can run the fused kernels of `layers`, and while what they run."""
+"""Whether this GPU can run the fused kernels of `layers`, and the switch that lets them run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def usable() -> bool:
 
 @contextmanager
 def fusing() -> Iterator[None]:
-    """Meanwhile modules that `utils.training.fuse.fuse` changed run fused."""
+    """Context manager: modules that `utils.training.fuse.fuse` changed run fused."""
     global _fusing
     _fusing = True
     try:

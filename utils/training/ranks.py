@@ -95,7 +95,7 @@ def started() -> Iterator[Ranks]:
 
 @contextmanager
 def _ending_while_waiting() -> Iterator[None]:
-    """Meanwhile a signal to end is obeyed even where the main thread waits for ever.
+    """Context manager: a signal to end is obeyed even where the main thread waits for ever.
 
     Where a rank dies, torchrun sends the others SIGTERM. Python acts on a signal between two of its
     instructions, and a main thread that waits for NCCL, which waits for the dead, gets to none. But

@@ -181,7 +181,7 @@ def load_to_resume(path: Path) -> Checkpoint:
 
 @contextmanager
 def at_work_in(folder: Path, first: bool, named: str | None) -> Iterator[None]:
-    """Meanwhile no other process trains in `folder`, which goes if it is empty in the end.
+    """Context manager: no other process trains in `folder`, which goes if it is empty in the end.
 
     Args:
         first: whether this is the rank that writes.
