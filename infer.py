@@ -173,11 +173,13 @@ def tunes(args: Flags) -> str:
 
 def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantization]:
     """The checkpoint, the images that it was made with, and what to quantize of it."""
-    from utils import checkpoint as ckpt  # needs torch, as all that is done with it
+    import models  # needs torch, as all that is done with a checkpoint
+    from utils import checkpoint as ckpt
 
     checkpoint = ckpt.load_whole(args.load_ckpt)
     name, _ = flags.agreed_network(args, checkpoint.network)
     flags.require_named(name, args.model)
+    models.require(name)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
     if args.auto_quant and checkpoint.quantization is not None:
         if checkpoint.epoch > 0:

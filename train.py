@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import dataset
+import models
 from dataset.batches import Batches
 from dataset.folder import count_classes
 from utils import checkpoint as ckpt
@@ -312,6 +313,8 @@ def train(
         The images.
     """
     print(f"experiment folder: {folder}", flush=True)
+    # before the images, which may take long to read
+    models.require(recipe.model)
     # the images, and what the recipe makes of so many
     data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)

@@ -25,6 +25,12 @@ MODELS: dict[str, Callable[[int, str], nn.Module]] = {
 """Name -> builder of (number of classes, stem "imagenet" or "cifar")."""
 
 
+def require(name: str) -> None:
+    """Raises UserError unless `build` knows a network of that name."""
+    if name not in MODELS:
+        foreign.find(name)
+
+
 def build(name: str, num_classes: int, stem: str) -> nn.Module:
     """A freshly initialised float network, one of `MODELS` or from elsewhere (`models.foreign`).
 

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,24 +21,13 @@ FORMS = "torchvision/NAME, timm/NAME or package.module:callable"
 def build(name: str, num_classes: int) -> nn.Module:
     """A freshly initialised network that takes images (N, 3, H, W).
 
-    Importing `package.module` runs its code: whoever calls this has the name from the user.
-
     Args:
-        name: "torchvision/NAME", "timm/NAME", or "package.module:callable", which is importable
-            from the working directory and is called with `num_classes=`.
+        name: as `find` takes it.
 
     Raises:
         UserError: no such network, or it cannot be built.
     """
-    library, _, network = name.partition("/")
-    if library == "torchvision":
-        builder = _of_torchvision(network)
-    elif library == "timm":
-        builder = _of_timm(network)
-    elif re.fullmatch(r"[\w.]+:\w+", name):
-        builder = partial(_of_module, *name.split(":"))
-    else:
-        raise UserError(f"--m {name}: a network from elsewhere is {FORMS}")
+    builder = find(name)
     try:
         model = builder(num_classes=num_classes)
     except (Exception, SystemExit) as error:  # it is anyone's code
@@ -49,6 +37,28 @@ def build(name: str, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"--m {name}: it returns {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def find(name: str) -> Callable[..., nn.Module]:
+    """What builds a network, called with `num_classes=`.
+
+    Importing `package.module` runs its code: whoever calls this has the name from the user.
+
+    Args:
+        name: "torchvision/NAME", "timm/NAME", or "package.module:callable", which is importable
+            from the working directory.
+
+    Raises:
+        UserError: no such network, or its module cannot be imported.
+    """
+    library, _, network = name.partition("/")
+    if library == "torchvision":
+        return _of_torchvision(network)
+    if library == "timm":
+        return _of_timm(network)
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        return _of_module(name)
+    raise UserError(f"--m {name}: a network from elsewhere is {FORMS}")
 
 
 def _of_torchvision(network: str) -> Callable[..., nn.Module]:
@@ -75,13 +85,17 @@ def _require_name(library: str, network: str, names: Sequence[str]) -> None:
         raise UserError(f"--m {library}/{network}: {library} has no such network{hint}")
 
 
-def _of_module(module_name: str, attribute: str, num_classes: int) -> Any:
-    """What a callable of a module makes, which is in the working directory or Python's path."""
+def _of_module(name: str) -> Callable[..., nn.Module]:
+    """A callable of a module, which is in the working directory or on Python's path."""
+    module_name, attribute = name.split(":")
     here = str(Path.cwd())
     # as `python -m` has it
     if here not in sys.path:
         sys.path.insert(0, here)
-    return getattr(importlib.import_module(module_name), attribute)(num_classes=num_classes)
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (Exception, SystemExit) as error:  # it is anyone's code
+        raise UserError(f"--m {name}: it cannot be imported: {_said(error)}") from None
 
 
 def _said(error: BaseException) -> str:

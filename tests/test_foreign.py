@@ -152,7 +152,7 @@ def test_a_callable_that_makes_no_network_is_one_line(own_module, attribute, sai
 def test_a_module_that_cannot_be_imported_is_one_line(own_module, tmp_path, text, said):
     (tmp_path / f"{own_module}.py").write_text(text)
     line = build_error(f"{own_module}:Net")
-    assert f"--m {own_module}:Net: it cannot be built with num_classes=7: {said}" in line
+    assert f"--m {own_module}:Net: it cannot be imported: {said}" in line
     assert f"{own_module}.py" in line or said.startswith("No module")
 
 
@@ -634,3 +634,10 @@ def test_what_cannot_be_saved_or_exported_is_refused_before_training(own_module,
     spec = NetworkSpec(f"{own_module}:{name}", OWN_STEM, 3)
     with pytest.raises(UserError, match=said):
         networks.build_float(spec, (16, 16))
+
+
+@pytest.mark.parametrize("name", ["no_such_module:make", "torchvision/resnet19"])
+def test_a_wrong_name_is_told_before_the_images_are_read(tmp_path, monkeypatch, error_line, name):
+    monkeypatch.setattr(dataset_room, "load", None)
+    line = error_line(train.main, ["--m", name, "--dataset", "digits", "--od", tmp_path])
+    assert f"--m {name}: " in line
