@@ -1331,3 +1331,20 @@ def test_a_network_that_is_much_worse_than_in_pytorch_is_told(
     compare.evaluate_network(network, "INT8-QAT", images, labels, predictions, [])
     line = "onnxruntime INT8-QAT is 18.75 points below the same network in PyTorch; try other"
     assert (line in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(("other", "said"), [(6, False), (8, False), (12, True)])
+def test_a_network_that_predicts_otherwise_than_in_pytorch_is_told(
+    exported, digits, capsys, other, said
+):
+    """Also where as many of its images are right."""
+    network = OnnxRuntimeNetwork(exported / "onnx" / "int8_qat.onnx")
+    images = digits.test_images[:64]
+    predicted = network(images).argmax(1)
+    in_pytorch = predicted.copy()
+    in_pytorch[:other] = (predicted[:other] + 1) % 10
+    labels = (predicted + 2) % 10  # all are wrong
+    predictions = {"FP32": labels, "FAKE-QUANT-QAT": in_pytorch}
+    compare.evaluate_network(network, "INT8-QAT", images, labels, predictions, [])
+    line = "INT8-QAT: 19 % of its predictions are not what the same network predicts in PyTorch"
+    assert (line in capsys.readouterr().out) == said

@@ -36,6 +36,12 @@ NO_IMAGES = np.empty((0, 0, 0, 3), np.uint8)
 LARGEST_LOSS_PCT = 2.0
 """Of accuracy, in points, below the same network in PyTorch: rounding alone loses less."""
 
+MOST_CHANGED_PCT = 10.0
+"""Of predictions that are not those of the same network in PyTorch. 4 % are the most that was seen,
+of networks that were hardly trained."""
+FEW_CHANGED = 8
+"""Predictions, which of few images may change by chance."""
+
 RANDOM_BATCHES = 8
 """Of the largest size: enough that a back end works on several at a time."""
 
@@ -393,7 +399,7 @@ def evaluate_network(
         in_pytorch = PRECISIONS[precision].in_pytorch if precision in PRECISIONS else precision
         found = accuracies(predicted, labels, predictions, in_pytorch)
         if in_pytorch in predictions:
-            _say_if_lost(f"{network.name} {precision}", predicted, predictions[in_pytorch], labels)
+            _say_if_other(f"{network.name} {precision}", predicted, predictions[in_pytorch], labels)
     row = Row(network.name, precision, *found, file_mb=network.path.stat().st_size / 1e6)
     if network.layers:
         row.layers = len(network.layers)
@@ -407,10 +413,10 @@ def evaluate_network(
     return rows
 
 
-def _say_if_lost(
+def _say_if_other(
     what: str, predicted: np.ndarray, in_pytorch: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Print a line if a network is much worse than the same in PyTorch.
+    """Print a line if a network is much worse than the same in PyTorch, or predicts otherwise.
 
     Rounding alone changes predictions to the better as often as to the worse: of d changes, it
     loses 3 sqrt(d) or more hardly ever.
@@ -418,9 +424,13 @@ def _say_if_lost(
     lost = int((in_pytorch == labels).sum() - (predicted == labels).sum())
     lost_pct = 100 * lost / len(labels)
     changed = int((predicted != in_pytorch).sum())
+    changed_pct = 100 * changed / len(labels)
+    mend = "try other --skip_layers, or another version of it"
     if lost_pct > LARGEST_LOSS_PCT and lost > 3 * changed**0.5:
-        mend = "try other --skip_layers, or another version of it"
         print(f"{what} is {lost_pct:.2f} points below the same network in PyTorch; {mend}")
+    elif changed_pct > MOST_CHANGED_PCT and changed > FEW_CHANGED:
+        other = "are not what the same network predicts in PyTorch"
+        print(f"{what}: {changed_pct:.0f} % of its predictions {other}; {mend}")
 
 
 def evaluate_export(
