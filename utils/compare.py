@@ -90,6 +90,11 @@ class Comparison:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     @property
+    def largest_batch(self) -> int:
+        """The largest batch size that is timed; where none is, that of evaluations."""
+        return max(self.batch_sizes, default=EVALUATION_BATCH)
+
+    @property
     def wanted(self) -> list[str]:
         """The precisions to run in the table's order, implicit calibration after its twin."""
         named = self.precisions or PRECISIONS
@@ -320,8 +325,8 @@ def choose_backend(
         try:
             from utils.backends.openvino import checked_network
 
-            largest = max(comparison.batch_sizes, default=EVALUATION_BATCH)
-            return lambda precision: checked_network(_graph(folder, precision), largest)
+            size = comparison.largest_batch
+            return lambda precision: checked_network(_graph(folder, precision), size)
         except ImportError as error:
             if wanted == "openvino":
                 mend = "pip install -r requirements.txt"
@@ -454,7 +459,7 @@ def evaluate_export(
             name; implicit calibration has no train images.
     """
     if data is None:
-        count = RANDOM_BATCHES * max(comparison.batch_sizes, default=EVALUATION_BATCH)
+        count = RANDOM_BATCHES * comparison.largest_batch
         images, labels = random_images(manifest.data, count), None
     else:
         images, labels = data.test_images, data.test_labels
