@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +70,39 @@ class OpenVinoNetwork(Network):
         self.path = path
         self.evaluation_batch = batch_size
         self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
-        compiled = self._compile()
+        with self._loading():
+            model = core().read_model(path)
         ends = []
-        for port in (*compiled.inputs, *compiled.outputs):
+        for port in (*model.inputs, *model.outputs):
             kind = port.element_type.get_type_name()
             ends.append((port.any_name, kind, port.partial_shape.rank.get_length()))
         require_ends(path, ends, ("u8", "f32"))
-        self.image_shape = tuple(side.get_length() for side in compiled.input().partial_shape[1:])
+        self.image_shape = tuple(side.get_length() for side in model.input().partial_shape[1:])
+        kinds = [node.get_type_name() for node in model.get_ordered_ops()]
+        self.is_quantized = "FakeQuantize" in kinds
         self._requests: dict[int, openvino.InferRequest] = {}  # by batch size
-        self.layers = read_layers(compiled)
 
-    def _compile(self, batch_size: int | None = None, **options: Any) -> openvino.CompiledModel:
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Context manager: what OpenVINO does not load is a UserError."""
         try:
-            model = core().read_model(self.path)
-            use_unsigned_codes(model)
-            if batch_size is not None:
-                model.reshape([batch_size, *self.image_shape])
-            return core().compile_model(model, "CPU", self._options | options)
+            yield
         except Exception as error:  # a RuntimeError, or of one of the libraries that it reads with
             raise UserError(
                 f"OpenVINO cannot load {self.path}: {_reason(error)}; export it again"
             ) from None
+
+    def _compile(self, batch_size: int, **options: Any) -> openvino.CompiledModel:
+        with self._loading():
+            model = core().read_model(self.path)
+            use_unsigned_codes(model)
+            model.reshape([batch_size, *self.image_shape])
+            return core().compile_model(model, "CPU", self._options | options)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """What it runs in an evaluation."""
+        return read_layers(self._request(self.evaluation_batch).get_compiled_model())
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits of a batch, by a copy that is compiled for one batch size.
@@ -170,7 +183,7 @@ def checked_network(path: Path, batch_size: int = EVALUATION_BATCH) -> Network:
         UserError: as `OpenVinoNetwork`.
     """
     network = OpenVinoNetwork(path, batch_size=batch_size)
-    if all(layer.precision != "INT8" for layer in network.layers):
+    if not network.is_quantized:
         return network
     try:
         from utils.backends.onnxruntime import OnnxRuntimeNetwork
