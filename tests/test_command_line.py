@@ -446,14 +446,14 @@ def test_plot_takes_many_batch_sizes(record, tmp_path):
 def test_exported_files_are_evaluated_without_torch(
     exported, record, tmp_path, run_script, backend
 ):
-    flags = f"--FP32 --INT8QAT --batch_size 1 --backend {backend}"
+    flags = f"--FP32 --INT8QAT --batch_size 32 --backend {backend}"
     output = f"--record {tmp_path}/record.json --report {tmp_path}/report.html"
     argv = f"infer.py --onnx {exported}/onnx {flags} {output}".split()
     process = run_script(*argv, blocked=("torch", "onnx"))
     assert process.returncode == 0, process.stderr
     # ONNX Runtime does not tell what it runs
     assert ("INT8-QAT ms" in (tmp_path / "report.html").read_text()) == (backend == "openvino")
-    assert (backend, "INT8-QAT", "1") in printed_rows(process.stdout)
+    assert (backend, "INT8-QAT", "32") in printed_rows(process.stdout)
     there = json.loads((tmp_path / "record.json").read_text())
     assert there["environment"]["torch"] == record["environment"]["torch"]
     if backend == "onnxruntime":
@@ -670,11 +670,11 @@ def test_tensorrt_by_name_without_the_package_says_what_is_missing(exported, err
     importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed: there may be a GPU"
 )
 def test_without_tensorrt_openvino_runs_and_says_why(exported, capsys, tmp_path):
-    flags = f"--INT8QAT --batch_size 1 --audit --record {tmp_path}/record.json"
+    flags = f"--INT8QAT --batch_size 32 --audit --record {tmp_path}/record.json"
     infer.main(f"--onnx {exported}/onnx {flags}".split())
     output = capsys.readouterr().out
     assert "TensorRT is not used: the Python package " in output
-    assert ("openvino", "INT8-QAT", "1") in printed_rows(output)
+    assert ("openvino", "INT8-QAT", "32") in printed_rows(output)
     record = json.loads((tmp_path / "record.json").read_text())
     row = record["rows"][-1]
     assert (row["backend"], row["agreement_pct"] > 97) == ("openvino", True)
