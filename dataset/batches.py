@@ -113,7 +113,7 @@ class Batches:
             # (B, 1, 1), (B, H, 1) and (B, 1, W) broadcast: one index of each for every pixel
             pixels = order[part, None, None], rows[part, :, None], columns[part, None, :]
             black = black_rows[part, :, None, None] | black_columns[part, None, :, None]
-            images = self.images[pixels].masked_fill(black, 0)  # (B, H, W, 3)
+            images = self.images[pixels].masked_fill_(black, 0)  # (B, H, W, 3)
             images = self.normalize(images)  # (B, 3, H, W)
             if self.mirror_and_cutout:
                 cut = cut_rows[part, None, :, None] & cut_columns[part, None, None, :]

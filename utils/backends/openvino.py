@@ -72,6 +72,7 @@ class OpenVinoNetwork(Network):
         self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
         with self._loading():
             model = core().read_model(path)
+            use_unsigned_codes(model)
         ends = []
         for port in (*model.inputs, *model.outputs):
             kind = port.element_type.get_type_name()
@@ -80,6 +81,7 @@ class OpenVinoNetwork(Network):
         self.image_shape = tuple(side.get_length() for side in model.input().partial_shape[1:])
         kinds = [node.get_type_name() for node in model.get_ordered_ops()]
         self.is_quantized = "FakeQuantize" in kinds
+        self._model = model
         self._requests: dict[int, openvino.InferRequest] = {}  # by batch size
 
     @contextmanager
@@ -94,8 +96,7 @@ class OpenVinoNetwork(Network):
 
     def _compile(self, batch_size: int, **options: Any) -> openvino.CompiledModel:
         with self._loading():
-            model = core().read_model(self.path)
-            use_unsigned_codes(model)
+            model = self._model.clone()
             model.reshape([batch_size, *self.image_shape])
             return core().compile_model(model, "CPU", self._options | options)
 
@@ -110,17 +111,18 @@ class OpenVinoNetwork(Network):
         One for any size is slower, at batch size 1 by an eighth. And on a CPU with AMX, OpenVINO
         2026.4 computes some INT8 networks wrongly where a small batch follows a larger one.
         """
-        # a smaller batch than one that was compiled for, such as the last, is filled up
-        larger = [size for size in self._requests if size >= len(images)]
-        size = min(larger, default=len(images))
-        filled = np.resize(images, (size, *images.shape[1:]))
+        size = count = len(images)
+        if size not in self._requests:
+            # a smaller batch than one that was compiled for, such as the last, is filled up
+            size = min((other for other in self._requests if other > count), default=count)
+            images = np.resize(images, (size, *images.shape[1:]))
         request = self._request(size)
         try:
-            request.infer(openvino.Tensor(filled))
+            request.infer(openvino.Tensor(images))
         except Exception as error:  # images of another size, too little memory
             raise UserError(f"OpenVINO cannot run {self.path}: {_reason(error)}") from None
         # a copy: the next batch comes into the same memory
-        return request.get_output_tensor().data[: len(images)].copy()
+        return request.get_output_tensor().data[:count].copy()
 
     def _request(self, batch_size: int) -> openvino.InferRequest:
         if batch_size not in self._requests:

@@ -238,15 +238,23 @@ def _without_fp16(model: ModelProto) -> dict[str, list[str]]:
 
     Name of the node -> names of the FP32 tensors that it reads.
     """
+    # by their operators, which are rare: types are inferred for these alone
+    nodes = []
+    for node in model.graph.node:
+        types = onnx.defs.get_schema(node.op_type, FP16_OPSET, node.domain).outputs[0].types
+        if "tensor(float)" in types and "tensor(float16)" not in types:
+            nodes.append(node)
+    if not nodes:
+        return {}
+
     graph = onnx.shape_inference.infer_shapes(model).graph
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     for value in graph.value_info:
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             floats.add(value.name)
     found = {}
-    for node in graph.node:
-        schema = onnx.defs.get_schema(node.op_type, FP16_OPSET, node.domain)
-        if node.output[0] in floats and "tensor(float16)" not in schema.outputs[0].types:
+    for node in nodes:
+        if node.output[0] in floats:
             found[node.name] = [name for name in node.input if name in floats]
     return found
 
