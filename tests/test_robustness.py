@@ -155,9 +155,13 @@ def test_what_the_system_refuses_is_one_line_with_the_file(code, error_line):
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():
     assert errors.mendable(ValueError("a bug")) is None
+    assert errors.mendable(OSError(errno.EBADF, "a bug")) is None
+
+
+@pytest.mark.parametrize("name", ["my_layers", "tests", "torch.none", None])
+def test_only_what_the_requirements_list_is_a_package_to_install(name):
     assert "pip install pillow" in errors.mendable(ModuleNotFoundError(name="PIL"))
     # another project's own module, whose name is anybody's on PyPI
-    own = errors.mendable(ModuleNotFoundError(name="my_layers"))
-    assert "there is no Python module my_layers" in own
+    own = errors.mendable(ModuleNotFoundError(name=name))
+    assert f"there is no Python module {name}" in own
     assert "pip" not in own
-    assert errors.mendable(OSError(errno.EBADF, "a bug")) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -115,10 +116,11 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        package = PACKAGES.get(error.name, error.name).replace("_", "-")
-        listed = REQUIREMENTS.read_text() if REQUIREMENTS.exists() else ""
+        package = PACKAGES.get(error.name, str(error.name)).replace("_", "-")
+        text = REQUIREMENTS.read_text() if REQUIREMENTS.exists() else ""
+        listed = {*re.findall(r"^[\w-]+", text, re.MULTILINE), *PACKAGES.values()}
         # anybody may have given that name to a package of his own
-        if package not in listed and package not in PACKAGES.values():
+        if package not in listed:
             return f"there is no Python module {error.name}: start where it lies, or install it"
         mend = f"pip install {package} (requirements.txt has the versions)"
         return f"the Python package {package} is missing: {mend}"
