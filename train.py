@@ -52,7 +52,7 @@ from utils.training.step import Step, estimate_batch_norm, evaluate, freeze_batc
 # fmt: off
 DEFAULTS = {
     #                     epochs, on a GPU, on a CPU, peak lr of each optimizer, BatchNorm frozen?
-    "scratch":     Defaults(40, "muon", "sgd", {"muon": 0.0125, "sgd": 0.05, "adamw": 2e-3}),
+    "scratch":     Defaults(40, "muon", "sgd", {"muon": 0.01, "sgd": 0.05, "adamw": 2e-3}),
     "pretrained":  Defaults(40, "sgd",  "sgd", {"sgd": 0.05, "adamw": 2e-3}),
     "fine-tuning": Defaults(40, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, True),
     "QAT":         Defaults(10, "sgd",  "sgd", {"sgd": 0.0025, "adamw": 1e-4}, True),

@@ -157,7 +157,7 @@ def test_default_peak_rate_is_a_twentieth_from_a_checkpoint(runs, optimizer, pea
 
 def test_default_peak_rate_is_proportional_to_the_batch_size():
     assert resolved("--batch_size", "32").lr == 0.05 / 4
-    assert resolved("--batch_size", "1024", "--optimizer", "muon").lr == 0.1
+    assert resolved("--batch_size", "1024", "--optimizer", "muon").lr == 0.08
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_default_peak_rate_is_proportional_to_the_batch_size():
     [
         (False, [], "sgd", 128, 0.05),
         (False, ["--load_ckpt"], "sgd", 128, 0.0025),
-        (True, [], "muon", 512, 0.05),
+        (True, [], "muon", 512, 0.04),
         (True, ["--load_ckpt"], "sgd", 512, 0.01),
         (True, ["--pretrain"], "sgd", 512, 0.2),
         (True, ["--optimizer", "adamw"], "adamw", 512, 0.008),
