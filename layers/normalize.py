@@ -23,8 +23,8 @@ class Normalize(nn.Module):
         # (pixel / 255 - mean) / std = pixel * (1 / (255 std)) + (-mean / std)
         scale = [1 / (255 * s) for s in std]
         offset = [-m / s for m, s in zip(mean, std, strict=True)]
-        self.register_buffer("scale", torch.tensor(scale).reshape(-1, 1, 1))
-        self.register_buffer("offset", torch.tensor(offset).reshape(-1, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).reshape(-1, 1, 1))
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32).reshape(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         # TensorRT takes bytes only if a cast is the first to read them

@@ -110,7 +110,7 @@ class Quantizer(TensorQuantizer):
 
     def set_range(self, amax: Tensor) -> None:
         """Set the range: `amax` holds one value, or one for each channel, in any shape."""
-        self._amax.copy_(amax.detach().reshape(self._amax.shape).clamp_min(RANGE_FLOOR))
+        self._amax.copy_(amax.detach().float().reshape(self._amax.shape).clamp_min(RANGE_FLOOR))
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         return fake_quantize(inputs, self.scale, self._zero_point, self.code_min, self.axis or 0)

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     EXAMPLE,
     NETWORK_PARAMS,
@@ -32,8 +33,8 @@ from utils.errors import UserError
 from utils.manifest import layer_of
 from utils.metrics import percent_equal, sqnr_db
 from utils.networks import build_float, build_quantized
-from utils.quantization import calibrate, export_onnx, quantize_modules
-from utils.quantization.export import merge_shared_quantizers
+from utils.quantization import calibrate, export_onnx, layer_table, quantize_modules
+from utils.quantization.export import int8_nodes, merge_shared_quantizers
 from utils.quantization.fold import to_inference
 from utils.quantization.swap import quantizable_modules
 
@@ -902,3 +903,166 @@ def test_a_nodes_name_holds_its_layers_whole_name(tmp_path, network, layers):
     nodes = onnx.load(tmp_path / "fp32.onnx").graph.node
     assert [layer_of(node.name) for node in nodes if node.op_type in ("Conv", "Gemm")] == layers
     assert all(layer_of(node.name) == "" for node in nodes if "normalize" in node.name)
+
+
+# what torch's exporter would write as another function, or not at all
+
+
+def assert_computes_the_same(model, path, image_size, tolerance=1e-4):
+    """The graph, and if `model` is float the graph in FP16, in ONNX Runtime as in PyTorch."""
+    model.eval()
+    export_onnx(model, path, image_size, *STATS)
+    images = np.random.default_rng(0).integers(0, 256, (6, *image_size, 3), dtype=np.uint8)
+    expected = in_torch(model)(images)
+    scale = np.abs(expected - expected.mean(0)).max()
+    found = OnnxRuntimeNetwork(path)(images)
+    assert np.abs(found - expected).max() <= tolerance * scale
+    return images, expected, scale
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d((5, 3), (3, 2), (2, 1), ceil_mode=True),
+        nn.AvgPool2d(2, 3, 1, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=5),
+        nn.AvgPool2d(3, 2, 1, divisor_override=1),
+        nn.AdaptiveAvgPool2d((None, 1)),
+        nn.AdaptiveAvgPool2d((4, 5)),
+        nn.AdaptiveAvgPool2d((8, 3)),
+        nn.AdaptiveAvgPool2d(1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_every_average_pool_is_exported_as_what_it_computes(tmp_path, pool, quantized):
+    torch.manual_seed(0)
+    # behind a pad, the exporter does not know the size that a pool reads
+    model = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3), copy.deepcopy(pool), nn.Flatten())
+    model.append(nn.Linear(model(torch.zeros(1, 3, 16, 18)).shape[1], 5)).eval()
+    if quantized:
+        quantize_modules(model, torch.randn(2, 3, 16, 18))
+        calibrate(model, torch.randn(4, 3, 16, 18), "max")
+    path = tmp_path / "model.onnx"
+    images, expected, scale = assert_computes_the_same(model, path, (16, 18))
+    if not quantized:
+        in_fp16 = OnnxRuntimeNetwork(tmp_path / "model_fp16.onnx")(images)
+        assert np.abs(in_fp16 - expected).max() <= 1e-2 * scale
+
+
+def test_dilated_same_padding_of_an_even_kernel_is_exported(tmp_path):
+    conv = nn.Conv2d(3, 4, 2, dilation=3, padding="same")
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+    assert_computes_the_same(model, tmp_path / "model.onnx", (8, 10))
+
+
+class OfConstant(nn.Module):
+    """A quantized layer that reads a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("codes", torch.randn(1, 6))
+        self.gate = nn.Linear(6, 4)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc((self.conv(x) * self.gate(self.codes)[:, :, None, None]).mean((2, 3)))
+
+
+def test_a_quantized_layer_may_read_a_constant(tmp_path):
+    torch.manual_seed(0)
+    model = OfConstant().eval()
+    quantize_modules(model, torch.randn(2, 3, 8, 8))
+    calibrate(model, torch.randn(4, 3, 8, 8), "max")
+    assert_computes_the_same(model, tmp_path / "model.onnx", (8, 8))
+
+
+class Masked(nn.Module):
+    """Attention over pixels of which some rows are masked as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        y = self.conv(x).flatten(2)
+        return self.fc((y.masked_fill(y < 100, -1e9).softmax(2) * y).sum(2))
+
+
+def test_numbers_beyond_fp16_stay_finite_in_the_fp16_graph(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "model.onnx"
+    images, expected, scale = assert_computes_the_same(Masked(), path, (8, 8))
+    in_fp16 = OnnxRuntimeNetwork(tmp_path / "model_fp16.onnx")(images)
+    assert np.abs(in_fp16 - expected).max() <= 1e-2 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_is_exported_in_float32(tmp_path, dtype):
+    model = small().to(dtype)
+    # numbers of NumPy's are doubles
+    stats = [np.array(values) for values in STATS]
+    export_onnx(model, tmp_path / "model.onnx", (8, 8), *stats)
+    assert np.isfinite(OnnxRuntimeNetwork(tmp_path / "model.onnx")(random_images(2, 8))).all()
+
+
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [
+        (nn.ChannelShuffle(2), "operator 'aten::channel_shuffle' to ONNX opset version 17"),
+        (nn.AdaptiveMaxPool2d(5), "operator adaptive_max_pool2d, output size"),
+        (nn.LocalResponseNorm(2), "Inference error"),
+    ],
+    ids=str,
+)
+def test_what_the_exporter_cannot_write_is_one_line(tmp_path, capfd, operation, said):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), operation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UserError) as error:
+        export_onnx(model.eval(), tmp_path / "model.onnx", (8, 8), *STATS)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    # the exporter itself would print the graph
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+class Sized(nn.Module):
+    """Gives a function a size that it reads off a tensor."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.avg_pool2d(x, x.size()[2:]),
+        lambda x: F.max_pool2d(x, kernel_size=x.shape[2:]),
+        lambda x: F.layer_norm(x, x.shape[1:]) * x,
+    ],
+    ids=["average", "maximum", "norm"],
+)
+def test_sizes_may_be_read_off_a_tensor(tmp_path, function):
+    assert_computes_the_same(Sized(function), tmp_path / "model.onnx", (8, 10))
+
+
+def test_no_engine_is_asked_for_int8_of_a_pool_that_is_written_as_matrices(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(100, 5)
+    ).eval()
+    example = torch.randn(2, 3, 8, 8)
+    quantize_modules(model, example)
+    calibrate(model, example, "max")
+    assert layer_table(model, example).endswith("% of the multiply-adds; float: 1")
+    export_onnx(model, tmp_path / "model.onnx", (8, 8), *STATS)
+    layers = {layer_of(node) for node in int8_nodes(tmp_path / "model.onnx", model)}
+    assert layers == {"0", "3"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,24 +14,29 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.shape_inference import InferenceError
 from torch import Tensor, nn
+from torch.onnx.errors import OnnxExporterError
+from torch.overrides import TorchFunctionMode
 
 from layers.normalize import FromImages
 from layers.quantized import QuantizedLayer
 from layers.quantizers import per_channel
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
-from utils.quantization.watch import example_images, watch
+from utils.quantization.watch import example_images
 
 OPSET = 17
 """13 brought per-channel QuantizeLinear; TensorRT 8.6 reads up to 17."""
 FP16_OPSET, FP16_IR = 19, 9
 """The first whose QuantizeLinear takes FP16 scales."""
-SMALLEST_FP16 = 6e-8
+SMALLEST_FP16, LARGEST_FP16 = 6e-8, 65504
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+SIZED = ("avg_pool2d", "max_pool2d", "_max_pool2d", "layer_norm")
+"""Functions that are given sizes, which a graph holds as numbers."""
 
 
 def export_onnx(
@@ -55,7 +60,7 @@ def export_onnx(
 
     Raises:
         UserError: a range was never calibrated, `mean` is in other units, or the network branches
-            on values.
+            on values or computes what torch's exporter cannot write.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
@@ -64,25 +69,33 @@ def export_onnx(
         raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
     path = Path(path)
     example = example_images(*image_size, channels=len(mean))
-    if reads := watch(model, example).value_reads:
-        raise UserError(
-            f"the network looks at computed values at {reads[0]}, where an exported graph would "
-            "always go the one way: compute both and choose by torch.where"
-        )
     network = FromImages(to_inference(model, example), mean, std).eval()
-    graph = _traced(network, torch.zeros(2, *image_size, len(mean), dtype=torch.uint8))
-    merge_shared_quantizers(graph)
-    _require_free_batch(graph)
+    try:
+        graph = _traced(network, torch.zeros(2, *image_size, len(mean), dtype=torch.uint8))
+        merge_shared_quantizers(graph)
+        _require_free_batch(graph)
+        in_fp16 = to_fp16(graph)
+        for version in (graph, in_fp16):
+            onnx.checker.check_model(version, full_check=True)
+    except (OnnxExporterError, InferenceError) as error:
+        reason = first_line(error).partition(". Please")[0]
+        raise UserError(
+            f"torch's exporter cannot write this network as ONNX: {reason}; compute that in "
+            "operations that it knows"
+        ) from None
     fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
-    for version, target in ((graph, path), (to_fp16(graph), path.with_stem(fp16_stem))):
-        onnx.checker.check_model(version, full_check=True)
+    for version, target in ((graph, path), (in_fp16, path.with_stem(fp16_stem))):
         with atomic_path(target) as partial:
             partial.write_bytes(version.SerializeToString())
 
 
 def _traced(network: nn.Module, images: Tensor) -> ModelProto:
     buffer = io.BytesIO()
-    with _named_by_path(network), warnings.catch_warnings():
+    # torch 2.11 switches on, for each export, that a failed one prints its whole graph
+    silence = network.register_forward_pre_hook(
+        lambda *_: torch._C._jit_set_onnx_log_enabled(False)
+    )
+    with silence, _named_by_path(network), _PlainSizes(), warnings.catch_warnings():
         # this exporter is deprecated, but its successor cannot export fake quantization
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -96,6 +109,26 @@ def _traced(network: nn.Module, images: Tensor) -> ModelProto:
             dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
         )
     return onnx.load_from_string(buffer.getvalue())
+
+
+class _PlainSizes(TorchFunctionMode):
+    """Gives functions their sizes as numbers, however a forward finds them."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in SIZED:
+            image, *options = args
+            # `x.shape[2:]` of a traced tensor holds tensors
+            args = (image, *(_numbers(option) for option in options))
+            kwargs = {name: _numbers(option) for name, option in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
+
+
+def _numbers(option: Any) -> Any:
+    if isinstance(option, (tuple, list)):
+        return [_numbers(value) for value in option]
+    return int(option) if isinstance(option, Tensor) and option.ndim == 0 else option
 
 
 @contextmanager
@@ -150,7 +183,8 @@ def _require_free_batch(graph: ModelProto) -> None:
 def int8_nodes(path: Path, model: nn.Module) -> list[str]:
     """Names of a graph's nodes that read a quantized activation, and so are meant to run in INT8.
 
-    A pool over a single pixel is left out: it does nothing, and an engine has no layer for it.
+    A pool over a single pixel is left out: it does nothing, and an engine has no layer for it. So
+    are pools that are products of matrices, which run in float.
 
     Args:
         model: what the graph was exported of. Its quantized layers without such a node are listed
@@ -161,6 +195,11 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
     shapes = {}
     for value in graph.value_info:
         shapes[value.name] = [side.dim_value for side in value.type.tensor_type.shape.dim]
+    pools = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))
+    )
     # activations that are rounded; nodes are in the order of their runs
     quantized: set[str] = set()
     names, idle = [], []
@@ -175,7 +214,8 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
         elif node.op_type == "GlobalAveragePool" and shapes.get(source, [])[2:] == [1, 1]:
             idle.append(node.name)
         elif not quantized.isdisjoint(node.input):
-            names.append(node.name)
+            is_pool = node.op_type == "MatMul" and layer_of(node.name).startswith(pools)
+            (idle if is_pool else names).append(node.name)
     found = [f"{layer_of(name)}." for name in (*names, *idle)]
     for name, module in model.named_modules():
         is_there = any(layer.startswith(f"{name}.") for layer in found)
@@ -216,21 +256,27 @@ def _round_constants(model: ModelProto) -> None:
     for name, tensor in tensors.items():
         if tensor.data_type == TensorProto.FLOAT and name not in sizes:
             values[name] = numpy_helper.to_array(tensor)
-            rounded[name] = values[name].astype(np.float16)
+            rounded[name] = _in_fp16(values[name])
     for node in model.graph.node:
         if node.op_type != QUANTIZE:
             continue
         # a channel that does nothing has a scale of almost 0, and no engine accepts 0
-        name, scale = node.input[:2]
+        weight, scale = node.input[:2]
         rounded[scale] = np.maximum(rounded[scale], np.float16(SMALLEST_FP16))
         # the scale was rounded: a weight moves to the new grid, where its codes are the same
-        if name in values:
+        if weight in values and values[scale].ndim:
             axis = helper.get_node_attr_value(node, "axis")
-            codes = np.rint(values[name] / per_channel(values[scale], values[name], axis))
+            codes = np.rint(values[weight] / per_channel(values[scale], values[weight], axis))
             new_scale = per_channel(rounded[scale].astype(np.float32), codes, axis)
-            rounded[name] = (codes * new_scale).astype(np.float16)
+            rounded[weight] = (codes * new_scale).astype(np.float16)
     for name, value in rounded.items():
         tensors[name].CopyFrom(numpy_helper.from_array(value, tensors[name].name))
+
+
+def _in_fp16(values: np.ndarray) -> np.ndarray:
+    """What is finite stays so: a row that a mask's infinity covers as a whole would be NaN."""
+    clipped = values.clip(-LARGEST_FP16, LARGEST_FP16)
+    return np.where(np.isfinite(values), clipped, values).astype(np.float16)
 
 
 def _without_fp16(model: ModelProto) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from layers.pool import MatrixAvgPool2d
+from layers.pool import exportable_pool
 from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 from utils.errors import UserError
@@ -128,22 +128,29 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         example: images (B, C, H, W) of the size that the copy is for.
 
     Raises:
-        UserError: an average pool has windows of several sizes.
+        UserError: the network branches on values, or an average pool has windows of several sizes.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     for module in list(model.modules()):
         if isinstance(module, (nn.Linear, _ConvNd)) and parametrize.is_parametrized(module):
             keep_computed(module)
     watched = watch(model, example)
+    if reads := watched.value_reads:
+        raise UserError(
+            f"the network looks at computed values at {reads[0]}, where an exported graph would "
+            "always go the one way: compute both and choose by torch.where"
+        )
     # BatchNorm into convolutions, whose quantized weights are frozen by that
     for conv_name, bn_name in conv_bn_pairs(watched):
         bn = model.get_submodule(bn_name)
         fold_batch_norm(model.get_submodule(conv_name), bn)
         replace_module(model, bn_name, _after(bn))
     for name, module in list(model.named_modules()):
-        # a word, which ONNX Runtime does not take beside a dilation
+        # a word, which ONNX Runtime does not take beside a dilation: numbers, or a pad before it
         if isinstance(module, nn.Conv2d) and module.padding == "same":
             module.padding = same_padding(module)
+            if module.padding == "same" and max(module.dilation) > 1:
+                module.padding_mode = "constant"
         # the weights of all other quantized layers
         if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
             freeze_weight(module)
@@ -153,17 +160,17 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         # the ranges of activations, which come after their layers
         if isinstance(module, Quantizer) and module.axis is None:
             replace_module(model, name, FrozenQuantizer(module.scale))
-    # average pools that ONNX has no operator for
+    # average pools that the exporter would write as something else
     for operation in watched.operations:
         pool = operation.module
-        if isinstance(pool, nn.AdaptiveAvgPool2d) and not _is_regular(operation):
-            sizes = {other.shapes[0] for other in watched.operations if other.module is pool}
-            if len(sizes) > 1:
-                mend = "give each size a pool of its own"
-                raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
-            replaced = nn.Sequential(*pool.children())  # its quantizer, if it has one
-            replaced.append(MatrixAvgPool2d(operation.shapes[0][2:], operation.shape[2:]))
-            replace_module(model, operation.name, replaced)
+        if not isinstance(pool, (nn.AdaptiveAvgPool2d, nn.AvgPool2d)):
+            continue
+        new = exportable_pool(pool, operation.shapes[0][2:], operation.shape[2:])
+        sizes = {other.shapes[0] for other in watched.operations if other.module is pool}
+        if new is not pool and len(sizes) > 1:
+            mend = "give each size a pool of its own"
+            raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
+        replace_module(model, operation.name, new)
     return model
 
 
@@ -173,9 +180,3 @@ def same_padding(conv: nn.Conv2d) -> tuple[int, ...] | str:
     if any(width % 2 for width in widths):
         return "same"
     return tuple(width // 2 for width in widths)
-
-
-def _is_regular(pool: Operation) -> bool:
-    """Whether all windows of an adaptive pool have one size and do not overlap."""
-    sizes = zip(pool.shapes[0][2:], pool.shape[2:], strict=True)
-    return all(size % out == 0 for size, out in sizes)

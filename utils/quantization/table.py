@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from layers import Add
+from layers.pool import needs_matrices
 from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
 from utils.quantization.modularize import ADDING, is_candidate
@@ -45,6 +46,8 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
 def _form(operation: Operation) -> tuple[str, str]:
     """The form of an operation, and its ranges or why it has none."""
     module = operation.module
+    if isinstance(module, QuantizedLayer) and not _runs_in_int8(operation):
+        return "float", "rounded, but exported as products of matrices"
     if isinstance(module, QuantizedLayer):
         quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
         return "INT8", "; ".join(map(_range, quantizers))
@@ -55,9 +58,16 @@ def _form(operation: Operation) -> tuple[str, str]:
     return "float", "not selected" if is_quantizable(module) else "no quantized form"
 
 
+def _runs_in_int8(operation: Operation) -> bool:
+    """Whether it is a quantized layer that engines have a kernel for."""
+    if not isinstance(operation.module, QuantizedLayer):
+        return False
+    return not needs_matrices(operation.module, operation.shapes[0][2:], operation.shape[2:])
+
+
 def _summary(operations: list[Operation], total: int) -> str:
     """As in `INT8: 98.7 % of the multiply-adds, 16 of 16 additions; float: conv1, fc`."""
-    quantized = [op for op in operations if isinstance(op.module, QuantizedLayer)]
+    quantized = [op for op in operations if _runs_in_int8(op)]
     macs = sum(op.macs for op in quantized)
     additions = []
     for operation in operations:
