@@ -73,6 +73,7 @@ class OpenVinoNetwork(Network):
         with self._loading():
             model = core().read_model(path)
             use_unsigned_codes(model)
+            keep_extremes_float(model)
         ends = []
         for port in (*model.inputs, *model.outputs):
             kind = port.element_type.get_type_name()
@@ -272,6 +273,24 @@ def use_unsigned_codes(model: openvino.Model) -> None:
         unsigned = operations.convert(rounded, "u8")
         for target in converts[0].output(0).get_target_inputs():
             target.replace_source_output(unsigned.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def keep_extremes_float(model: openvino.Model) -> None:
+    """Put something between a maximum over an axis and its quantizer, in place.
+
+    OpenVINO 2026.4 makes one layer of both, which rounds the maximum to a whole number. It does not
+    if a `Select` comes between, here of all that is less than the largest number. No value changes.
+    """
+    largest = operations.constant(np.finfo(np.float32).max)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("ReduceMax", "ReduceMin"):
+            continue
+        result = node.output(0)
+        readers = result.get_target_inputs()
+        limited = operations.select(operations.less(result, largest), result, largest)
+        for target in readers:
+            target.replace_source_output(limited.output(0))
     model.validate_nodes_and_infer_types()
 
 
