@@ -135,7 +135,9 @@ class OfQuantizedInput(QuantizedLayer):
     """What a float layer computes, of an INT8 input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.input_quantizer(x))
+        y = super().forward(self.input_quantizer(x))
+        # rounding made a copy; who reads `x` after a layer that works in place expects the result
+        return x.copy_(y) if getattr(self, "inplace", False) else y
 
 
 class QuantAdaptiveAvgPool2d(OfQuantizedInput, nn.AdaptiveAvgPool2d):

@@ -324,6 +324,9 @@ def test_use_of_codes_is_counted():
     # -127 0 1 2 3 4 127, of eight values
     assert weight.used_pct == pytest.approx(100 * 7 / 8)
     assert weight.clipped_pct == 0
+    # however many images there are, a weight has its values once
+    [found] = layer_facts(model, x.repeat(40, 1))
+    assert found.ranges[1] == weight
 
 
 def test_every_layer_of_a_network_has_its_facts():

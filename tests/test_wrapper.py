@@ -816,6 +816,16 @@ def test_batches_may_have_labels_as_a_data_loader_serves_them():
     assert_same(ranges(plain), ranges(labelled))
 
 
+def test_one_tensor_of_images_is_one_batch():
+    images = batches(1)[0]
+    one, listed = small(), small()
+    for model in (one, listed):
+        quantize_modules(model, EXAMPLE)
+    calibrate(one, images, "max")
+    calibrate(listed, [images], "max")
+    assert_same(ranges(one), ranges(listed))
+
+
 def test_one_pattern_is_not_taken_for_its_letters():
     assert quantize_modules(small(), EXAMPLE, skip_layers="fc") == quantize_modules(
         small(), EXAMPLE, skip_layers=["fc"]

@@ -62,8 +62,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
-    # without labels
-    batches = list(batches)
+    # without labels; a tensor is one batch
+    batches = [batches] if isinstance(batches, Tensor) else list(batches)
     if any(isinstance(batch, Mapping) for batch in batches):
         raise UserError("calibration takes images, or (images, labels), and no dictionaries")
     batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]

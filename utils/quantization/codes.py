@@ -69,6 +69,9 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
     def count(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not isinstance(quantizer, Quantizer):
             return
+        # a weight is the same for all images
+        if quantizer.axis is not None and quantizer in counts:
+            return
         x = args[0].detach().float()
         scale = quantizer.scale
         if scale.ndim:

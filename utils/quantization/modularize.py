@@ -110,8 +110,11 @@ def _may_become_module(word: str, shapes: Sequence[tuple[int, ...]]) -> bool:
 class _Tracer(fx.Tracer):
     """Traces one module's own `forward` as it is called in evaluation.
 
-    `self.training` becomes a node of the graph, so that `F.dropout` goes on to obey it.
+    `self.training` becomes a node of the graph, so that `F.dropout` goes on to obey it, and so do
+    buffers: what is computed of them follows a checkpoint that is loaded later.
     """
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
@@ -239,7 +242,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     interpreter = _Interpreter(holder, _cloned(bound.arguments))
     interpreter.run()
     for node, value in interpreter.env.items():
-        if isinstance(value, Tensor):
+        # parameters and buffers are no feature maps
+        if isinstance(value, Tensor) and node.op != "get_attr":
             node.meta["shape"] = tuple(value.shape)
     if not any(map(_is_candidate, graph.nodes)):
         raise ValueError("it does something else with what is no tensor, but stands for one")

@@ -68,7 +68,7 @@ class Switched:
         self._known: Iterator[tuple[str, Tensor]] = iter(())
         self._kept: Calls | None = None
         for name, layer in self.layers.items():
-            layer.forward = self._looked_up(name, layer.forward)
+            layer.forward = self._looked_up(name, layer)
 
     def __call__(
         self,
@@ -89,14 +89,16 @@ class Switched:
         self._known, self._kept = iter(known), keep
         return self.model(images)
 
-    def _looked_up(self, name: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _looked_up(self, name: str, layer: nn.Module) -> Callable[..., Tensor]:
         """The `forward` of a layer, which takes a call's result from those that are known."""
+        compute = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            # copies, as what follows may work in place
             known = next(self._known, None)
             if known is not None:
-                return known[1].clone()
+                # a copy, as what follows may work in place
+                result = known[1].clone()
+                return args[0].copy_(result) if getattr(layer, "inplace", False) else result
             result = compute(*args, **kwargs)
             if self._kept is not None:
                 self._kept.append((name, result.clone()))

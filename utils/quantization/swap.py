@@ -6,12 +6,19 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from utils.errors import UserError
 from utils.quantization.modularize import modularize_or_say
-from utils.quantization.watch import is_quantizable, replace_module, watch
+from utils.quantization.watch import (
+    is_quantizable,
+    replace_module,
+    run_on,
+    tensors_in,
+    watch,
+)
 
 
 def quantizable_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,6 +103,7 @@ def swap_layers(
     selected = select(list(layers), quant_layers, skip_layers)
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
+    keep_needed_inplace(model, example, [layers[name] for name in selected])
     for name in selected:
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
@@ -105,6 +113,35 @@ def swap_layers(
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
     return selected
+
+
+def keep_needed_inplace(model: nn.Module, example: Tensor, layers: Sequence[nn.Module]) -> None:
+    """Let only those of `layers` go on to work in place whose input is read again after them.
+
+    What rounds its input has made a copy, and would have to write its result back for nobody.
+    """
+    in_place = [layer for layer in layers if getattr(layer, "inplace", False)]
+    if not in_place:
+        return
+    wanted = _results(model, example)
+    for layer in in_place:
+        layer.inplace = False
+    # nearly always that is all
+    if _same(_results(model, example), wanted):
+        return
+    for layer in in_place:
+        layer.inplace = True
+    for layer in in_place:
+        layer.inplace = False
+        layer.inplace = not _same(_results(model, example), wanted)
+
+
+def _results(model: nn.Module, example: Tensor) -> list[Tensor]:
+    return tensors_in(run_on(model, example))
+
+
+def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def follow_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -210,9 +210,15 @@ def is_layer(module: nn.Module) -> bool:
 
 def watch(model: nn.Module, example: Tensor) -> Watch:
     """What `model` computes in evaluation mode of images (B, C, H, W)."""
-    with evaluating(model), Watch(model, len(example)) as watched:
-        model(example.to(next(model.parameters(), example).device))
+    with Watch(model, len(example)) as watched:
+        run_on(model, example)
     return watched
+
+
+def run_on(model: nn.Module, images: Tensor) -> Any:
+    """What `model` makes in evaluation mode of images (B, C, H, W), on its own device."""
+    with evaluating(model):
+        return model(images.to(next(model.parameters(), images).device))
 
 
 @contextmanager
