@@ -180,14 +180,18 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     name, _ = flags.agreed_network(args, checkpoint.network)
     flags.require_named(name, args.model)
     models.require(name)
-    quantization = flags.agreed_quantization(args, checkpoint.quantization)
-    if args.auto_quant and checkpoint.quantization is not None:
-        if checkpoint.epoch > 0:
-            raise UserError("--auto_quant: this checkpoint went through QAT; name the float one")
+    stored = checkpoint.quantization
+    if args.auto_quant and stored is not None and checkpoint.epoch > 0:
+        raise UserError("--auto_quant: this checkpoint went through QAT; name the float one")
+    chooses_layers = args.auto_quant or flags.given(args, flags.QUANTIZATION)
+    if chooses_layers and stored is not None and checkpoint.epoch == 0:
         # only calibrated, so its weights are the float network's: as if the flags had said the rest
         state = ckpt.without_ranges(checkpoint.state)
         checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
-        vars(args).update(vars(quantization))
+        for name, value in vars(stored).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    quantization = flags.agreed_quantization(args, checkpoint.quantization)
     if "INT8-QAT" in (args.precisions or ()) and checkpoint.quantization is None:
         mend = "fine-tune it with train.py --quantize first"
         raise UserError(f"--INT8QAT: this is a float checkpoint; {mend}")

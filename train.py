@@ -39,7 +39,7 @@ from utils.manifest import read_export
 from utils.quantization import layer_table
 from utils.quantization.watch import example_images
 from utils.recipe import Defaults, Recipe, fit_to_images, given_refusals, resolve, stored_flags
-from utils.specs import DataSpec, NetworkSpec
+from utils.specs import DataSpec, NetworkSpec, is_foreign
 from utils.training import kernels, ranks
 from utils.training.fuse import fuse
 from utils.training.optimizers import make_optimizer
@@ -264,6 +264,8 @@ def make_model(
             # a copy, which training does not change
             base.ptq_state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         print(layer_table(model, example_images(*size)))
+    if is_foreign(recipe.model):
+        networks.require_exportable(model, base.data)
     model = ranks.share_model(model, recipe.sync_batchnorm)
     if kernels.usable():
         fuse(model, example_images(*size))

@@ -16,6 +16,7 @@ from torch import nn
 from utils.errors import UserError
 
 FORMS = "torchvision/NAME, timm/NAME or package.module:callable"
+OWN_PACKAGES = ("dataset", "layers", "models", "utils")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -88,6 +89,7 @@ def _require_name(library: str, network: str, names: Sequence[str]) -> None:
 def _of_module(name: str) -> Callable[..., nn.Module]:
     """A callable of a module, which is in the working directory or on Python's path."""
     module_name, attribute = name.split(":")
+    _require_other_name(name, module_name)
     here = str(Path.cwd())
     # as `python -m` has it
     if here not in sys.path:
@@ -95,7 +97,17 @@ def _of_module(name: str) -> Callable[..., nn.Module]:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as error:  # it is anyone's code
+        if isinstance(error, ImportError):
+            _require_other_name(name, error.name or "")
         raise UserError(f"--m {name}: it cannot be imported: {_said(error)}") from None
+
+
+def _require_other_name(name: str, module: str) -> None:
+    """Raises UserError if a module would be looked for in a package of this project."""
+    package = module.partition(".")[0]
+    if package in OWN_PACKAGES:
+        what = f"{module} is looked for in this project's own {package}"
+        raise UserError(f"--m {name}: {what}: give your {package} another name")
 
 
 def _said(error: BaseException) -> str:

@@ -75,6 +75,11 @@ def extra(num_classes):
             pass
     return Extra(num_classes)
 
+def shuffled(num_classes):
+    net = Net(num_classes)
+    net.relu = nn.ChannelShuffle(2)
+    return net
+
 def fails(num_classes):
     raise RuntimeError("two\\nlines")
 """
@@ -171,6 +176,24 @@ def test_a_module_that_cannot_be_imported_is_one_line(own_module, tmp_path, text
 )
 def test_a_name_that_leads_nowhere_is_one_line(own_module, name, said):
     assert said in build_error(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "module"),
+    [
+        ("models.mine:make", "", "models.mine"),
+        ("layers:make", "", "layers"),
+        ("{own}:Net", "from utils.blocks import Block", "utils.blocks"),
+        ("{own}:Net", "from dataset import Mine", "dataset"),
+    ],
+)
+def test_a_package_named_as_one_of_this_projects_is_one_line(
+    own_module, tmp_path, name, text, module
+):
+    (tmp_path / f"{own_module}.py").write_text(text)
+    package = module.partition(".")[0]
+    said = f"{module} is looked for in this project's own {package}: give your {package} another"
+    assert said in build_error(name.format(own=own_module))
 
 
 def test_torchvisions_networks_are_theirs_without_weights():
@@ -634,6 +657,15 @@ def test_what_cannot_be_saved_or_exported_is_refused_before_training(own_module,
     spec = NetworkSpec(f"{own_module}:{name}", OWN_STEM, 3)
     with pytest.raises(UserError, match=said):
         networks.build_float(spec, (16, 16))
+
+
+@pytest.mark.usefixtures("tiny_digits")
+def test_what_the_exporter_cannot_write_is_refused_before_training(
+    own_module, tmp_path, error_line
+):
+    argv = ["--m", f"{own_module}:shuffled", *RUN.split(), "--od", tmp_path]
+    assert "exporter cannot write this network" in error_line(train.main, argv)
+    assert not list(tmp_path.glob("*/ckpt_*"))
 
 
 @pytest.mark.parametrize("name", ["no_such_module:make", "torchvision/resnet19"])

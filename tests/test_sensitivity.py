@@ -498,3 +498,9 @@ def test_a_calibrated_checkpoint_is_chosen_of_as_the_float_one(qat_checkpoint, t
     # what it was calibrated with holds on, as if the flags had said it
     assert quantization.skip_layers == args.skip_layers == ["fc"]
     assert flags.agreed_quantization(args, None) == quantization
+
+    # the choice by hand
+    by_hand = ["--load_ckpt", str(tmp_path / "ckpt_0"), "--skip_layers", "conv1"]
+    checkpoint, _, quantization = infer.read_checkpoint(infer.build_parser().parse_args(by_hand))
+    assert checkpoint.quantization is None
+    assert quantization.skip_layers == ["conv1"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -142,6 +144,18 @@ def load_imagenet_weights(model: nn.Module, name: str) -> None:
     except UserError as error:
         hint = "" if is_foreign(name) else "; use --stem imagenet"
         raise UserError(f"--pretrain: {error}{hint}") from None
+
+
+def require_exportable(model: nn.Module, data: DataSpec) -> None:
+    """Raises UserError if a network could be trained, but not exported afterwards.
+
+    Args:
+        model: float, or calibrated.
+    """
+    from utils.quantization.export import export_onnx  # onnx, which training does not need
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder) / "fp32.onnx", data.size, data.mean, data.std)
 
 
 def batches_of(

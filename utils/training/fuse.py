@@ -155,8 +155,10 @@ def _replace_forward(module: nn.Module, fused: Forward) -> None:
         module.forward = partial(_either, module.forward, fused)
 
 
-def _either(plain: Forward, fused: Forward, *args: Tensor) -> Tensor:
-    return fused(*args) if kernels.are_fusing() else plain(*args)
+def _either(plain: Forward, fused: Forward, *args: Tensor, **named: Tensor) -> Tensor:
+    if kernels.are_fusing():
+        return fused(*args, *named.values())  # of one tensor, or of two that we name ourselves
+    return plain(*args, **named)
 
 
 def _return_input(x: Tensor) -> Tensor:
