@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from layers.pool import exportable_pool
-from layers.quantized import PointwiseLinear, QuantizedLayer, QuantLinear, freeze_weight
+from layers.pool import MatrixAvgPool2d, needs_matrices
+from layers.quantized import (
+    PointwiseLinear,
+    QuantAvgPool2d,
+    QuantizedLayer,
+    QuantLinear,
+    freeze_weight,
+)
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 from utils.errors import UserError
 from utils.quantization.watch import Operation, Watch, is_plain, replace_module, watch
@@ -172,6 +179,32 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
             raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
         replace_module(model, operation.name, new)
     return model
+
+
+def exportable_pool(
+    pool: nn.AdaptiveAvgPool2d | nn.AvgPool2d, size: Sequence[int], out: Sequence[int]
+) -> nn.Module:
+    """What an average pool of one size of input is exported as: `pool`, or what replaces it.
+
+    Args:
+        pool: may be changed.
+        size, out: height and width of what it reads and makes.
+    """
+    if needs_matrices(pool, size, out):
+        return nn.Sequential(*pool.children(), MatrixAvgPool2d(pool, size, out))
+    if isinstance(pool, nn.AvgPool2d):
+        if pool.ceil_mode:
+            pool.count_include_pad = False  # there is none
+        return pool
+    if tuple(out) == (1, 1):
+        pool.output_size = 1  # a side may be None, for as many as there are
+        return pool
+    # the exporter may not know the size any more
+    kind = QuantAvgPool2d if isinstance(pool, QuantizedLayer) else nn.AvgPool2d
+    regular = kind((size[0] // out[0], size[1] // out[1]))
+    for name, quantizer in pool.named_children():
+        regular.add_module(name, quantizer)
+    return regular
 
 
 def same_padding(conv: nn.Conv2d) -> tuple[int, ...] | str:
