@@ -248,7 +248,7 @@ def make_model(
     if start:
         partial = recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:
-            # an export loads it after the training: whether it can is checked before
+            # only tried, as an export will need it after the training; the next one replaces it
             ckpt.load_weights(model, start.ptq_state)
         # a run that is resumed has its own classifier by now
         new_classifier = recipe.new_classifier and not start.whole

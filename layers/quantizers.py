@@ -105,6 +105,11 @@ class Quantizer(TensorQuantizer):
         return -CODE_MAX if self.narrow_range else -CODE_MAX - 1
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it has a range for each output channel, not one for an activation."""
+        return self.axis is not None
+
+    @property
     def calibrated(self) -> bool:
         return bool(torch.isfinite(self._amax).all())
 

@@ -158,8 +158,8 @@ class Tuner:
             float_right = right(names)
 
             def keeps(skip: Sequence[str]) -> bool:
-                found = right(skip)
-                return accuracy_pct(found) >= least_pct(found, float_right, max_drop)
+                hits = right(skip)
+                return accuracy_pct(hits) >= least_pct(hits, float_right, max_drop)
 
             def engines(skip: Sequence[str]) -> dict[str, Network]:
                 precisions = self._draft(Path(draft), skip)
@@ -170,9 +170,9 @@ class Tuner:
                 for precision, engine in networks.items():
                     latency_ms = float(np.median(engine.latencies_ms(images)))
                     predicted = predict(engine, self.val[0], engine.evaluation_batch, "val images")
-                    found = predicted == self.val[1]
-                    least = least_pct(found, float_right, max_drop)
-                    pct = accuracy_pct(found)
+                    hits = predicted == self.val[1]
+                    least = least_pct(hits, float_right, max_drop)
+                    pct = accuracy_pct(hits)
                     candidates.append(Candidate(precision, skip, latency_ms, pct, least))
                 return candidates
 

@@ -134,14 +134,14 @@ def load_data(
     mend: str = "",
     test_digest: str | None = None,
 ) -> dataset.ImageData:
-    """A data set, and whether it is the one that a checkpoint or an export was made with.
+    """A data set, which must be the one that a checkpoint or an export was made with.
 
     Args:
         img_size: height and width that a folder's images are resized to.
-        known: what that says of its images; None: there is none.
+        known: the images that a checkpoint or an export was made with; None: there is none.
         other_images: the images may be others, of the same classes.
-        mend: what else than naming the same images a user of others can do.
-        test_digest: of the test images, where the train images are of no use.
+        mend: what a user of other images can do, beside naming the same ones.
+        test_digest: where the test images alone count: their digest.
 
     Raises:
         UserError: the files hold something else, or cannot be read.

@@ -89,7 +89,7 @@ def _find_ranges(
     model: nn.Module, batches: list[Tensor], quantizers: dict[str, Quantizer], method: str
 ) -> None:
     """Leave each quantizer a calibrator that knows its range."""
-    activations = [found for found in quantizers.values() if found.axis is None]
+    activations = [found for found in quantizers.values() if not found.is_weight]
 
     # first pass, in float: the largest magnitudes, which are all that weights and "max" need
     for quantizer in quantizers.values():
@@ -255,7 +255,7 @@ def _count(shares: Tensor) -> Tensor:
     """
     bins = shares.view(torch.int32)
     bins >>= 16
-    # column 0 is for what is too small; 1 itself belongs to the last bin
+    # column 0 is for what is too small, 1..BINS are the bins; 1 itself belongs to the last one
     bins -= _FIRST_BIN - 1
     bins.clamp_(0, BINS)
     # one count over all images: each has its own BINS + 1 numbers

@@ -70,7 +70,7 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
         if not isinstance(quantizer, Quantizer):
             return
         # a weight is the same for all images
-        if quantizer.axis is not None and quantizer in counts:
+        if quantizer.is_weight and quantizer in counts:
             return
         x = args[0].detach().float()
         scale = quantizer.scale

@@ -164,8 +164,9 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
         if isinstance(module, QuantLinear) and is_plain(module):
             replace_module(model, name, PointwiseLinear.from_linear(module))
-        # the ranges of activations, which come after their layers
-        if isinstance(module, Quantizer) and module.axis is None:
+        # the ranges of activations; a layer comes before its quantizers in this list, and a
+        # PointwiseLinear has taken them over by now
+        if isinstance(module, Quantizer) and not module.is_weight:
             replace_module(model, name, FrozenQuantizer(module.scale))
     # average pools that the exporter would write as something else
     for operation in watched.operations:

@@ -207,6 +207,7 @@ class _Interpreter(fx.Interpreter):
         self.given = given
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # nothing is given for `others_by_place`, which `_declare_star` adds
         return self.given.get(target.lstrip("*"), ())
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

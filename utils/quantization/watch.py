@@ -114,7 +114,7 @@ class Watch(TorchFunctionMode):
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._running.append(None if layer else name)
-            # a list may be appended to later: DenseNet's is
+            # copies of the lists, not of the tensors: DenseNet appends to its list later
             self.inputs.setdefault(name, tree_map(lambda value: value, (args, kwargs)))
             given = tree_map_only(Tensor, lambda _: "tensor", (args, kwargs))
             self.constants[name].add(repr(given))

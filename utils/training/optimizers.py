@@ -139,7 +139,8 @@ def muon_step(
         by_rows.setdefault(math.ceil(min(_shape(weight)) / ROW_STEP), []).append(index)
 
     for indices in by_rows.values():
-        # every matrix in a slot of its own, filled up with zeros, which the iteration keeps
+        # every matrix in a slot of its own, filled up with zeros, which the iteration keeps; the
+        # slots beyond them are empty, so that each rank has equally many
         shapes = [sorted(_shape(filters[i])) for i in indices]
         share = math.ceil(len(indices) / ranks.world_size())
         rows, width = (max(sizes) for sizes in zip(*shapes, strict=True))

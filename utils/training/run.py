@@ -151,8 +151,9 @@ class Run:
         last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
         if not self.best.exists():
             self.best_val_loss = last_loss
-        # the last epoch is the best one, whose ckpt_best may not have come to disk
-        if write and last_loss == self.best_val_loss:
+        # killed between the two files of an epoch, a run has no ckpt_best of its last one
+        last_is_best = last_loss == self.best_val_loss
+        if write and last_is_best:
             self._write_best(checkpoint)
 
 

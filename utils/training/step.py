@@ -144,17 +144,18 @@ class Step:
 
     def _sharpness_aware_gradient(self, images: Tensor, labels: Tensor) -> None:
         """Replace the gradient here by that at the end of a short step up the hill (SAM)."""
-        moved = [tensor.detach() for tensor in (*self.matrices, *self.float_buffers)]
-        before = torch._foreach_mul(moved, 1.0)  # copies
+        weights = [p.detach() for p in self.matrices]
+        moved = [*weights, *(buffer.detach() for buffer in self.float_buffers)]
+        before = torch._foreach_mul(moved, 1.0)  # copies, in few kernels
 
         # rho |p| / |g| for each matrix
         gradients = [p.grad for p in self.matrices]
         steepness = torch._foreach_norm(gradients)
         torch._foreach_clamp_min_(steepness, 1e-12)
-        lengths = torch._foreach_div(torch._foreach_norm(moved[: len(gradients)]), steepness)
+        lengths = torch._foreach_div(torch._foreach_norm(weights), steepness)
         torch._foreach_mul_(lengths, self.sam_rho)
         steps = torch._foreach_mul(gradients, lengths)
-        torch._foreach_add_(moved[: len(gradients)], steps)
+        torch._foreach_add_(weights, steps)
 
         self.optimizer.zero_grad()
         self._gradient(images, labels)
