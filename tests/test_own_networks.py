@@ -913,6 +913,15 @@ def test_table_says_how_much_is_int8_and_why_the_rest_is_not():
     assert "not selected" in next(line for line in lines if line.startswith("conv2 "))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_table_says_that_a_computed_weight_is_no_parameter():
+    model = Residual()
+    nn.utils.weight_norm(model.conv2)
+    quantize_modules(model, EXAMPLE)
+    line = next(line for line in layer_table(model, EXAMPLE).splitlines() if "conv2" in line)
+    assert "its weight is computed: remove_weight_norm first" in line
+
+
 def test_table_counts_multiply_adds():
     model = Residual()
     quantize_modules(model, EXAMPLE, skip_layers=["conv1"])

@@ -55,7 +55,11 @@ def _form(operation: Operation) -> tuple[str, str]:
         return "-", "rounded as what reads it says"
     if module is None:
         return "float", f"functional, at {operation.where}"
-    return "float", "not selected" if is_quantizable(module) else "no quantized form"
+    if is_quantizable(module):
+        return "float", "not selected"
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" not in module._parameters:
+        return "float", "its weight is computed: remove_weight_norm first"
+    return "float", "no quantized form"
 
 
 def _runs_in_int8(operation: Operation) -> bool:
