@@ -993,10 +993,18 @@ class Masked(nn.Module):
         return self.fc((y.masked_fill(y < 100, -1e9).softmax(2) * y).sum(2))
 
 
-def test_numbers_beyond_fp16_stay_finite_in_the_fp16_graph(tmp_path):
+class UnitLength(Masked):
+    """Divides by lengths of which some are 0."""
+
+    def forward(self, x):
+        return self.fc(F.normalize(self.conv(x).relu() * (x[:, :1, 1:-1, 1:-1] > 0)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Masked, UnitLength])
+def test_numbers_beyond_fp16_stay_finite_and_not_zero_in_the_fp16_graph(tmp_path, network):
     torch.manual_seed(0)
     path = tmp_path / "model.onnx"
-    images, expected, scale = assert_computes_the_same(Masked(), path, (8, 8))
+    images, expected, scale = assert_computes_the_same(network(), path, (8, 8))
     in_fp16 = OnnxRuntimeNetwork(tmp_path / "model_fp16.onnx")(images)
     assert np.abs(in_fp16 - expected).max() <= 1e-2 * scale
 

@@ -274,9 +274,13 @@ def _round_constants(model: ModelProto) -> None:
 
 
 def _in_fp16(values: np.ndarray) -> np.ndarray:
-    """What is finite stays so: a row that a mask's infinity covers as a whole would be NaN."""
-    clipped = values.clip(-LARGEST_FP16, LARGEST_FP16)
-    return np.where(np.isfinite(values), clipped, values).astype(np.float16)
+    """What is finite stays so, and what is not 0.
+
+    A row that a mask's infinity covers as a whole would be NaN, and so would 0 / max(0, 1e-12).
+    """
+    held = np.where(np.isfinite(values), values.clip(-LARGEST_FP16, LARGEST_FP16), values)
+    is_tiny = (values != 0) & (np.abs(values) < SMALLEST_FP16)
+    return np.where(is_tiny, np.copysign(SMALLEST_FP16, values), held).astype(np.float16)
 
 
 def _without_fp16(model: ModelProto) -> dict[str, list[str]]:
