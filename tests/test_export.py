@@ -625,6 +625,15 @@ def test_normalisation_in_units_of_levels_is_refused(tmp_path, mean, std):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_number_is_a_square_and_each_channel_has_both_numbers(tmp_path):
+    export_onnx(small(), tmp_path / "square.onnx", 8, *STATS)
+    export_onnx(small(), tmp_path / "both.onnx", (8, 8), *STATS)
+    square, both = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("square", "both"))
+    assert square.input == both.input
+    with pytest.raises(UserError, match="need a number for each channel, both"):
+        export_onnx(small(), tmp_path / "model.onnx", 8, STATS[0], [0.25])
+
+
 def fail_halfway(self, data):
     with self.open("wb") as file:
         file.write(bytes(data)[: len(data) // 2])

@@ -816,6 +816,16 @@ def test_batches_may_have_labels_as_a_data_loader_serves_them():
     assert_same(ranges(plain), ranges(labelled))
 
 
+@pytest.mark.parametrize(
+    "example",
+    [EXAMPLE[0], EXAMPLE.to(torch.uint8), (EXAMPLE, torch.zeros(2))],
+    ids=["one", "bytes", "batch"],
+)
+def test_an_example_that_is_no_batch_of_normalised_images_is_refused(example):
+    with pytest.raises(UserError, match=r"normalised images: a float tensor \(B, C, H, W\)"):
+        quantize_modules(small(), example)
+
+
 def test_one_tensor_of_images_is_one_batch():
     images = batches(1)[0]
     one, listed = small(), small()

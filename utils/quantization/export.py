@@ -28,6 +28,7 @@ from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
 from utils.quantization.watch import example_images
+from utils.specs import height_width
 
 OPSET = 17
 """13 brought per-channel QuantizeLinear; TensorRT 8.6 reads up to 17."""
@@ -42,7 +43,7 @@ SIZED = ("avg_pool2d", "max_pool2d", "_max_pool2d", "layer_norm")
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    image_size: tuple[int, int],
+    image_size: int | Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
@@ -55,23 +56,27 @@ def export_onnx(
     Args:
         path: of the graph; the one in FP16 is `<stem>_fp16.onnx`, or `fp16.onnx` if the stem is
             `fp32`.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels; one number for a square.
         mean, std: of each of the C channels, in units of the full range (0..1).
 
     Raises:
-        UserError: a range was never calibrated, `mean` is in other units, or the network branches
-            on values or computes what torch's exporter cannot write.
+        UserError: a range was never calibrated, `mean` and `std` are in other units or of several
+            lengths, or the network branches on values or computes what torch's exporter cannot
+            write.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
     require_calibrated(model)
     if not all(-1 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
+    if len(mean) != len(std):
+        raise UserError(f"mean {mean} and std {std} need a number for each channel, both")
     path = Path(path)
-    example = example_images(*image_size, channels=len(mean))
+    size = height_width(image_size)
+    example = example_images(*size, channels=len(mean))
     network = FromImages(to_inference(model, example), mean, std).eval()
     try:
-        graph = _traced(network, torch.zeros(2, *image_size, len(mean), dtype=torch.uint8))
+        graph = _traced(network, torch.zeros(2, *size, len(mean), dtype=torch.uint8))
         merge_shared_quantizers(graph)
         _require_free_batch(graph)
         in_fp16 = to_fp16(graph)

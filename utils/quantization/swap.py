@@ -85,8 +85,10 @@ def quantize_modules(
         The names of the selected layers, in the model's order.
 
     Raises:
-        UserError: a pattern matches nothing, or no layer is left.
+        UserError: a pattern matches nothing, no layer is left, or the example is no such tensor.
     """
+    if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
+        raise UserError("the example must be normalised images: a float tensor (B, C, H, W)")
     modularize_or_say(model, example)
     return swap_layers(model, example, quant_layers, skip_layers)
 
