@@ -183,14 +183,15 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     stored = checkpoint.quantization
     if args.auto_quant and stored is not None and checkpoint.epoch > 0:
         raise UserError("--auto_quant: this checkpoint went through QAT; name the float one")
-    chooses_layers = args.auto_quant or flags.given(args, flags.QUANTIZATION)
-    if chooses_layers and stored is not None and checkpoint.epoch == 0:
-        # only calibrated, so its weights are the float network's: as if the flags had said the rest
-        state = ckpt.without_ranges(checkpoint.state)
-        checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
-        for name, value in vars(stored).items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+    if stored is not None and checkpoint.epoch == 0:
+        known = vars(stored)
+        given = {flag: getattr(args, flag) for flag in known if getattr(args, flag) is not None}
+        if args.auto_quant or given != {flag: known[flag] for flag in given}:
+            # only calibrated, so its weights are the float network's: as if the flags had said
+            # the rest
+            state = ckpt.without_ranges(checkpoint.state)
+            checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
+            vars(args).update({**known, **given})
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
     if "INT8-QAT" in (args.precisions or ()) and checkpoint.quantization is None:
         mend = "fine-tune it with train.py --quantize first"

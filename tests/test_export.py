@@ -1064,9 +1064,10 @@ class Sized(nn.Module):
     [
         lambda x: F.avg_pool2d(x, x.size()[2:]),
         lambda x: F.max_pool2d(x, kernel_size=x.shape[2:]),
+        lambda x: F.avg_pool2d(input=x, kernel_size=2),
         lambda x: F.layer_norm(x, x.shape[1:]) * x,
     ],
-    ids=["average", "maximum", "norm"],
+    ids=["average", "maximum", "named", "norm"],
 )
 def test_sizes_may_be_read_off_a_tensor(tmp_path, function):
     assert_computes_the_same(Sized(function), tmp_path / "model.onnx", (8, 10))
@@ -1083,3 +1084,44 @@ def test_no_engine_is_asked_for_int8_of_a_pool_that_is_written_as_matrices(tmp_p
     export_onnx(model, tmp_path / "model.onnx", (8, 8), *STATS)
     layers = {layer_of(node) for node in int8_nodes(tmp_path / "model.onnx", model)}
     assert layers == {"0", "3"}
+
+
+@pytest.mark.parametrize("options", [{"ceil_mode": True}, {"divisor_override": 3}], ids=str)
+def test_a_functional_pool_that_would_be_another_is_refused(tmp_path, options):
+    model = Sized(lambda x: F.avg_pool2d(input=x, kernel_size=2, padding=1, **options))
+    with pytest.raises(UserError, match="make it an nn.AvgPool2d"):
+        export_onnx(model.eval(), tmp_path / "model.onnx", (8, 8), *STATS)
+
+
+class Pooled(nn.Module):
+    """Pools several feature maps by one pool."""
+
+    def __init__(self, pool, others):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.pool = pool
+        self.others = others
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.cat([self.pool(x), self.pool(self.others(x))], 1).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "others"),
+    [
+        (nn.AdaptiveAvgPool2d(2), lambda x: x[:, :, ::2, ::2]),
+        (nn.AdaptiveAvgPool2d(3), lambda x: torch.cat([x, x], 1)),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), lambda x: torch.cat([x, x], 1)),
+    ],
+    ids=["regular", "adaptive", "ceil"],
+)
+def test_one_pool_may_read_several_feature_maps(tmp_path, pool, others):
+    assert_computes_the_same(Pooled(pool, others), tmp_path / "model.onnx", (10, 10))
+
+
+def test_a_hook_of_a_pool_is_exported(tmp_path):
+    pool = nn.AdaptiveAvgPool2d(2)
+    pool.register_forward_hook(lambda *given: given[-1] * 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Flatten(), nn.Linear(16, 5))
+    assert_computes_the_same(model, tmp_path / "model.onnx", (8, 8))

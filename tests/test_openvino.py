@@ -113,6 +113,22 @@ def test_a_maximum_before_a_quantizer_stays_no_whole_number(tmp_path, extreme):
     assert error < 0.05 * np.linalg.norm(expected - expected.mean(0))
 
 
+def test_a_maximum_of_whole_numbers_is_left_alone(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x.mean((2, 3)) * (x > 0).long().amax((1, 2, 3))[:, None]
+
+    export_onnx(Counting().eval(), tmp_path / "fp32.onnx", (8, 8), *STATS)
+    images = random_images(2)
+    expected = OnnxRuntimeNetwork(tmp_path / "fp32.onnx")(images)
+    np.testing.assert_allclose(OpenVinoNetwork(tmp_path / "fp32.onnx")(images), expected, atol=1e-4)
+
+
 def test_logits_stay_when_the_next_batch_runs(small):
     network = OpenVinoNetwork(small)
     images = random_images(4)

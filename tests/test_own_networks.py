@@ -1352,6 +1352,21 @@ def test_what_is_computed_of_a_buffer_follows_a_checkpoint():
     torch.testing.assert_close(model(EXAMPLE), float_model(EXAMPLE))
 
 
+def test_a_buffer_may_decide_what_a_forward_does():
+    class Switched(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("on", torch.tensor(True))
+
+        def forward(self, x):
+            x = self.conv1(x)
+            return self.head(self.conv2(x) + x if self.on else x)
+
+    model = Switched().eval()
+    assert not modularize(model, EXAMPLE)
+    assert isinstance(model.add, Add)
+
+
 @pytest.mark.parametrize("images", [1, 2])
 def test_parameters_are_no_feature_maps_however_many_images_the_example_has(images):
     class Shifted(Base):

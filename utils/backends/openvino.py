@@ -280,13 +280,16 @@ def keep_extremes_float(model: openvino.Model) -> None:
     """Put something between a maximum over an axis and its quantizer, in place.
 
     OpenVINO 2026.4 makes one layer of both, which rounds the maximum to a whole number. It does not
-    if a `Select` comes between, here of all that is less than the largest number. No value changes.
+    if a `Select` comes between, here of all that is less than the largest number. No finite value
+    changes.
     """
     largest = operations.constant(np.finfo(np.float32).max)
     for node in model.get_ordered_ops():
         if node.get_type_name() not in ("ReduceMax", "ReduceMin"):
             continue
         result = node.output(0)
+        if result.get_element_type() != openvino.Type.f32:
+            continue
         readers = result.get_target_inputs()
         limited = operations.select(operations.less(result, largest), result, largest)
         for target in readers:

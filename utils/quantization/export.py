@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -122,18 +123,30 @@ class _PlainSizes(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if getattr(function, "__name__", "") in SIZED:
-            image, *options = args
+        word, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if word in SIZED:
             # `x.shape[2:]` of a traced tensor holds tensors
-            args = (image, *(_numbers(option) for option in options))
-            kwargs = {name: _numbers(option) for name, option in (kwargs or {}).items()}
-        return function(*args, **(kwargs or {}))
+            args = tuple(_numbers(value) for value in args)
+            kwargs = {name: _numbers(value) for name, value in kwargs.items()}
+        if word == "avg_pool2d":
+            _require_known_average(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
-def _numbers(option: Any) -> Any:
-    if isinstance(option, (tuple, list)):
-        return [_numbers(value) for value in option]
-    return int(option) if isinstance(option, Tensor) and option.ndim == 0 else option
+def _numbers(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_numbers(side) for side in value]
+    return int(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _require_known_average(*args: Any, **kwargs: Any) -> None:
+    """Raises UserError where the exporter would write `F.avg_pool2d` as another function."""
+    kwargs.pop("input", None)
+    options = inspect.signature(nn.AvgPool2d).bind(*args[1:], **kwargs).arguments
+    counts_padding = options.get("ceil_mode") and options.get("count_include_pad", True)
+    if counts_padding or options.get("divisor_override") is not None:
+        what = "F.avg_pool2d with ceil_mode or divisor_override is exported as another function"
+        raise UserError(f"{what}: make it an nn.AvgPool2d")
 
 
 @contextmanager

@@ -171,14 +171,17 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     # average pools that the exporter would write as something else
     for operation in watched.operations:
         pool = operation.module
-        if not isinstance(pool, (nn.AdaptiveAvgPool2d, nn.AvgPool2d)):
+        # hooks belong to this very pool
+        is_pool = isinstance(pool, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))
+        if not is_pool or not is_plain(pool):
             continue
-        new = exportable_pool(pool, operation.shapes[0][2:], operation.shape[2:])
-        sizes = {other.shapes[0] for other in watched.operations if other.module is pool}
-        if new is not pool and len(sizes) > 1:
+        size, out = operation.shapes[0][2:], operation.shape[2:]
+        sizes = {other.shapes[0][2:] for other in watched.operations if other.module is pool}
+        if len(sizes) == 1:
+            replace_module(model, operation.name, exportable_pool(pool, size, out))
+        elif needs_matrices(pool, size, out):
             mend = "give each size a pool of its own"
             raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
-        replace_module(model, operation.name, new)
     return model
 
 

@@ -230,7 +230,15 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     expected = _run(module.forward, bound)
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
-    graph = _Tracer().trace(module, bound.arguments)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(module, bound.arguments)
+    except Exception:  # perhaps a buffer decides what the forward does: its value is built in
+        vars(module).clear()
+        vars(module).update(before)
+        tracer = _Tracer()
+        tracer.proxy_buffer_attributes = False
+        graph = tracer.trace(module, bound.arguments)
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
         if not is_as_before and not name.startswith("_tensor_constant"):

@@ -218,7 +218,8 @@ def watch(model: nn.Module, example: Tensor) -> Watch:
 def run_on(model: nn.Module, images: Tensor) -> Any:
     """What `model` makes in evaluation mode of images (B, C, H, W), on its own device."""
     with evaluating(model):
-        return model(images.to(next(model.parameters(), images).device))
+        # a copy: the first layer may work in place
+        return model(images.to(next(model.parameters(), images).device, copy=True))
 
 
 @contextmanager
