@@ -186,7 +186,8 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     if stored is not None and checkpoint.epoch == 0:
         known = vars(stored)
         given = {flag: getattr(args, flag) for flag in known if getattr(args, flag) is not None}
-        if args.auto_quant or given != {flag: known[flag] for flag in given}:
+        differs = any(value != known[flag] for flag, value in given.items())
+        if args.auto_quant or differs:
             # only calibrated, so its weights are the float network's: as if the flags had said
             # the rest
             state = ckpt.without_ranges(checkpoint.state)

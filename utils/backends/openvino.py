@@ -290,7 +290,7 @@ def keep_extremes_float(model: openvino.Model) -> None:
         result = node.output(0)
         if result.get_element_type() != openvino.Type.f32:
             continue
-        readers = result.get_target_inputs()
+        readers = result.get_target_inputs()  # before the comparison becomes one of them
         limited = operations.select(operations.less(result, largest), result, largest)
         for target in readers:
             target.replace_source_output(limited.output(0))

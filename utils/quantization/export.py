@@ -232,8 +232,10 @@ def int8_nodes(path: Path, model: nn.Module) -> list[str]:
         elif node.op_type == "GlobalAveragePool" and shapes.get(source, [])[2:] == [1, 1]:
             idle.append(node.name)
         elif not quantized.isdisjoint(node.input):
-            is_pool = node.op_type == "MatMul" and layer_of(node.name).startswith(pools)
-            (idle if is_pool else names).append(node.name)
+            if node.op_type == "MatMul" and layer_of(node.name).startswith(pools):
+                idle.append(node.name)
+            else:
+                names.append(node.name)
     found = [f"{layer_of(name)}." for name in (*names, *idle)]
     for name, module in model.named_modules():
         is_there = any(layer.startswith(f"{name}.") for layer in found)

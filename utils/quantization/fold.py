@@ -168,7 +168,16 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         # PointwiseLinear has taken them over by now
         if isinstance(module, Quantizer) and not module.is_weight:
             replace_module(model, name, FrozenQuantizer(module.scale))
-    # average pools that the exporter would write as something else
+    _make_pools_exportable(model, watched)
+    return model
+
+
+def _make_pools_exportable(model: nn.Module, watched: Watch) -> None:
+    """Replace the average pools that the exporter would write as something else, in place.
+
+    Raises:
+        UserError: one of them reads feature maps of several sizes.
+    """
     for operation in watched.operations:
         pool = operation.module
         # hooks belong to this very pool
@@ -182,7 +191,6 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         elif needs_matrices(pool, size, out):
             mend = "give each size a pool of its own"
             raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")
-    return model
 
 
 def exportable_pool(

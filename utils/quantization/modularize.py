@@ -230,15 +230,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     expected = _run(module.forward, bound)
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(module, bound.arguments)
-    except Exception:  # perhaps a buffer decides what the forward does: its value is built in
-        vars(module).clear()
-        vars(module).update(before)
-        tracer = _Tracer()
-        tracer.proxy_buffer_attributes = False
-        graph = tracer.trace(module, bound.arguments)
+    graph = _traced(module, bound.arguments)
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
         if not is_as_before and not name.startswith("_tensor_constant"):
@@ -269,6 +261,19 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     module.__class__ = _with_forward(type(module), imports + holder.code)
     for child_name, child in children.items():
         module.add_module(child_name, child.eval())
+
+
+def _traced(module: nn.Module, arguments: dict[str, Any]) -> fx.Graph:
+    """A module's own `forward` as a graph; where buffers decide what it does, with their values."""
+    before = dict(vars(module))
+    try:
+        return _Tracer().trace(module, arguments)
+    except Exception:  # perhaps as a buffer's stand-in was asked for its value
+        vars(module).clear()
+        vars(module).update(before)
+    tracer = _Tracer()
+    tracer.proxy_buffer_attributes = False
+    return tracer.trace(module, arguments)
 
 
 @cache

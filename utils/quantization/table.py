@@ -46,11 +46,11 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
 def _form(operation: Operation) -> tuple[str, str]:
     """The form of an operation, and its ranges or why it has none."""
     module = operation.module
-    if isinstance(module, QuantizedLayer) and not _runs_in_int8(operation):
-        return "float", "rounded, but exported as products of matrices"
-    if isinstance(module, QuantizedLayer):
+    if _runs_in_int8(operation):
         quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
         return "INT8", "; ".join(map(_range, quantizers))
+    if isinstance(module, QuantizedLayer):
+        return "float", "rounded, but exported as products of matrices"
     if operation.function in CONCATENATIONS:
         return "-", "rounded as what reads it says"
     if module is None:
