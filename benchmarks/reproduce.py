@@ -155,7 +155,8 @@ class Study:
         """The best checkpoints of fine-tuning in float and of QAT, after training in float."""
         plan = self.plan
         shared = ["--dataset", plan.dataset, "--seed", str(self.seed)]
-        in_float = float_flags(plan.train_flags)
+        # flags that say how to quantize are for QAT alone
+        in_float = without(flags.QUANTIZATION, plan.train_flags)
         new = ["--m", self.model, "--stem", self.stem]
         with self.timed("float"):
             argv = [*new, *shared, *in_float]
@@ -221,13 +222,10 @@ def finished(folder: Path, num_epochs: int, data_dir: Path, argv: Sequence[str])
     return folder / BEST
 
 
-def float_flags(words: Sequence[str]) -> list[str]:
-    """Those of train.py's `words` that are for float training too.
-
-    All but the flags that say how to quantize.
-    """
+def without(names: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words of a command line but for the flags of these names and their values."""
     parser = argparse.ArgumentParser(add_help=False)
-    for name in flags.QUANTIZATION:
+    for name in names:
         parser.add_argument(f"--{name}", nargs="+")
     _, others = parser.parse_known_args(words)
     return others
@@ -294,7 +292,8 @@ def build_engines(plan: Plan, onnx: Path, record: Path) -> None:
     command += ["--FP16", "--INT8PTC", "--INT8QAT", "--ptc_mode", plan.ptc_mode]
     command += ["--batch_size", *BATCH_SIZES, "--opt_level", plan.opt_level]
     command += ["--timing_cache", plan.work.resolve() / "timings"]
-    command += ["--record", record.resolve(), *plan.infer_flags]
+    # PyTorch has run before the export
+    command += ["--record", record.resolve(), *without(["torch_compile"], plan.infer_flags)]
     if subprocess.run([str(word) for word in command], cwd=records.ROOT).returncode:
         raise UserError(
             f"engines of {onnx} failed, see above; mend it and run again, or add --no_engines"

@@ -17,6 +17,7 @@ import infer
 import train
 from benchmarks import calibrators, cpu_speed, peers, reproduce, tables, train_speed
 from utils import checkpoint as ckpt
+from utils import flags
 from utils.errors import UserError
 from utils.files import locked
 from utils.specs import Quantization
@@ -307,7 +308,7 @@ exit $(cat {tmp_path / "code"})"""
         num_epochs=2,
         tune_epochs=1,
         train_flags=[],
-        infer_flags=["--audit", "--batch_size", "8"],
+        infer_flags=["--audit", "--torch_compile", "8", "--batch_size", "8"],
         quantization=Quantization(),
         engine_python=executable(tmp_path / "python", script),
         ptc_mode="implicit",
@@ -443,7 +444,9 @@ def test_engines_are_built_by_the_python_that_has_tensorrt(plan, tmp_path):
     assert (given.ptc_mode, given.opt_level, given.batch_sizes) == ("implicit", 4, [8])
     assert given.backend == "tensorrt"
     assert given.precisions == ["FP16", "INT8-PTC", "INT8-QAT"]
+    # --torch_compile, which is of PyTorch's part, is not handed on
     assert given.audit
+    assert not given.torch_compile
     assert given.timing_cache == tmp_path / "work" / "timings"
     assert json.loads(record.read_text()) == {"kind": "inference"}
 
@@ -471,7 +474,7 @@ def test_the_calibration_that_tensorrt_offers_is_asked_for(tmp_path, printed, mo
 def test_flags_that_say_how_to_quantize_are_not_for_training_in_float():
     words = "--batch_size 64 --skip_layers fc *.add --sync_batchnorm --calibrator entropy --lr 0.1"
     expected = "--batch_size 64 --sync_batchnorm --lr 0.1"
-    assert reproduce.float_flags(words.split()) == expected.split()
+    assert reproduce.without(flags.QUANTIZATION, words.split()) == expected.split()
 
 
 @pytest.mark.usefixtures("no_training")
