@@ -1,6 +1,7 @@
 """Quantized layers: float layers whose operands pass through a quantizer first.
 
 They subclass the float layers and keep their parameter names, so a float checkpoint loads by name.
+Where a float layer is given its input by keyword, as torch calls it, they take it, too.
 With `Quantizer` inside they are the training form; `utils.quantization.fold` puts `FrozenQuantizer`
 there and has the inference form.
 """
@@ -58,9 +59,9 @@ class QuantizedLayer(nn.Module):
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution of an INT8 input (one range), INT8 weight (one range for each output channel)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input_quantizer(x)
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        rounded = self.input_quantizer(input)
+        return self._conv_forward(rounded, self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
@@ -71,8 +72,8 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     weight_axis = 1
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self.input_quantizer(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.input_quantizer(input)
         weight = self.weight_quantizer(self.weight)
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
@@ -85,9 +86,9 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 class QuantLinear(QuantizedLayer, nn.Linear):
     """Product of an INT8 input (one range), INT8 weight (one range for each output feature)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input_quantizer(x)
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        rounded = self.input_quantizer(input)
+        return F.linear(rounded, self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantAdd(QuantizedLayer, Add):
@@ -134,10 +135,11 @@ class QuantMul(QuantizedLayer, Mul):
 class OfQuantizedInput(QuantizedLayer):
     """What a float layer computes, of an INT8 input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(self.input_quantizer(x))
-        # rounding made a copy; who reads `x` after a layer that works in place expects the result
-        return x.copy_(y) if getattr(self, "inplace", False) else y
+    def forward(self, input: Tensor) -> Tensor:
+        if not getattr(self, "inplace", False):
+            return super().forward(self.input_quantizer(input))
+        # who reads `input` after this expects the result there; the gradient needs what was there
+        return input.copy_(super().forward(self.input_quantizer(input.clone())))
 
 
 class QuantAdaptiveAvgPool2d(OfQuantizedInput, nn.AdaptiveAvgPool2d):
@@ -264,7 +266,8 @@ class PointwiseLinear(QuantConv2d):
         conv.weight_quantizer = linear.weight_quantizer
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if x.ndim == 2:
             x = x[:, :, None, None]  # (N, in) -> (N, in, 1, 1)
             return super().forward(x).flatten(1)  # (N, out, 1, 1) -> (N, out)

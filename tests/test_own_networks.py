@@ -634,7 +634,7 @@ def test_a_whole_network_can_be_saved():
     ("network", "why"),
     [
         (Unlike, "control flow"),
-        (TwoNames, "in place that has another name"),
+        (TwoNames, "modules in their place give another result"),
         (Branch, "control flow"),
         (ByShape, "control flow"),
     ],
@@ -913,13 +913,21 @@ def test_table_says_how_much_is_int8_and_why_the_rest_is_not():
     assert "not selected" in next(line for line in lines if line.startswith("conv2 "))
 
 
+def test_table_says_that_a_weight_of_a_parametrization_is_computed():
+    model = Residual()
+    nn.utils.parametrizations.weight_norm(model.conv2)
+    quantize_modules(model, EXAMPLE)
+    line = next(line for line in layer_table(model, EXAMPLE).splitlines() if "conv2" in line)
+    assert "its weight is computed: " in line
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_table_says_that_a_computed_weight_is_no_parameter():
     model = Residual()
     nn.utils.weight_norm(model.conv2)
     quantize_modules(model, EXAMPLE)
     line = next(line for line in layer_table(model, EXAMPLE).splitlines() if "conv2" in line)
-    assert "its weight is computed: remove_weight_norm first" in line
+    assert "its weight is computed: remove_weight_norm, " in line
 
 
 def test_table_counts_multiply_adds():
@@ -977,7 +985,7 @@ def test_layers_that_are_never_called_are_named():
     line = next(
         text for text in layer_table(model, EXAMPLE).splitlines() if text.startswith("aux ")
     )
-    assert "never called" in line
+    assert "not called as a module" in line
 
 
 class Ramp(Residual):
@@ -1222,9 +1230,97 @@ class Frozen(Base):
         return self.head(x + self.conv2(x))
 
 
+class Gated(Base):
+    """Gives a parameter to a child module, and a buffer to a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(8))
+        self.sigmoid = nn.Sigmoid()
+        self.register_buffer("gain", torch.ones(1, 3, 1, 1))
+
+    def forward(self, x):
+        x = self.conv1(x * self.gain)
+        return self.head(self.conv2(x) * self.sigmoid(self.gate)[:, None, None] + x)
+
+
+def test_parameters_and_buffers_keep_no_addition_from_becoming_a_module(capsys):
+    model = Gated()
+    assert "add" in quantize_modules(model, EXAMPLE)
+    assert not capsys.readouterr().out
+
+
+class Gained(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.ones(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.conv1(x * self.gain)).amax((2, 3)))
+
+
+def test_a_product_with_a_buffer_alone_is_no_functional_operation():
+    assert modularize(Gained(), EXAMPLE) == {}
+
+
+class Reserved(Base):
+    """Holds a module under a word of Python, which no generated code can call it by."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleDict({"in": nn.Identity()})
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.steps["in"](self.conv2(x)) + x)
+
+
+class Tokens(Base):
+    """A layer reads a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 8))
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(input=self.conv1(x).mean((2, 3)) + self.mix(self.token))
+
+
+def test_a_quantized_layer_may_read_a_parameter(tmp_path):
+    model = Tokens()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    rows = layer_table(model, EXAMPLE).splitlines()
+    assert any(row.startswith("mix ") and "INT8" in row for row in rows)
+    export_onnx(model, tmp_path / "net.onnx", SIZE, MEAN, STD)
+
+
+def test_a_quantized_activation_in_place_trains_as_the_float_one_does():
+    class InPlace(Base):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Hardswish(inplace=True)
+
+        def forward(self, x):
+            x = self.conv1(x)
+            self.act(x)  # the result is left in x
+            return self.fc(x.amax((2, 3)))
+
+    model = InPlace()
+    plain = copy.deepcopy(model)
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    for network in (model, plain):
+        network.train()(EXAMPLE).square().sum().backward()
+    found, wanted = model.conv1.weight.grad, plain.conv1.weight.grad
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
 @pytest.mark.parametrize(
     ("network", "name", "why"),
     [
+        (Reserved, "", "a word of Python for a name"),
         (CalledDifferently, "scaling", "its calls differ"),
         (GivenAFlag, "dropping", "it is given a flag"),
         (OfDict, "gathering", "parts holds tensors in a dict"),

@@ -416,6 +416,24 @@ class Odd(nn.Module):
         return self.conv1d(x.flatten(2))
 
 
+def test_a_quantized_layer_takes_its_input_by_torchs_keyword():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    conv, pool, _, fc = model
+    features = pool(input=conv(input=EXAMPLE)).flatten(1)
+    assert torch.equal(fc(input=features), model(EXAMPLE))
+
+
+def test_a_model_that_is_a_layer_and_an_example_of_no_image_are_refused():
+    with pytest.raises(UserError, match="put it into an nn.Sequential"):
+        quantize_modules(nn.Conv2d(3, 4, 3), EXAMPLE)
+    with pytest.raises(UserError, match="the example must be normalised images"):
+        quantize_modules(nn.Sequential(nn.Conv2d(3, 4, 3)), EXAMPLE[:0])
+
+
 def test_table_says_why_a_layer_is_float():
     model = Odd()
     assert quantize_modules(model, EXAMPLE) == ["conv"]
@@ -425,7 +443,7 @@ def test_table_says_why_a_layer_is_float():
     assert forms["conv"][0] == "INT8"
     assert re.fullmatch(r"functional, at test_wrapper\.py:\d+", forms["(the network itself)"][1])
     assert forms["conv1d"] == ["float", "no quantized form"]
-    assert forms["unused"] == ["float", "never called in evaluation"]
+    assert forms["unused"] == ["float", "not called as a module in evaluation"]
     assert last.endswith("; float: matmul, conv1d")
 
 

@@ -71,11 +71,11 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
             try:
                 # a trace holds the constants of one call in evaluation, and no such switch
                 if len(watched.constants[name]) > 1:
-                    raise ValueError("its calls differ in more than tensors")
+                    raise _Stays("its calls differ in more than tensors")
                 if any(isinstance(value, bool) for value in tree_leaves((args, kwargs))):
-                    raise ValueError("it is given a flag, which may be another in training")
+                    raise _Stays("it is given a flag, which may be another in training")
                 if name in watched.switch_gradients:
-                    raise ValueError("it switches gradients off")
+                    raise _Stays("it switches gradients off")
                 _rewrite(module, args, kwargs)
             except Exception as error:  # what a network's own Python raises on fx's stand-ins
                 kept[name] = _reason(error)
@@ -105,6 +105,10 @@ def _may_become_module(word: str, shapes: Sequence[tuple[int, ...]]) -> bool:
     if word in MULTIPLYING:
         return len(maps) == 2
     return (word == "mean" or word in UNARY) and bool(maps)
+
+
+class _Stays(Exception):
+    """Why a module's functional operations stay, in words."""
 
 
 class _Tracer(fx.Tracer):
@@ -217,7 +221,12 @@ class _Interpreter(fx.Interpreter):
 
 
 def _reason(error: Exception) -> str:
-    """Why the functional operations of a module stay: an error, and where it was raised."""
+    """Why the functional operations of a module stay, after a comma."""
+    if isinstance(error, _Stays):
+        return f"as {error}"
+    if isinstance(error, SyntaxError):
+        # the new forward calls each module by its name
+        return "as a module of it has a word of Python for a name: rename that"
     innermost_first = reversed(list(walk_tb(error.__traceback__)))
     at = first_place(innermost_first) or "its forward"
     return f"which torch.fx cannot trace at {at}: {first_line(error)}"
@@ -234,11 +243,11 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
         if not is_as_before and not name.startswith("_tensor_constant"):
-            raise ValueError(f"it sets self.{name}")
+            raise _Stays(f"it sets self.{name}")
     for node in graph.nodes:
         is_constant = node.op == "get_attr" and node.target.startswith("_tensor_constant")
         if is_constant and getattr(module, node.target).ndim:
-            raise ValueError("it reads a tensor that is neither given nor its own")
+            raise _Stays("it reads a tensor that is neither given nor its own")
     holder = fx.GraphModule(module, graph)
     interpreter = _Interpreter(holder, _cloned(bound.arguments))
     interpreter.run()
@@ -247,7 +256,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if isinstance(value, Tensor) and node.op != "get_attr":
             node.meta["shape"] = tuple(value.shape)
     if not any(map(_is_candidate, graph.nodes)):
-        raise ValueError("it does something else with what is no tensor, but stands for one")
+        raise _Stays("it does something else with what is no tensor, but stands for one")
 
     children = _replace_calls(holder, {*dir(module)})
     if not children:
@@ -255,7 +264,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     holder.recompile()
     pairs = zip(_run(holder.forward, bound), expected, strict=True)
     if not all(torch.equal(found, wanted) for found, wanted in pairs):
-        raise ValueError("it changes a tensor in place that has another name, too")
+        raise _Stays("modules in their place give another result")
     # the new `forward` in a subclass of the module's own class, of its name; and the children
     _, (_, imports) = holder.__reduce__()
     module.__class__ = _with_forward(type(module), imports + holder.code)

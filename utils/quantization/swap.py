@@ -85,10 +85,14 @@ def quantize_modules(
         The names of the selected layers, in the model's order.
 
     Raises:
-        UserError: a pattern matches nothing, no layer is left, or the example is no such tensor.
+        UserError: a pattern matches nothing, no layer is left, the model is itself a layer, or the
+            example is no such tensor.
     """
-    if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
+    is_float = isinstance(example, Tensor) and example.is_floating_point()
+    if not is_float or example.ndim != 4 or len(example) == 0:
         raise UserError("the example must be normalised images: a float tensor (B, C, H, W)")
+    if is_quantizable(model):
+        raise UserError("the model is a single layer: put it into an nn.Sequential")
     modularize_or_say(model, example)
     return swap_layers(model, example, quant_layers, skip_layers)
 

@@ -13,6 +13,7 @@ from utils.quantization.watch import Operation, is_quantizable, watch
 from utils.records import text_table
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
+REMOVE = "remove_weight_norm, remove_spectral_norm or remove_parametrizations"
 
 
 def layer_table(model: nn.Module, example: Tensor) -> str:
@@ -35,15 +36,15 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
         share = f"{100 * operation.macs / total:.1f} %" if operation.macs else "-"
         name = operation.name or "(the network itself)"
         kind = operation.function or type(operation.module).__name__
-        rows.append((name, kind, share, *_form(operation)))
+        rows.append((name, kind, share, *_form(operation, model)))
     called = {operation.name for operation in operations}
     for name, module in model.named_modules():
         if is_quantizable(module) and name not in called:
-            rows.append((name, "-", "-", "float", "never called in evaluation"))
+            rows.append((name, "-", "-", "float", "not called as a module in evaluation"))
     return f"{text_table(rows, names=len(rows[0]))}\n{_summary(operations, total)}"
 
 
-def _form(operation: Operation) -> tuple[str, str]:
+def _form(operation: Operation, model: nn.Module) -> tuple[str, str]:
     """The form of an operation, and its ranges or why it has none."""
     module = operation.module
     if _runs_in_int8(operation):
@@ -53,12 +54,13 @@ def _form(operation: Operation) -> tuple[str, str]:
         return "float", "rounded, but exported as products of matrices"
     if operation.function in CONCATENATIONS:
         return "-", "rounded as what reads it says"
+    owner = model.get_submodule(operation.name)
+    if isinstance(owner, (nn.Conv2d, nn.Linear)) and "weight" not in owner._parameters:
+        return "float", f"its weight is computed: {REMOVE} first"
     if module is None:
         return "float", f"functional, at {operation.where}"
     if is_quantizable(module):
         return "float", "not selected"
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" not in module._parameters:
-        return "float", "its weight is computed: remove_weight_norm first"
     return "float", "no quantized form"
 
 
@@ -66,7 +68,9 @@ def _runs_in_int8(operation: Operation) -> bool:
     """Whether it is a quantized layer that engines have a kernel for."""
     if not isinstance(operation.module, QuantizedLayer):
         return False
-    return not needs_matrices(operation.module, operation.shapes[0][2:], operation.shape[2:])
+    # what reads a parameter has none
+    size = operation.shapes[0][2:] if operation.shapes else ()
+    return not needs_matrices(operation.module, size, operation.shape[2:])
 
 
 def _summary(operations: list[Operation], total: int) -> str:

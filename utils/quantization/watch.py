@@ -5,10 +5,11 @@ Nothing is traced symbolically, so every network that runs can be watched, whate
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_stack
@@ -27,7 +28,7 @@ READS_A_VALUE = (
     "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__array__",
     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
 )  # fmt: skip
-TORCH_FOLDER = str(Path(torch.__file__).parent)
+OWN_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 @dataclass(eq=False)
@@ -38,11 +39,11 @@ class Operation:
         name: the layer's, or that of the module in whose `forward` the function is called.
         module: the layer; None for a function.
         function: the function's name; "" for a layer.
-        shapes: of the tensors that it reads.
+        shapes: of the tensors that it reads, but for parameters and buffers.
         shape: of its first result.
         macs: multiply-adds of one image.
         where: file and line of the function's call.
-        reads: what made the tensors that it reads; None for an input of the network.
+        reads: what made each of these tensors; None for an input of the network.
         readers: the operations that read its results; one more where the network returns them.
     """
 
@@ -61,14 +62,20 @@ class Operation:
         if not isinstance(self.module, QuantizedLayer):
             return ""
         name = self.module.quantizer_of(operand)
-        return name and f"{self.name}.{name}"
+        return f"{self.name}.{name}" if name else ""
+
+
+class _NoTracker(nullcontext):
+    """For `FlopCounterMode`, whose own tracker switches gradients on, as a network might."""
+
+    parents = ("Global",)
 
 
 class Watch(TorchFunctionMode):
     """Notes the operations of a network while it runs inside of this context.
 
     Args:
-        images: how many it is run with.
+        num_images: how many it is run with.
 
     Attributes:
         operations: in the order of their calls.
@@ -79,7 +86,7 @@ class Watch(TorchFunctionMode):
         parameters_read: those that functions read, outside of their layers.
     """
 
-    def __init__(self, model: nn.Module, images: int):
+    def __init__(self, model: nn.Module, num_images: int):
         super().__init__()
         self.operations: list[Operation] = []
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -88,10 +95,12 @@ class Watch(TorchFunctionMode):
         self.switch_gradients: set[str] = set()
         self.parameters_read: set[Tensor] = set()
         self._model = model
-        self._images = images
+        self._num_images = num_images
+        self._buffers = set(model.buffers())
         # names of the modules whose `forward` is running, the innermost last; None is a layer
         self._running: list[str | None] = []
         self._flops = FlopCounterMode(display=False)
+        self._flops.mod_tracker = _NoTracker()
         self._flops_noted = 0
         self._made: dict[Tensor, Operation] = {}
         self._exits = ExitStack()
@@ -160,8 +169,10 @@ class Watch(TorchFunctionMode):
             made = read[:1]
         if not made:
             return
-        self.parameters_read.update(t for t in read if isinstance(t, nn.Parameter))
-        read = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
+        parameters = {tensor for tensor in read if isinstance(tensor, nn.Parameter)}
+        self.parameters_read |= parameters
+        constants = parameters | self._buffers
+        read = [tensor for tensor in read if tensor not in constants]
         flops = self._flops.get_total_flops()
         macs = (flops - self._flops_noted) // 2
         # torch's counter knows no recurrent layers
@@ -174,7 +185,7 @@ class Watch(TorchFunctionMode):
             function,
             shapes=[tuple(tensor.shape) for tensor in read],
             shape=tuple(made[0].shape),
-            macs=macs // self._images,
+            macs=macs // self._num_images,
             where=where,
             reads=[self._made.get(tensor) for tensor in read],
         )
@@ -266,6 +277,6 @@ def first_place(frames: Iterable[tuple[FrameType, int]]) -> str:
         # what `modularize` made
         if file.startswith("<forward of"):
             return file.strip("<>")
-        if not file.startswith((TORCH_FOLDER, str(Path(__file__).parent))):
+        if not file.startswith(OWN_FOLDERS):
             return f"{Path(file).name}:{line}"
     return ""
