@@ -119,10 +119,12 @@ def fit(run: Run, recipe: Recipe, train_part: Batches, plain: Batches, val: Batc
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
     last_part = recipe.num_epochs - int(recipe.num_epochs * LAST_PART)
     first = run.epoch
+    # where a step begins: the last part has another one if it has SAM
+    starts = {first, last_part} if recipe.sam_rho else {first}
     with closing(run), progress_bar(run, recipe, train_part) as bar, ExitStack() as opened:
         for epoch in range(first, recipe.num_epochs):
             set_mode(run.model, recipe)
-            if epoch in (first, last_part):
+            if epoch in starts:
                 opened.close()  # the step of the part before
                 step = make_step(run.model, run.optimizer, recipe, epoch >= last_part)
                 opened.enter_context(closing(step))

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -171,8 +170,7 @@ def write_record(args: argparse.Namespace, rows: list[dict[str, object]]) -> Non
         "environment": records.environment(["tensorrt"]),
         "rows": rows,
     }
-    args.record.parent.mkdir(parents=True, exist_ok=True)
-    args.record.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(args.record, record, follow_link=True)
 
 
 def layer_rows(layers: Sequence[Layer], times_ms: Sequence[float | None]) -> list[list[object]]:

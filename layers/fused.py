@@ -98,7 +98,8 @@ def _activate(v, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
-        v = tl.minimum(tl.maximum(v, 0.0), 6.0)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, 6.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "silu":
         v = v * tl.sigmoid(v)
     return v

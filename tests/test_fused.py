@@ -204,6 +204,14 @@ class TwoReaders(nn.Module):
         return self.relu(self.last_bn(self.last_conv(out))).mean((2, 3))
 
 
+def test_a_module_with_a_forward_of_its_own_ends_a_chain():
+    block = Block()
+    block.relu.forward = lambda x: torch.nn.functional.leaky_relu(x, 0.1)
+    assert not any(chain.activation for chain in find_chains(block, EXAMPLE))
+    block.add.forward = lambda x, other: 2 * x + other
+    assert not any(chain.add for chain in find_chains(block, EXAMPLE))
+
+
 def test_a_result_that_goes_two_ways_ends_a_chain():
     assert find_chains(TwoReaders(), EXAMPLE) == [Chain("bn"), Chain("last_bn")]
 

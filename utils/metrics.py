@@ -25,4 +25,6 @@ def decibels(signal: float, noise: float) -> float:
     """Ratio of two sums of squares in decibels; infinite without noise."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    ratio = signal / noise
+    # 0 where the noise is infinite, too
+    return 10 * math.log10(ratio) if ratio else -math.inf

@@ -96,14 +96,14 @@ def _chain_from(
     """The chain that a BatchNorm begins, but for quantizers, and its last operation."""
     chain, last = Chain(operation.name), operation
     reader = _only_reader(last)
-    if reader is not None and isinstance(reader.module, Add):
+    if reader is not None and isinstance(reader.module, Add) and is_plain(reader.module):
         operand = reader.reads.index(last)
         free = calls[reader.name] == 1 and reader.name not in fused_additions
         if reader.quantizer(operand) or not free:
             return chain, last
         chain.add, chain.operand, last = reader.name, operand, reader
         reader = _only_reader(last)
-    if reader is not None and type(reader.module) in ACTIVATIONS:
+    if reader is not None and type(reader.module) in ACTIVATIONS and is_plain(reader.module):
         chain.activation, last = reader.name, reader
     return chain, last
 

@@ -68,7 +68,7 @@ class Run:
         last = self.folder / f"ckpt_{self.epoch}"
         if last.exists():
             left = f"the last good checkpoint is {last}"
-        what = f"the loss became {loss} in epoch {self.epoch + 1}"
+        what = f"the loss or a weight is not finite any more in epoch {self.epoch + 1}"
         raise UserError(f"{what}: use a lower --lr than {lr:g}; {left}")
 
     def finish_epoch(
