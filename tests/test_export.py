@@ -630,8 +630,37 @@ def test_one_number_is_a_square_and_each_channel_has_both_numbers(tmp_path):
     export_onnx(small(), tmp_path / "both.onnx", (8, 8), *STATS)
     square, both = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("square", "both"))
     assert square.input == both.input
-    with pytest.raises(UserError, match="need a number for each channel, both"):
-        export_onnx(small(), tmp_path / "model.onnx", 8, STATS[0], [0.25])
+    for mean, std in ((STATS[0], [0.25]), (0.5, 0.25)):
+        with pytest.raises(UserError, match="need a number for each channel, both"):
+            export_onnx(small(), tmp_path / "model.onnx", 8, mean, std)
+    with pytest.raises(UserError, match="height and width, or one number"):
+        export_onnx(small(), tmp_path / "model.onnx", (3, 8, 8), *STATS)
+
+
+@pytest.mark.parametrize("layers", [[], [nn.Linear(4, 2)]])
+def test_a_network_that_squeezes_the_axis_of_images_is_refused(tmp_path, layers):
+    class Squeeze(nn.Module):
+        def forward(self, x):
+            return x.squeeze()
+
+    squeezing = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), Squeeze()]
+    with pytest.raises(UserError, match="of a single image the network makes .*flatten"):
+        export_onnx(nn.Sequential(*squeezing, *layers), tmp_path / "x.onnx", 8, *STATS)
+
+
+def test_a_graph_with_branches_is_exported_in_fp16_too(tmp_path):
+    """The exporter writes local response normalisation with an If."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.LocalResponseNorm(5), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(288, 5)).eval()
+    export_onnx(model, tmp_path / "net.onnx", 8, *STATS)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    assert "If" in kinds
+    images = random_images(4, 8)
+    expected = in_torch(model)(images)
+    for name, tolerance in (("net", 1e-5), ("net_fp16", 1e-2)):
+        logits = OnnxRuntimeNetwork(tmp_path / f"{name}.onnx")(images)
+        np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
 def fail_halfway(self, data):
@@ -1032,7 +1061,6 @@ def test_a_network_of_another_type_is_exported_in_float32(tmp_path, dtype):
     [
         (nn.ChannelShuffle(2), "operator 'aten::channel_shuffle' to ONNX opset version 17"),
         (nn.AdaptiveMaxPool2d(5), "operator adaptive_max_pool2d, output size"),
-        (nn.LocalResponseNorm(2), "Inference error"),
     ],
     ids=str,
 )

@@ -63,6 +63,12 @@ def of_batch(num_classes):
     net.bn = nn.BatchNorm2d(8, track_running_stats=False)
     return net
 
+def squeezed(num_classes):
+    class Squeezed(Net):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+    return Squeezed(num_classes)
+
 def scripted(num_classes):
     import torch
     return torch.jit.script(Net(num_classes))
@@ -648,7 +654,6 @@ def test_a_network_with_versioned_modules_loads_what_train_wrote():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("of_batch", "bn has no running statistics"),
         ("scripted", "the network is TorchScript"),
         ("extra", "its state has _extra_state, which is no tensor"),
     ],
@@ -660,11 +665,19 @@ def test_what_cannot_be_saved_or_exported_is_refused_before_training(own_module,
 
 
 @pytest.mark.usefixtures("tiny_digits")
-def test_what_the_exporter_cannot_write_is_refused_before_training(
-    own_module, tmp_path, error_line
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("shuffled", "exporter cannot write this network"),
+        ("of_batch", "bn has no running statistics"),
+        ("squeezed", "of a single image the network makes (10,), not (1, classes)"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_training(
+    own_module, tmp_path, error_line, name, said
 ):
-    argv = ["--m", f"{own_module}:shuffled", *RUN.split(), "--od", tmp_path]
-    assert "exporter cannot write this network" in error_line(train.main, argv)
+    argv = ["--m", f"{own_module}:{name}", *RUN.split(), "--od", tmp_path]
+    assert said in error_line(train.main, argv)
     assert not list(tmp_path.glob("*/ckpt_*"))
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import dataset
 import models
@@ -24,7 +23,7 @@ from utils.errors import UserError, mendable
 from utils.quantization.calibrate import calibrate
 from utils.quantization.modularize import modularize_or_say
 from utils.quantization.swap import follow_ranges, swap_layers
-from utils.quantization.watch import evaluating, example_images
+from utils.quantization.watch import example_images, run_on
 from utils.specs import OWN_STEM, DataSpec, NetworkSpec, Quantization, is_foreign
 
 
@@ -60,12 +59,8 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
 def _require_usable(model: nn.Module, spec: NetworkSpec) -> None:
     """Raises UserError if a network from elsewhere could be trained, but not saved or exported."""
     for name, module in model.named_modules():
-        what = ""
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            what = "has no running statistics, which a graph needs: track_running_stats=True"
         if isinstance(module, torch.jit.ScriptModule):
             what = "is TorchScript, which cannot be rewritten: use the module it was made of"
-        if what:
             raise UserError(f"--m {spec.name}: {name or 'the network'} {what}")
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -79,8 +74,7 @@ def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None
         images: (N, 3, H, W), normalised.
     """
     try:
-        with evaluating(model):
-            logits = model(images)
+        logits = run_on(model, images)
     except Exception as error:  # it is anyone's code
         if mendable(error):
             raise

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.shape_inference import InferenceError
 from torch import Tensor, nn
 from torch.onnx.errors import OnnxExporterError
 from torch.overrides import TorchFunctionMode
 
-from layers.normalize import FromImages
+from layers.normalize import FromImages, logits_of
 from layers.quantized import QuantizedLayer
 from layers.quantizers import per_channel
 from utils.errors import UserError, first_line
@@ -62,20 +62,24 @@ def export_onnx(
 
     Raises:
         UserError: a range was never calibrated, `mean` and `std` are in other units or of several
-            lengths, or the network branches on values or computes what torch's exporter cannot
-            write.
+            lengths, `image_size` is no size, or the network makes no logits of a single image,
+            branches on values or computes what torch's exporter cannot write.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
     require_calibrated(model)
+    if np.ndim(mean) != 1 or np.shape(mean) != np.shape(std):
+        raise UserError(f"mean {mean} and std {std} need a number for each channel, both")
     if not all(-1 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
-    if len(mean) != len(std):
-        raise UserError(f"mean {mean} and std {std} need a number for each channel, both")
     path = Path(path)
     size = height_width(image_size)
+    if len(size) != 2:
+        raise UserError(f"image_size {image_size}: height and width, or one number for a square")
     example = example_images(*size, channels=len(mean))
-    network = FromImages(to_inference(model, example), mean, std).eval()
+    inference = to_inference(model, example)
+    _require_logits(inference, example[:1])
+    network = FromImages(inference, mean, std).eval()
     try:
         graph = _traced(network, torch.zeros(2, *size, len(mean), dtype=torch.uint8))
         merge_shared_quantizers(graph)
@@ -181,6 +185,20 @@ def _named_by_path(network: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def _require_logits(network: nn.Module, image: Tensor) -> None:
+    """Raises UserError unless a network makes logits (1, classes) of one image (1, C, H, W)."""
+    mend = "squeeze() without a dimension drops the axis of the images: use flatten(1)"
+    try:
+        with torch.no_grad():
+            shape = tuple(logits_of(network(image)).shape)
+    except RuntimeError as error:
+        raise UserError(
+            f"the network fails on a single image ({first_line(error)}): {mend}"
+        ) from None
+    if len(shape) != 2 or shape[0] != 1:
+        raise UserError(f"of a single image the network makes {shape}, not (1, classes): {mend}")
+
+
 def _require_free_batch(graph: ModelProto) -> None:
     """Raises UserError if a graph makes logits of as many images as it was traced with."""
     skeleton = ModelProto()
@@ -256,15 +274,30 @@ def to_fp16(model: ModelProto) -> ModelProto:
     _retype_ends(model)
     _cast_around(model, without_fp16)
     # the types of all tensors in between are no longer these
-    del model.graph.value_info[:]
+    for graph in _graphs(model.graph):
+        del graph.value_info[:]
     return model
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph, and those that its nodes hold, as an If holds its branches."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _nodes(model: ModelProto) -> list[NodeProto]:
+    """The nodes of all of a model's graphs."""
+    return [node for graph in _graphs(model.graph) for node in graph.node]
 
 
 def _round_constants(model: ModelProto) -> None:
     """Every FP32 constant to FP16, in place; quantized weights keep their codes."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     sizes = set()
-    for node in model.graph.node:
+    for node in _nodes(model):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 tensors[node.output[0]] = attribute.t
@@ -349,13 +382,18 @@ def _cast_around(model: ModelProto, nodes: dict[str, list[str]]) -> None:
 
 def _retype_ends(model: ModelProto) -> None:
     """Bytes are cast to FP16 instead of FP32, and the logits from FP16 to FP32, in place."""
-    for node in model.graph.node:
+    for node in _nodes(model):
         for attribute in node.attribute:
             # of a Cast, or of what makes tensors of nothing, such as random ones
             is_type = attribute.name in ("to", "dtype")
             if is_type and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.FLOAT16
         node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
+    # what an inner graph returns
+    for graph in _graphs(model.graph):
+        for result in graph.output:
+            if graph is not model.graph and result.type.tensor_type.elem_type == TensorProto.FLOAT:
+                result.type.tensor_type.elem_type = TensorProto.FLOAT16
     cast = helper.make_node(
         "Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT
     )

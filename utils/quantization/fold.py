@@ -135,10 +135,14 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         example: images (B, C, H, W) of the size that the copy is for.
 
     Raises:
-        UserError: the network branches on values, or an average pool has windows of several sizes.
+        UserError: the network branches on values, an average pool has windows of several sizes, or
+            a BatchNorm has no running statistics.
     """
     model = copy.deepcopy(model).cpu().float().eval()
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            mend = "which a graph needs: track_running_stats=True"
+            raise UserError(f"{name} has no running statistics, {mend}")
         if isinstance(module, (nn.Linear, _ConvNd)) and parametrize.is_parametrized(module):
             keep_computed(module)
     watched = watch(model, example)
@@ -180,12 +184,13 @@ def _make_pools_exportable(model: nn.Module, watched: Watch) -> None:
     """
     for operation in watched.operations:
         pool = operation.module
-        # hooks belong to this very pool
+        # hooks belong to this very pool; what reads a parameter has no shapes
         is_pool = isinstance(pool, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))
-        if not is_pool or not is_plain(pool):
+        if not is_pool or not is_plain(pool) or not operation.shapes:
             continue
         size, out = operation.shapes[0][2:], operation.shape[2:]
-        sizes = {other.shapes[0][2:] for other in watched.operations if other.module is pool}
+        calls = [other for other in watched.operations if other.module is pool and other.shapes]
+        sizes = {call.shapes[0][2:] for call in calls}
         if len(sizes) == 1:
             replace_module(model, operation.name, exportable_pool(pool, size, out))
         elif needs_matrices(pool, size, out):
