@@ -365,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for engine in engines:
         complaints += [f"{engine.precision}: {node}" for node in engine.missed]
     if args.audit and complaints:
-        raise UserError(f"--audit: meant for INT8, but not run in it: {'; '.join(complaints)}")
+        raise UserError(
+            f"--audit: meant for INT8, but not seen to run in it: {'; '.join(complaints)}"
+        )
 
 
 if __name__ == "__main__":

@@ -338,6 +338,26 @@ def test_every_layer_meant_for_int8_runs_in_it(small):
     assert all("I8" in layer.tactic.upper() for layer in convolutions)
 
 
+class Twice(nn.Module):
+    """Its BatchNorm stays behind the convolution, which is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.fc(self.block(self.block(x)).mean((2, 3)))
+
+
+def test_a_convolution_that_takes_up_a_factor_is_known_by_what_follows(tmp_path):
+    model = Twice().eval()
+    path = exported(model, tmp_path / "int8.onnx")
+    nodes = int8_nodes(path, model)
+    assert len([node for node in nodes if node.startswith("/model/block")]) == 2
+    assert OpenVinoNetwork(path).float_nodes(nodes) == []
+
+
 def test_convolutions_have_times(small):
     network = OpenVinoNetwork(small, batch_size=3)
     assert network.evaluation_batch == 3

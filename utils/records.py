@@ -84,7 +84,7 @@ class Engine:
 
     Args:
         batch_size: of the layers' times.
-        missed: the graph's nodes that are meant for INT8, but not run in it.
+        missed: the graph's nodes that are meant for INT8, but not seen to run in it.
     """
 
     backend: str

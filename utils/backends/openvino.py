@@ -162,7 +162,22 @@ class OpenVinoNetwork(Network):
         for layer in self.layers:
             for name in layer.name.split():
                 types[name].add(layer.precision)
-        return [node for node in nodes if types[node] != {"INT8"}]
+        only_reader = {}
+        for operation in self._model.get_ordered_ops():
+            readers = [end for output in operation.outputs() for end in output.get_target_inputs()]
+            if len(readers) == 1:
+                reader = readers[0].get_node()
+                only_reader[operation.get_friendly_name()] = reader.get_friendly_name()
+
+        found = []
+        for node in nodes:
+            # a layer whose weight took up the factors of what follows has the name of that
+            name = node
+            while name not in types and name in only_reader:
+                name = only_reader[name]
+            if types.get(name) != {"INT8"}:
+                found.append(node)
+        return found
 
 
 @cache
