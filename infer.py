@@ -186,13 +186,13 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     if stored is not None and checkpoint.epoch == 0:
         known = vars(stored)
         given = {flag: getattr(args, flag) for flag in known if getattr(args, flag) is not None}
-        differs = any(value != known[flag] for flag, value in given.items())
-        if args.auto_quant or differs:
+        wanted = {**known, **given}
+        if args.auto_quant or wanted != known:
             # only calibrated, so its weights are the float network's: as if the flags had said
             # the rest
             state = ckpt.without_ranges(checkpoint.state)
             checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
-            vars(args).update({**known, **given})
+            vars(args).update(wanted)
     quantization = flags.agreed_quantization(args, checkpoint.quantization)
     if "INT8-QAT" in (args.precisions or ()) and checkpoint.quantization is None:
         mend = "fine-tune it with train.py --quantize first"
@@ -323,7 +323,7 @@ def write_record(args: Flags, record: Record) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     flags.refuse(REFUSALS, args)
-    if args.export_only and args.batch_sizes == DEFAULT.batch_sizes:
+    if args.export_only and args.batch_sizes is DEFAULT.batch_sizes:
         args.batch_sizes = ()  # times belong to where the export will run
     comparison = Comparison.of(args)
     if args.predict:

@@ -442,7 +442,7 @@ def peers_table(folder: Path) -> str:
     """One float network quantized by this project and by others: what is kept, and times in ms."""
     rows: dict[tuple[str, str], Row] = {}
     times_ms: dict[tuple[str, str], dict[str, float]] = {}
-    titles: list[str] = []
+    titles: dict[str, None] = {}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
         for row in record["rows"]:
@@ -450,7 +450,7 @@ def peers_table(folder: Path) -> str:
             rows.setdefault(key, row)
             for size, time in row["latency_ms"].items():
                 title = f"{BACKEND_TITLES[record['backend']]} ms, batch {size}"
-                titles += [title] if title not in titles else []
+                titles[title] = None
                 times_ms.setdefault(key, {})[title] = time["p50"]
 
     networks = list(dict.fromkeys(network for network, _ in rows))
@@ -633,24 +633,19 @@ def plot(folder: Path) -> None:
     # Without engines there is no speed to show.
     if not found:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     # The fastest gain stands on top: matplotlib counts rows from below.
     names = sorted(found, key=lambda name: found[name][0])
     height = 1.5 + 0.36 * len(names)
-    figure, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, figsize=(9, height), width_ratios=(3, 2), layout="constrained"
-    )
+    figure = Figure(figsize=(9, height), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _draw_losses(left, [groups[name] for name in names])
     _draw_speed_ups(right, [found[name][0] for name in names])
     left.set_yticks(range(len(names)), [_plot_title(name) for name in names])
     left.set_ylim(-0.6, len(names) - 0.4)
     with atomic_path(folder / PLOT) as partial:
         figure.savefig(partial, format="png", dpi=180, metadata={"Description": json.dumps(found)})
-    pyplot.close(figure)
 
 
 def _draw_losses(axes: Axes, groups: Sequence[Sequence[Record]]) -> None:

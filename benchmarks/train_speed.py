@@ -72,7 +72,6 @@ from utils.training import ranks
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
 from utils.training.schedule import make_schedule
-from utils.training.step import Step
 
 WORKERS = 4
 CALIBRATION_BATCHES = 8
@@ -330,14 +329,13 @@ def ours(
     optimizer = make_optimizer(model, recipe.optimizer)
     schedule = make_schedule(recipe.lr, recipe.num_epochs, recipe.lrdt)
 
-    steps: list[Step] = []
+    opened = contextlib.ExitStack()
 
     def begin(last: bool) -> Epoch:
         train.set_mode(model, recipe)
-        for step in steps:
-            step.close()
+        opened.close()  # the step of the part before
         step = train.make_step(model, optimizer, recipe, last)
-        steps.append(step)
+        opened.enter_context(contextlib.closing(step))
         return lambda epoch, bar: train.train_epoch(step, batches, schedule, epoch, bar)[0]
 
     parts = [(1 - train.LAST_PART, lambda: begin(False)), (train.LAST_PART, lambda: begin(True))]

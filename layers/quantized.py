@@ -198,8 +198,8 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
     if "forward" in vars(layer):
         return False
     cls = type(layer)
-    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
-    if all(getattr(cls, name) is getattr(base, name) for name in methods):
+    own = cls.forward, getattr(cls, "_conv_forward", None)
+    if own == (base.forward, getattr(base, "_conv_forward", None)):
         return True
     if "weight" not in layer._parameters or layer._forward_hooks or layer._forward_pre_hooks:
         return False

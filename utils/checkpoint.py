@@ -328,15 +328,16 @@ def classifier_keys(model: nn.Module, state: State) -> set[str]:
     The last layer is the last Linear or Conv2d of which only the number of outputs differs from
     that in `state`, or the last of all if there is none. Heads differ as it does.
     """
-    heads = []
+    kinds = nn.Linear, nn.Conv2d
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
     # layer -> outputs here and there
     outputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            heads = [name]
-            here, there = module.weight.shape, state.get(f"{name}.weight", module.weight).shape
-            if here != there and here[1:] == there[1:]:
-                outputs[name] = (here[0], there[0])
+    for name, layer in layers.items():
+        here, there = layer.weight.shape, state.get(f"{name}.weight", layer.weight).shape
+        if here != there and here[1:] == there[1:]:
+            outputs[name] = (here[0], there[0])
+
+    heads = list(layers)[-1:]
     if outputs:
         last = list(outputs.values())[-1]
         heads = [name for name, pair in outputs.items() if pair == last]

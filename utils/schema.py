@@ -77,10 +77,10 @@ def _value(hint: Any, value: Any, what: str, name: str) -> Any:
         return Path(value)
     if hint is float and type(value) is int and value.bit_length() < 1000:
         return float(value)
-    # a bool is an int to Python, a text a sequence, and NaN a float
-    other = (isinstance(value, bool) and hint is not bool) or origin is Sequence
-    nan = isinstance(value, float) and math.isnan(value)
-    if isinstance(value, origin or hint) and not other and not nan:
+    # a bool is an int to Python, and NaN a float; what is generic has been returned by now
+    is_other_bool = isinstance(value, bool) and hint is not bool
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if origin is None and isinstance(value, hint) and not is_other_bool and not is_nan:
         return value
     expected = getattr(hint, "__name__", hint)
     raise UserError(f"{what}: {name} is {reprlib.repr(value)}, not of type {expected}")

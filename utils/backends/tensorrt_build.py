@@ -315,7 +315,7 @@ def parse(trt: ModuleType, log: Any, graph: bytes, precision: str) -> tuple[Any,
         builder = trt.Builder(log)
     except Exception:  # pybind11 says only that a factory returned nothing
         raise UserError(f"TensorRT {trt.__version__} cannot start: {log.last_error}") from None
-    typed = [] if precision == IMPLICIT else ["STRONGLY_TYPED"]
+    typed = ["STRONGLY_TYPED"] if strongly_typed(trt, precision) else []
     flags = _bits(trt.NetworkDefinitionCreationFlag, ["EXPLICIT_BATCH", *typed])
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)

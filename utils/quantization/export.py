@@ -313,9 +313,7 @@ def _round_constants(model: ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type != QUANTIZE:
             continue
-        # a channel that does nothing has a scale of almost 0, and no engine accepts 0
         weight, scale = node.input[:2]
-        rounded[scale] = np.maximum(rounded[scale], np.float16(SMALLEST_FP16))
         # the scale was rounded: a weight moves to the new grid, where its codes are the same
         if weight in values and values[scale].ndim:
             axis = helper.get_node_attr_value(node, "axis")
@@ -329,7 +327,8 @@ def _round_constants(model: ModelProto) -> None:
 def _in_fp16(values: np.ndarray) -> np.ndarray:
     """What is finite stays so, and what is not 0.
 
-    A row that a mask's infinity covers as a whole would be NaN, and so would 0 / max(0, 1e-12).
+    A row that a mask's infinity covers as a whole would be NaN, and so would 0 / max(0, 1e-12). A
+    channel that does nothing has a scale of almost 0, and no engine accepts 0.
     """
     held = np.where(np.isfinite(values), values.clip(-LARGEST_FP16, LARGEST_FP16), values)
     is_tiny = (values != 0) & (np.abs(values) < SMALLEST_FP16)

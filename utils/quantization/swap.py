@@ -129,25 +129,21 @@ def keep_needed_inplace(model: nn.Module, example: Tensor, layers: Sequence[nn.M
     in_place = [layer for layer in layers if getattr(layer, "inplace", False)]
     if not in_place:
         return
-    wanted = _results(model, example)
+    wanted = tensors_in(run_on(model, example))
+
+    def unchanged() -> bool:
+        return all(map(torch.equal, tensors_in(run_on(model, example)), wanted))
+
     for layer in in_place:
         layer.inplace = False
     # nearly always that is all
-    if _same(_results(model, example), wanted):
+    if unchanged():
         return
     for layer in in_place:
         layer.inplace = True
     for layer in in_place:
         layer.inplace = False
-        layer.inplace = not _same(_results(model, example), wanted)
-
-
-def _results(model: nn.Module, example: Tensor) -> list[Tensor]:
-    return tensors_in(run_on(model, example))
-
-
-def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        layer.inplace = not unchanged()
 
 
 def follow_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -146,14 +146,12 @@ class Run:
         """
         load_optimizer(self.optimizer, checkpoint.optimizer)
         self.epoch = checkpoint.epoch
-        self.best_val_loss = checkpoint.best_val_loss
         self.history = checkpoint.history
-        last_loss = self.history[-1]["val_loss"] if self.history else self.best_val_loss
-        if not self.best.exists():
-            self.best_val_loss = last_loss
+        best = checkpoint.best_val_loss
+        last = self.history[-1]["val_loss"] if self.history else best
+        self.best_val_loss = best if self.best.exists() else last
         # killed between the two files of an epoch, a run has no ckpt_best of its last one
-        last_is_best = last_loss == self.best_val_loss
-        if write and last_is_best:
+        if write and last == self.best_val_loss:
             self._write_best(checkpoint)
 
 
