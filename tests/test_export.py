@@ -637,6 +637,18 @@ def test_one_number_is_a_square_and_each_channel_has_both_numbers(tmp_path):
         export_onnx(small(), tmp_path / "model.onnx", (3, 8, 8), *STATS)
 
 
+@pytest.mark.parametrize(("factor", "said"), [(1, False), (255 * 0.25, True), (0.25, True)])
+def test_images_that_were_not_normalised_in_calibration_are_told(tmp_path, capsys, factor, said):
+    """By the numbers that go into the graph: images of 0...255, and of 0...1."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = normalised(random_images(4, 8), (0.5,) * 3, (0.25,) * 3)
+    quantize_modules(model, images)
+    calibrate(model, [factor * images])
+    capsys.readouterr()
+    export_onnx(model, tmp_path / "net.onnx", 8, (0.5,) * 3, (0.25,) * 3)
+    assert capsys.readouterr().out.startswith("0: images were up to ") == said
+
+
 @pytest.mark.parametrize("layers", [[], [nn.Linear(4, 2)]])
 def test_a_network_that_squeezes_the_axis_of_images_is_refused(tmp_path, layers):
     class Squeeze(nn.Module):

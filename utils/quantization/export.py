@@ -28,7 +28,7 @@ from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
-from utils.quantization.watch import example_images
+from utils.quantization.watch import example_images, watch
 from utils.specs import height_width
 
 OPSET = 17
@@ -52,7 +52,8 @@ def export_onnx(
 
     Both take raw images (batch, H, W, C) uint8 and return logits (batch, classes) float32, for any
     batch. Each quantizer becomes a QuantizeLinear / DequantizeLinear pair with a constant scale and
-    zero point 0. `model` stays as it is.
+    zero point 0. `model` stays as it is. A line tells where it was calibrated with images that
+    cannot have been normalised by `mean` and `std`.
 
     Args:
         path: of the graph; the one in FP16 is `<stem>_fp16.onnx`, or `fp16.onnx` if the stem is
@@ -79,6 +80,7 @@ def export_onnx(
     example = example_images(*size, channels=len(mean))
     inference = to_inference(model, example)
     _require_logits(inference, example[:1])
+    _say_if_not_normalised(inference, example, mean, std)
     network = FromImages(inference, mean, std).eval()
     try:
         graph = _traced(network, torch.zeros(2, *size, len(mean), dtype=torch.uint8))
@@ -197,6 +199,30 @@ def _require_logits(network: nn.Module, image: Tensor) -> None:
         ) from None
     if len(shape) != 2 or shape[0] != 1:
         raise UserError(f"of a single image the network makes {shape}, not (1, classes): {mend}")
+
+
+def _say_if_not_normalised(
+    network: nn.Module, example: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Print a line for a layer that was calibrated with other images than these numbers make.
+
+    Args:
+        network: in its inference form.
+        example: images (B, C, H, W).
+    """
+    # normalised images go from -mean / std to (1 - mean) / std
+    reach = max(max(m, 1 - m) / s for m, s in zip(mean, std, strict=True))
+    for operation in watch(network, example).operations:
+        reads_images = operation.reads == [None] and operation.shapes == [tuple(example.shape)]
+        quantizer = operation.quantizer(0)
+        if not reads_images or not quantizer:
+            continue
+        amax = 127 * network.get_submodule(quantizer).scale.item()
+        if not reach / 2 <= amax <= 1.01 * reach:
+            print(
+                f"{operation.name}: images were up to {amax:.3g} in calibration, and by mean and "
+                f"std are up to {reach:.3g}: calibrate with images that are normalised by these"
+            )
 
 
 def _require_free_batch(graph: ModelProto) -> None:
