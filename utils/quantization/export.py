@@ -414,10 +414,11 @@ def _retype_ends(model: ModelProto) -> None:
             if is_type and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.FLOAT16
         node.output[:] = [f"{OUTPUT}_fp16" if name == OUTPUT else name for name in node.output]
-    # what an inner graph returns
-    for graph in _graphs(model.graph):
+    # what inner graphs return
+    _, *inner = _graphs(model.graph)
+    for graph in inner:
         for result in graph.output:
-            if graph is not model.graph and result.type.tensor_type.elem_type == TensorProto.FLOAT:
+            if result.type.tensor_type.elem_type == TensorProto.FLOAT:
                 result.type.tensor_type.elem_type = TensorProto.FLOAT16
     cast = helper.make_node(
         "Cast", [f"{OUTPUT}_fp16"], [OUTPUT], name="cast_logits", to=TensorProto.FLOAT
