@@ -17,12 +17,14 @@ from layers.quantizers import Quantizer
 from utils.errors import UserError
 from utils.quantization.calibrate import (
     CANDIDATES,
+    COUNTERS,
     PERCENTILE,
     _Histogram,
     _RoundingError,
     calibrate,
     require_calibrated,
 )
+from utils.quantization.export import export_onnx
 from utils.quantization.swap import quantizable_modules, quantize_modules, select
 from utils.quantization.table import layer_table
 from utils.specs import CALIBRATORS
@@ -425,6 +427,47 @@ def test_a_quantized_layer_takes_its_input_by_torchs_keyword():
     conv, pool, _, fc = model
     features = pool(input=conv(input=EXAMPLE)).flatten(1)
     assert torch.equal(fc(input=features), model(EXAMPLE))
+
+
+@pytest.mark.parametrize("smallest", [0.5, 0.9])
+def test_entropy_finds_no_range_below_all_values(smallest):
+    """Sigmoids' results, say, have none near 0, and may have zeros beside them."""
+    values = torch.linspace(smallest, 1, 10_000)
+    for seen in (values, torch.cat([torch.zeros(100), values])):
+        histogram = _Histogram(seen.max(), "entropy")
+        histogram.collect(seen)
+        assert smallest < histogram.compute_amax() <= 1
+
+
+def test_every_method_has_a_counter_of_its_own_name():
+    assert {*COUNTERS, "max"} == {*CALIBRATORS}
+
+
+@pytest.mark.parametrize("batch", [EXAMPLE[:0], EXAMPLE.numpy(), [EXAMPLE.numpy()]])
+def test_what_holds_no_images_does_not_calibrate(batch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    quantize_modules(model, EXAMPLE)
+    with pytest.raises(UserError, match="calibration needs normalised images"):
+        calibrate(model, [batch])
+
+
+def test_ranges_by_hand_are_checked():
+    quantizer = Quantizer()
+    quantizer.set_range(3.0)
+    assert quantizer.calibrated
+    with pytest.raises(UserError, match="a range is a largest magnitude, and no -3"):
+        quantizer.set_range(torch.tensor(-3.0))
+    quantizer._amax.fill_(0.0)
+    assert not quantizer.calibrated
+
+
+def test_what_is_switched_off_is_not_exported(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    model[0].weight_quantizer.disable_quant()
+    with pytest.raises(UserError, match="0.weight_quantizer is switched off"):
+        export_onnx(model, tmp_path / "net.onnx", 32, [0.5] * 3, [0.25] * 3)
 
 
 def test_a_model_that_is_a_layer_and_an_example_of_no_image_are_refused():

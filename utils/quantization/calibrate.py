@@ -18,6 +18,7 @@ All but "max" go over the images twice: the second pass counts |x| between 0 and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -57,8 +58,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
         method: one of `utils.specs.CALIBRATORS`.
 
     Raises:
-        UserError: no such method, no images, images that are bytes, nothing to calibrate, or an
-            activation that was not finite or never computed. Ranges are then what they were.
+        UserError: no such method, no images or what is none, images that are bytes, nothing to
+            calibrate, or an activation that was not finite or never computed. Ranges are then what
+            they were.
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
@@ -69,8 +71,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     if not batches:
         raise UserError("there are no images to calibrate with")
-    if not batches[0].is_floating_point():
-        raise UserError("calibration needs normalised images: float, with their mean at about 0")
+    for batch in batches:
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or len(batch) == 0:
+            what = "float tensors (B, C, H, W), with their mean at about 0"
+            raise UserError(f"calibration needs normalised images: {what}")
     quantizers = _quantizers(model)
     if not quantizers:
         raise UserError("there is nothing to calibrate: call quantize_modules first")
@@ -104,9 +108,9 @@ def _find_ranges(
 
     # second pass: how the activations are spread below them
     if method != "max":
-        counter = _Histogram if method in ("percentile", "entropy") else _RoundingError
         for quantizer in activations:
-            quantizer._calibrator = counter(quantizer._calibrator.compute_amax(), method)
+            largest = quantizer._calibrator.compute_amax()
+            quantizer._calibrator = COUNTERS[method](largest, method)
         _collect(model, batches, activations)
 
 
@@ -165,7 +169,7 @@ class _Histogram:
     """Counts |x| in bins of equal width up to its largest value, for "percentile" and "entropy".
 
     The library's own histogram grows with the values that it sees, and fails if the first are
-    zeros. Its search for the range is taken as it is.
+    zeros. Its search for the range is taken as it is, but begins where a candidate keeps any value.
     """
 
     def __init__(self, largest: Tensor, method: str):
@@ -194,8 +198,13 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
     # as the search by entropy writes into it
     calibrator._calib_hist = np.frombuffer(counts, np.int64).copy()
     calibrator._calib_bin_edges = np.linspace(0, largest, HISTOGRAM_BINS + 1)
-    options = {"percentile": PERCENTILE, "stride": ENTROPY_STRIDE}  # one for each method
-    return float(calibrator.compute_amax(method, **options))
+    if method == "percentile":
+        return float(calibrator.compute_amax(method, percentile=PERCENTILE))
+    # of a candidate below all values the divergence is NaN, which the library takes for the least;
+    # it counts the zeros in bin 0 as those in bin 1
+    smallest = 1 + int(np.flatnonzero(calibrator._calib_hist[1:])[0])
+    first = max(CODE_MAX + 1, ENTROPY_STRIDE * math.ceil((smallest + 1) / ENTROPY_STRIDE))
+    return float(calibrator.compute_amax(method, stride=ENTROPY_STRIDE, start_bin=first))
 
 
 class _RoundingError:
@@ -280,8 +289,21 @@ def _errors_of_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     return (rounded - values).square().mean(1), values.square().mean(0)
 
 
+COUNTERS = {
+    "percentile": _Histogram,
+    "entropy": _Histogram,
+    "mse": _RoundingError,
+    "sqnr": _RoundingError,
+}
+"""What counts |x| in the second pass of each method that has one."""
+
+
 def require_calibrated(model: nn.Module) -> None:
-    """Raises UserError if a range of `model` was never set."""
-    missing = [name for name, found in _quantizers(model).items() if not found.calibrated]
+    """Raises UserError if a range of `model` was never set, or a quantizer is switched off."""
+    quantizers = _quantizers(model)
+    missing = [name for name, found in quantizers.items() if not found.calibrated]
     if missing:
         raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")
+    off = [name for name, found in quantizers.items() if not found.rounds]
+    if off:
+        raise UserError(f"{off[0]} is switched off: switch it on, or name its layer in skip_layers")
