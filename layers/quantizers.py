@@ -20,6 +20,8 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 # the library reports every step of calibration as a warning
 absl.logging.set_verbosity(absl.logging.FATAL)
 
@@ -77,9 +79,10 @@ class Quantizer(TensorQuantizer):
     """Training form: a `pytorch_quantization` quantizer with torch's own fused kernels.
 
     The library's class supplies the switches (`enable_calib`, `disable_quant`, ...) and the hook of
-    the calibrators. Its range buffer `_amax` exists here from the start, NaN until calibrated, so
-    that state dicts always have the same keys and a checkpoint loads on any device. (The library
-    creates the buffer while loading, on the GPU only.)
+    the calibrators. There are 8 bits, whatever its `num_bits` is set to. Its range buffer `_amax`
+    exists here from the start, NaN until calibrated, so that state dicts always have the same keys
+    and a checkpoint loads on any device. (The library creates the buffer while loading, on the GPU
+    only.)
 
     Args:
         channels: number of output channels for a weight, None for an activation.
@@ -111,11 +114,24 @@ class Quantizer(TensorQuantizer):
 
     @property
     def calibrated(self) -> bool:
-        return bool(torch.isfinite(self._amax).all())
+        """Whether every range was set, to what can be one."""
+        return bool((torch.isfinite(self._amax) & (self._amax > 0)).all())
 
-    def set_range(self, amax: Tensor) -> None:
-        """Set the range: `amax` holds one value, or one for each channel, in any shape."""
-        self._amax.copy_(amax.detach().float().reshape(self._amax.shape).clamp_min(RANGE_FLOOR))
+    @property
+    def rounds(self) -> bool:
+        """Whether it is switched on."""
+        return self._if_quant and not self._disabled
+
+    def set_range(self, amax: Tensor | float) -> None:
+        """Set the range: `amax` holds one value, or one for each channel, in any shape.
+
+        Raises:
+            UserError: one of them is below 0.
+        """
+        amax = torch.as_tensor(amax).detach().float().reshape(self._amax.shape)
+        if (amax < 0).any():
+            raise UserError(f"a range is a largest magnitude, and no {amax.min():.4g}")
+        self._amax.copy_(amax.clamp_min(RANGE_FLOOR))
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         return fake_quantize(inputs, self.scale, self._zero_point, self.code_min, self.axis or 0)
