@@ -115,7 +115,7 @@ class Quantizer(TensorQuantizer):
     @property
     def calibrated(self) -> bool:
         """Whether every range was set, to what can be one."""
-        return bool((torch.isfinite(self._amax) & (self._amax > 0)).all())
+        return bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())
 
     @property
     def rounds(self) -> bool:

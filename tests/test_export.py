@@ -649,14 +649,14 @@ def test_images_that_were_not_normalised_in_calibration_are_told(tmp_path, capsy
     assert capsys.readouterr().out.startswith("0: images were up to ") == said
 
 
-@pytest.mark.parametrize("layers", [[], [nn.Linear(4, 2)]])
+@pytest.mark.parametrize("layers", [[], [nn.Linear(4, 2)], [nn.BatchNorm1d(4), nn.Linear(4, 2)]])
 def test_a_network_that_squeezes_the_axis_of_images_is_refused(tmp_path, layers):
     class Squeeze(nn.Module):
         def forward(self, x):
             return x.squeeze()
 
     squeezing = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), Squeeze()]
-    with pytest.raises(UserError, match="of a single image the network makes .*flatten"):
+    with pytest.raises(UserError, match="a single image.*flatten"):
         export_onnx(nn.Sequential(*squeezing, *layers), tmp_path / "x.onnx", 8, *STATS)
 
 

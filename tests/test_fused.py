@@ -204,6 +204,21 @@ class TwoReaders(nn.Module):
         return self.relu(self.last_bn(self.last_conv(out))).mean((2, 3))
 
 
+def test_a_buffer_that_is_added_keeps_its_place():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+            self.bn = nn.BatchNorm2d(4)
+            self.add = Add()
+            self.register_buffer("positions", torch.ones(len(EXAMPLE), 4, *EXAMPLE.shape[2:]))
+
+        def forward(self, x):
+            return self.add(self.positions, self.bn(self.conv(x)))
+
+    assert find_chains(Positions(), EXAMPLE) == [Chain("bn", add="add", operand=1)]
+
+
 def test_a_module_with_a_forward_of_its_own_ends_a_chain():
     block = Block()
     block.relu.forward = lambda x: torch.nn.functional.leaky_relu(x, 0.1)

@@ -358,6 +358,14 @@ def test_a_convolution_that_takes_up_a_factor_is_known_by_what_follows(tmp_path)
     assert OpenVinoNetwork(path).float_nodes(nodes) == []
 
 
+def test_a_layer_with_a_bias_of_zeros_is_known_without_it(tmp_path):
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+    model = nn.Sequential(*layers).eval()
+    nn.init.zeros_(layers[-1].bias)
+    path = exported(model, tmp_path / "int8.onnx")
+    assert OpenVinoNetwork(path).float_nodes(int8_nodes(path, model)) == []
+
+
 def test_convolutions_have_times(small):
     network = OpenVinoNetwork(small, batch_size=3)
     assert network.evaluation_batch == 3

@@ -457,7 +457,7 @@ def test_ranges_by_hand_are_checked():
     assert quantizer.calibrated
     with pytest.raises(UserError, match="a range is a largest magnitude, and no -3"):
         quantizer.set_range(torch.tensor(-3.0))
-    quantizer._amax.fill_(0.0)
+    quantizer._amax.fill_(-1.0)
     assert not quantizer.calibrated
 
 

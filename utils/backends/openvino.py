@@ -171,8 +171,12 @@ class OpenVinoNetwork(Network):
 
         found = []
         for node in nodes:
-            # a layer whose weight took up the factors of what follows has the name of that
-            name = node
+            # what OpenVINO calls a layer that has no bias to add
+            name = f"{node}/WithoutBiases"
+            if name not in types:
+                name = node
+            # a convolution whose weight took up the factors of a BatchNorm goes by the name of
+            # that: conv/Conv is found as bn/BatchNormalization
             while name not in types and name in only_reader:
                 name = only_reader[name]
             if types.get(name) != {"INT8"}:

@@ -200,10 +200,10 @@ def _library_amax(counts: bytes, largest: float, method: str) -> float:
     calibrator._calib_bin_edges = np.linspace(0, largest, HISTOGRAM_BINS + 1)
     if method == "percentile":
         return float(calibrator.compute_amax(method, percentile=PERCENTILE))
-    # of a candidate below all values the divergence is NaN, which the library takes for the least;
-    # it counts the zeros in bin 0 as those in bin 1
-    smallest = 1 + int(np.flatnonzero(calibrator._calib_hist[1:])[0])
-    first = max(CODE_MAX + 1, ENTROPY_STRIDE * math.ceil((smallest + 1) / ENTROPY_STRIDE))
+    # The library takes a divergence of NaN for the least. That is one of a range below all values,
+    # where zeros do not count: it overwrites bin 0 with bin 1.
+    filled = 1 + int(np.flatnonzero(calibrator._calib_hist[1:])[0])
+    first = max(CODE_MAX + 1, ENTROPY_STRIDE * math.ceil((filled + 1) / ENTROPY_STRIDE))
     return float(calibrator.compute_amax(method, stride=ENTROPY_STRIDE, start_bin=first))
 
 

@@ -184,13 +184,12 @@ def _make_pools_exportable(model: nn.Module, watched: Watch) -> None:
     """
     for operation in watched.operations:
         pool = operation.module
-        # hooks belong to this very pool; what reads a parameter has no shapes
+        # hooks belong to this very pool
         is_pool = isinstance(pool, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))
-        if not is_pool or not is_plain(pool) or not operation.shapes:
+        if not is_pool or not is_plain(pool):
             continue
         size, out = operation.shapes[0][2:], operation.shape[2:]
-        calls = [other for other in watched.operations if other.module is pool and other.shapes]
-        sizes = {call.shapes[0][2:] for call in calls}
+        sizes = {other.shapes[0][2:] for other in watched.operations if other.module is pool}
         if len(sizes) == 1:
             replace_module(model, operation.name, exportable_pool(pool, size, out))
         elif needs_matrices(pool, size, out):

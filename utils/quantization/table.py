@@ -68,9 +68,7 @@ def _runs_in_int8(operation: Operation) -> bool:
     """Whether it is a quantized layer that engines have a kernel for."""
     if not isinstance(operation.module, QuantizedLayer):
         return False
-    # what reads a parameter has none
-    size = operation.shapes[0][2:] if operation.shapes else ()
-    return not needs_matrices(operation.module, size, operation.shape[2:])
+    return not needs_matrices(operation.module, operation.shapes[0][2:], operation.shape[2:])
 
 
 def _summary(operations: list[Operation], total: int) -> str:

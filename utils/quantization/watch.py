@@ -39,11 +39,12 @@ class Operation:
         name: the layer's, or that of the module in whose `forward` the function is called.
         module: the layer; None for a function.
         function: the function's name; "" for a layer.
-        shapes: of the tensors that it reads, but for parameters and buffers.
+        shapes: of the tensors that it is given; of a function's, parameters and buffers are left
+            out.
         shape: of its first result.
         macs: multiply-adds of one image.
         where: file and line of the function's call.
-        reads: what made each of these tensors; None for an input of the network.
+        reads: what made each of these tensors; None for an input, a parameter or a buffer.
         readers: the operations that read its results; one more where the network returns them.
     """
 
@@ -58,7 +59,7 @@ class Operation:
     readers: list[Operation] = field(default_factory=list)
 
     def quantizer(self, operand: int) -> str:
-        """The name of what rounds one of the tensors that it reads; "" if nothing does."""
+        """The name of what rounds a layer's operand, by its place; "" if nothing does."""
         if not isinstance(self.module, QuantizedLayer):
             return ""
         name = self.module.quantizer_of(operand)
@@ -171,7 +172,8 @@ class Watch(TorchFunctionMode):
             return
         parameters = {tensor for tensor in read if isinstance(tensor, nn.Parameter)}
         self.parameters_read |= parameters
-        constants = parameters | self._buffers
+        # a layer's operands keep their places
+        constants = parameters | self._buffers if module is None else set()
         read = [tensor for tensor in read if tensor not in constants]
         flops = self._flops.get_total_flops()
         macs = (flops - self._flops_noted) // 2
