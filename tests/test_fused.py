@@ -189,21 +189,6 @@ def test_what_is_random_in_training_ends_a_chain():
     assert not model.training
 
 
-class TwoReaders(nn.Module):
-    """BatchNorm's result goes two ways, and a ReLU also follows something else."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.last_conv, self.last_bn = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
-        self.add, self.relu = Add(), nn.ReLU()
-
-    def forward(self, x):
-        out = self.bn(self.conv(x))
-        out = self.add(out, self.relu(out))
-        return self.relu(self.last_bn(self.last_conv(out))).mean((2, 3))
-
-
 def test_a_buffer_that_is_added_keeps_its_place():
     class Positions(nn.Module):
         def __init__(self):
@@ -225,6 +210,21 @@ def test_a_module_with_a_forward_of_its_own_ends_a_chain():
     assert not any(chain.activation for chain in find_chains(block, EXAMPLE))
     block.add.forward = lambda x, other: 2 * x + other
     assert not any(chain.add for chain in find_chains(block, EXAMPLE))
+
+
+class TwoReaders(nn.Module):
+    """BatchNorm's result goes two ways, and a ReLU also follows something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.last_conv, self.last_bn = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.add, self.relu = Add(), nn.ReLU()
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out = self.add(out, self.relu(out))
+        return self.relu(self.last_bn(self.last_conv(out))).mean((2, 3))
 
 
 def test_a_result_that_goes_two_ways_ends_a_chain():

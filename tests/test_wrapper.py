@@ -404,20 +404,6 @@ def test_table_of_a_float_network_counts_none():
     assert last == f"{counts}; float: {names} and 2 more"
 
 
-class Odd(nn.Module):
-    """What is not quantized, for three reasons."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.unused = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        self.conv1d = nn.Conv1d(3, 2, 1)
-
-    def forward(self, x):
-        x = self.conv(x)
-        x = x @ x.transpose(2, 3)
-        return self.conv1d(x.flatten(2))
-
-
 def test_a_quantized_layer_takes_its_input_by_torchs_keyword():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -475,6 +461,20 @@ def test_a_model_that_is_a_layer_and_an_example_of_no_image_are_refused():
         quantize_modules(nn.Conv2d(3, 4, 3), EXAMPLE)
     with pytest.raises(UserError, match="the example must be normalised images"):
         quantize_modules(nn.Sequential(nn.Conv2d(3, 4, 3)), EXAMPLE[:0])
+
+
+class Odd(nn.Module):
+    """What is not quantized, for three reasons."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.unused = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.conv1d = nn.Conv1d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = x @ x.transpose(2, 3)
+        return self.conv1d(x.flatten(2))
 
 
 def test_table_says_why_a_layer_is_float():
