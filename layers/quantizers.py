@@ -118,8 +118,8 @@ class Quantizer(TensorQuantizer):
         return bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())
 
     @property
-    def rounds(self) -> bool:
-        """Whether it is switched on."""
+    def switched_on(self) -> bool:
+        """Whether it rounds: neither `disable` nor `disable_quant` was called."""
         return self._if_quant and not self._disabled
 
     def set_range(self, amax: Tensor | float) -> None:

@@ -304,6 +304,6 @@ def require_calibrated(model: nn.Module) -> None:
     missing = [name for name, found in quantizers.items() if not found.calibrated]
     if missing:
         raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")
-    off = [name for name, found in quantizers.items() if not found.rounds]
+    off = [name for name, found in quantizers.items() if not found.switched_on]
     if off:
         raise UserError(f"{off[0]} is switched off: switch it on, or name its layer in skip_layers")

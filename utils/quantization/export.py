@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 
 from layers.normalize import FromImages, logits_of
 from layers.quantized import QuantizedLayer
-from layers.quantizers import per_channel
+from layers.quantizers import CODE_MAX, per_channel
 from utils.errors import UserError, first_line, mendable
 from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
-from utils.quantization.watch import example_images, watch
+from utils.quantization.watch import Operation, Watch, example_images, run_on
 from utils.specs import height_width
 
 OPSET = 17
@@ -79,8 +79,10 @@ def export_onnx(
         raise UserError(f"image_size {image_size}: height and width, or one number for a square")
     example = example_images(*size, channels=len(mean))
     inference = to_inference(model, example)
-    _require_logits(inference, example[:1])
-    _say_if_not_normalised(inference, example, mean, std)
+    image = example[:1]
+    with Watch(inference, 1) as watched:
+        _require_single_image(inference, image)
+    _say_if_not_normalised(inference, image, watched.operations, mean, std)
     network = FromImages(inference, mean, std).eval()
     try:
         graph = _traced(network, torch.zeros(2, *size, len(mean), dtype=torch.uint8))
@@ -187,12 +189,11 @@ def _named_by_path(network: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _require_logits(network: nn.Module, image: Tensor) -> None:
+def _require_single_image(network: nn.Module, image: Tensor) -> None:
     """Raises UserError unless a network makes logits (1, classes) of one image (1, C, H, W)."""
     mend = "squeeze() without a dimension drops the axis of the images: use flatten(1)"
     try:
-        with torch.no_grad():
-            shape = tuple(logits_of(network(image)).shape)
+        shape = tuple(logits_of(run_on(network, image)).shape)
     except Exception as error:  # of the network's own Python
         if mendable(error):
             raise
@@ -204,7 +205,11 @@ def _require_logits(network: nn.Module, image: Tensor) -> None:
 
 
 def _say_if_not_normalised(
-    network: nn.Module, example: Tensor, mean: Sequence[float], std: Sequence[float]
+    network: nn.Module,
+    image: Tensor,
+    operations: Sequence[Operation],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
     """Print a line if a layer was calibrated with images as these numbers hardly make them.
 
@@ -212,16 +217,16 @@ def _say_if_not_normalised(
 
     Args:
         network: in its inference form.
-        example: images (B, C, H, W).
+        operations: what it computes of the image (1, C, H, W).
     """
     # normalised images go from -mean / std to (1 - mean) / std, in each channel
     reaches = [max(m, 1 - m) / s for m, s in zip(mean, std, strict=True)]
-    for operation in watch(network, example).operations:
-        reads_images = operation.reads == [None] and operation.shapes == [tuple(example.shape)]
+    for operation in operations:
+        reads_image = operation.reads == [None] and operation.shapes == [tuple(image.shape)]
         quantizer = operation.quantizer(0)
-        if not reads_images or not quantizer:
+        if not reads_image or not quantizer:
             continue
-        amax = 127 * network.get_submodule(quantizer).scale.item()
+        amax = CODE_MAX * network.get_submodule(quantizer).scale.item()
         if not min(reaches) / 2 <= amax <= 1.01 * max(reaches):
             print(
                 f"{operation.name}: images were up to {amax:.3g} in calibration, and by mean and "

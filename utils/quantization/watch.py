@@ -173,8 +173,8 @@ class Watch(TorchFunctionMode):
         parameters = {tensor for tensor in read if isinstance(tensor, nn.Parameter)}
         self.parameters_read |= parameters
         # a layer's operands keep their places
-        constants = parameters | self._buffers if module is None else set()
-        read = [tensor for tensor in read if tensor not in constants]
+        if module is None:
+            read = [t for t in read if t not in parameters and t not in self._buffers]
         flops = self._flops.get_total_flops()
         macs = (flops - self._flops_noted) // 2
         # torch's counter knows no recurrent layers
