@@ -352,6 +352,15 @@ def test_latencies_of_another_machine_are_left_out(other):
     assert merged == [row]
 
 
+def test_a_records_cpu_says_how_many_threads_compute(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    three = records.environment([])["cpu"]
+    assert three.endswith(", 3 threads")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    all_of_them = records.environment([])["cpu"]
+    assert all_of_them == three.replace("3 threads", f"{os.cpu_count()} threads")
+
+
 def test_times_of_the_first_calls_do_not_count(monkeypatch):
     monkeypatch.setattr(measure, "WARM_UP_RUNS", 2)
     calls = iter([[1e6], [1e6]] + [[1.0]] * 2000)

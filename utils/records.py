@@ -245,10 +245,12 @@ def _gpu_name() -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor, and how many of its threads compute: OMP_NUM_THREADS, or all."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     match = re.search(r"model name\s*: (.*)", text)
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    name = match[1].strip() if match else platform.processor() or platform.machine()
+    return f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
 
 
 def commit() -> str | None:
