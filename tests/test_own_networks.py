@@ -665,10 +665,59 @@ class OneByOne(Base):
         return torch.cat([self.head(image[None]) for image in self.conv1(x)])
 
 
-@pytest.mark.parametrize("network", [CountingImages, OneByOne])
-def test_a_graph_of_two_images_alone_is_not_exported(network, tmp_path):
-    with pytest.raises(UserError, match="a Python number of how many images"):
+def all_rows(logits):
+    """The same, but shape inference cannot tell how many there are."""
+    return logits[torch.nonzero(logits[:, 0] == logits[:, 0]).flatten()]
+
+
+class CountingGroups(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        groups = x.reshape(8 * int(x.shape[0] * 1.0), -1).mean(1)
+        return all_rows(self.fc(groups.reshape(-1, 8)))
+
+
+class CountingRows(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        rows = x.reshape(8 * int(x.shape[0] * 1.0), SIZE * SIZE).mean(1)
+        return all_rows(self.fc(rows.reshape(-1, 8)))
+
+
+@pytest.mark.parametrize(
+    ("network", "what"),
+    [
+        (CountingImages, "a graph of as many images"),
+        (OneByOne, "a graph of as many images"),
+        (CountingGroups, "of 3 images the graph makes logits"),
+        (CountingRows, "the graph fails on 3 images"),
+    ],
+)
+def test_a_graph_of_two_images_alone_is_not_exported(network, what, tmp_path):
+    with pytest.raises(UserError, match=f"{what}.*a Python number of how many images"):
         export_onnx(network(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    assert not list(tmp_path.iterdir())
+
+
+class HalfRectified(Base):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.act(x[:, :4])
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+def test_a_graph_that_is_another_function_is_not_exported(quantized, tmp_path):
+    model = HalfRectified().eval()
+    if quantized:
+        quantize_modules(model, EXAMPLE)
+        calibrate(model, [EXAMPLE])
+    with pytest.raises(UserError, match="other logits than the network .* in place on a slice"):
+        export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
     assert not list(tmp_path.iterdir())
 
 

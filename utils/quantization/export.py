@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from layers.normalize import FromImages, logits_of
 from layers.quantized import QuantizedLayer
-from layers.quantizers import CODE_MAX, per_channel
+from layers.quantizers import CODE_MAX, FrozenQuantizer, per_channel
 from utils.errors import UserError, first_line, mendable
 from utils.files import atomic_path
 from utils.manifest import BATCH, INPUT, OUTPUT, layer_of, scope_of
+from utils.metrics import sqnr_db
 from utils.quantization.calibrate import require_calibrated
 from utils.quantization.fold import to_inference
 from utils.quantization.watch import Operation, Watch, example_images, run_on
@@ -37,6 +38,12 @@ FP16_OPSET, FP16_IR = 19, 9
 """The first whose QuantizeLinear takes FP16 scales."""
 SMALLEST_FP16, LARGEST_FP16 = 6e-8, 65504
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+FREE_BATCH = (
+    "the network makes a Python number of how many images there are, by int() or a loop over them, "
+    "which a graph keeps: reshape by x.shape[0] or -1"
+)
+LEAST_SQNR_DB = 40
+"""Float graphs that are the same function have 80 dB or more."""
 SIZED = ("avg_pool2d", "max_pool2d", "_max_pool2d", "layer_norm")
 """Functions that are given sizes, which a graph holds as numbers."""
 
@@ -64,7 +71,7 @@ def export_onnx(
     Raises:
         UserError: a range was never calibrated, `mean` and `std` are in other units or of several
             lengths, `image_size` is no size, or the network makes no logits of a single image,
-            branches on values or computes what torch's exporter cannot write.
+            branches on values or computes what torch's exporter cannot write or writes wrongly.
         OSError: a file cannot be written.
         onnx.checker.ValidationError: the exporter made an invalid graph.
     """
@@ -84,8 +91,20 @@ def export_onnx(
         _require_single_image(inference, image)
     _say_if_not_normalised(inference, image, watched.operations, mean, std)
     network = FromImages(inference, mean, std).eval()
+    graph, in_fp16 = _checked_graphs(network, (*size, len(mean)))
+    fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
+    for version, target in ((graph, path), (in_fp16, path.with_stem(fp16_stem))):
+        with atomic_path(target) as partial:
+            partial.write_bytes(version.SerializeToString())
+
+
+def _checked_graphs(network: FromImages, shape: Sequence[int]) -> tuple[ModelProto, ModelProto]:
+    """The graph of a network that takes images (H, W, C) of this shape, and the one in FP16.
+
+    Raises as `export_onnx`.
+    """
     try:
-        graph = _traced(network, torch.zeros(2, *size, len(mean), dtype=torch.uint8))
+        graph = _traced(network, torch.zeros(2, *shape, dtype=torch.uint8))
         merge_shared_quantizers(graph)
         _require_free_batch(graph)
         in_fp16 = to_fp16(graph)
@@ -97,10 +116,8 @@ def export_onnx(
             f"torch's exporter cannot write this network as ONNX: {reason}; compute that in "
             "operations that it knows"
         ) from None
-    fp16_stem = "fp16" if path.stem == "fp32" else f"{path.stem}_fp16"
-    for version, target in ((graph, path), (in_fp16, path.with_stem(fp16_stem))):
-        with atomic_path(target) as partial:
-            partial.write_bytes(version.SerializeToString())
+    _require_same_function(graph, network, shape)
+    return graph, in_fp16
 
 
 def _traced(network: nn.Module, images: Tensor) -> ModelProto:
@@ -245,10 +262,75 @@ def _require_free_batch(graph: ModelProto) -> None:
     # without dimensions where nothing is known
     sides = inferred.graph.output[0].type.tensor_type.shape.dim
     if sides and sides[0].HasField("dim_value"):
+        raise UserError(f"a graph of as many images as it was traced with: {FREE_BATCH}")
+
+
+def _require_same_function(graph: ModelProto, network: FromImages, shape: Sequence[int]) -> None:
+    """Raises UserError if ONNX Runtime, where there is one, makes other logits than PyTorch.
+
+    Both compute without rounding: a value may lie between two codes and be rounded either way.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    # one image more than the graph was traced with
+    images = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    unrounded = _without_rounding(graph).SerializeToString()
+    providers = ["CPUExecutionProvider"]
+    # onnxruntime's exceptions share no base class but Exception
+    try:
+        session = onnxruntime.InferenceSession(unrounded, options, providers=providers)
+    except Exception:
+        return  # it lacks an operator, which a back end may have
+    try:
+        [made] = session.run([OUTPUT], {INPUT: images})
+    except Exception as error:
         raise UserError(
-            "the network makes a Python number of how many images there are, by int() or a loop "
-            "over them, which a graph keeps: reshape by x.shape[0] or -1"
+            f"the graph fails on {len(images)} images ({first_line(error)}): {FREE_BATCH}"
+        ) from None
+
+    hooks = []
+    for module in network.modules():
+        if isinstance(module, FrozenQuantizer):
+            hooks.append(module.register_forward_hook(lambda _, given, __: given[0]))
+    try:
+        with torch.no_grad():
+            # NCHW in memory too, which a `view` in the network may need
+            x = network.normalize(torch.from_numpy(images))
+            x = x.clone(memory_format=torch.contiguous_format)
+            expected = logits_of(network.model(x)).numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if made.shape != expected.shape:
+        raise UserError(
+            f"of {len(images)} images the graph makes logits {made.shape}: {FREE_BATCH}"
         )
+    sqnr = sqnr_db(expected, made)
+    if np.isfinite(expected).all() and not sqnr >= LEAST_SQNR_DB:
+        raise UserError(
+            f"the graph makes other logits than the network ({sqnr:.0f} dB signal-to-noise ratio): "
+            "torch's exporter cannot write one of its operations, as one in place on a slice or "
+            "one that makes random numbers"
+        )
+
+
+def _without_rounding(model: ModelProto) -> ModelProto:
+    """A copy whose Q/DQ nodes do nothing."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for node in _nodes(copy):
+        if node.op_type in (QUANTIZE, DEQUANTIZE):
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    # the types of all tensors in between are no longer these
+    for graph in _graphs(copy.graph):
+        del graph.value_info[:]
+    return copy
 
 
 def int8_nodes(path: Path, model: nn.Module) -> list[str]:
