@@ -43,7 +43,7 @@ FREE_BATCH = (
     "which a graph keeps: reshape by x.shape[0] or -1"
 )
 LEAST_SQNR_DB = 40
-"""Float graphs that are the same function have 80 dB or more."""
+"""Without rounding, graphs of the tests have 100 dB or more."""
 SIZED = ("avg_pool2d", "max_pool2d", "_max_pool2d", "layer_norm")
 """Functions that are given sizes, which a graph holds as numbers."""
 
