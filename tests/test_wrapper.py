@@ -451,7 +451,11 @@ def test_what_is_switched_off_is_not_exported(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     quantize_modules(model, EXAMPLE)
     calibrate(model, [EXAMPLE])
+    assert "INT8: 100.0 % of the multiply-adds" in layer_table(model, EXAMPLE)
     model[0].weight_quantizer.disable_quant()
+    table = layer_table(model, EXAMPLE)
+    assert "float  a quantizer is switched off" in table
+    assert "INT8: 0.0 % of the multiply-adds; float: 0" in table
     with pytest.raises(UserError, match="0.weight_quantizer is switched off"):
         export_onnx(model, tmp_path / "net.onnx", 32, [0.5] * 3, [0.25] * 3)
 

@@ -51,6 +51,8 @@ def _form(operation: Operation, model: nn.Module) -> tuple[str, str]:
         quantizers = [child for child in module.children() if isinstance(child, Quantizer)]
         return "INT8", "; ".join(map(_range, quantizers))
     if isinstance(module, QuantizedLayer):
+        if not _rounds(module):
+            return "float", "a quantizer is switched off: switch it on to export"
         return "float", "rounded, but exported as products of matrices"
     if operation.function in CONCATENATIONS:
         return "-", "rounded as what reads it says"
@@ -66,9 +68,13 @@ def _form(operation: Operation, model: nn.Module) -> tuple[str, str]:
 
 def _runs_in_int8(operation: Operation) -> bool:
     """Whether it is a quantized layer that engines have a kernel for."""
-    if not isinstance(operation.module, QuantizedLayer):
+    if not isinstance(operation.module, QuantizedLayer) or not _rounds(operation.module):
         return False
     return not needs_matrices(operation.module, operation.shapes[0][2:], operation.shape[2:])
+
+
+def _rounds(layer: nn.Module) -> bool:
+    return all(child.switched_on for child in layer.children() if isinstance(child, Quantizer))
 
 
 def _summary(operations: list[Operation], total: int) -> str:
