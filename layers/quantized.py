@@ -276,4 +276,5 @@ class PointwiseLinear(QuantConv2d):
             x = x.flatten(1, -2).unsqueeze(1)  # (N, ..., in) -> (N, 1, values, in)
         x = x.permute(0, 3, 1, 2)  # -> (N, in, H, W)
         x = super().forward(x).permute(0, 2, 3, 1)
-        return x if len(between) == 2 else x.squeeze(1).unflatten(1, between)
+        # sizes of `input`: a graph would keep those that the exporter finds for `unflatten`
+        return x if len(between) == 2 else x.reshape(*input.shape[:-1], self.out_channels)

@@ -932,9 +932,49 @@ class InContainers(nn.Module):
         return self.dec["fc-1"](self.enc.blocks[0](x).mean((2, 3)))
 
 
+class InBlock(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.position = shared
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(self.position(x))
+
+
+class SharedByBlocks(nn.Module):
+    """Blocks call what they do not hold alone, by another name, as CoaT's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.shared = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.blocks = nn.Sequential(InBlock(self.shared), InBlock(self.shared))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+SHARED_LAYERS = ["stem", "shared.0", "blocks.0.conv", "shared.0", "blocks.1.conv", "fc"]
+
+
+def test_a_layer_that_blocks_share_is_found_in_a_graph(tmp_path):
+    torch.manual_seed(0)
+    model = SharedByBlocks().eval()
+    example = torch.randn(2, 3, 32, 32).clamp(-1, 1)
+    quantize_modules(model, example)
+    calibrate(model, [example])
+    export_onnx(model, tmp_path / "model.onnx", 32, [0.5] * 3, [0.5] * 3)
+    nodes = [node for node in int8_nodes(tmp_path / "model.onnx", model) if "Conv" in node]
+    assert [layer_of(node) for node in nodes] == SHARED_LAYERS
+    assert "shared.0" not in int8_nodes(tmp_path / "model.onnx", model)
+
+
 @pytest.mark.parametrize(
     ("network", "layers"),
     [
+        (SharedByBlocks, SHARED_LAYERS),
         (InContainers, ["enc.conv", "dec.conv", "enc.blocks.0.0", "dec.fc-1"]),
         (
             lambda: nn.Sequential(
@@ -946,7 +986,7 @@ class InContainers(nn.Module):
             ["0", "1.0", "3"],
         ),
     ],
-    ids=["containers", "sequential"],
+    ids=["shared", "containers", "sequential"],
 )
 def test_a_nodes_name_holds_its_layers_whole_name(tmp_path, network, layers):
     export_onnx(network().eval(), tmp_path / "fp32.onnx", (32, 32), *STATS)

@@ -21,6 +21,7 @@ from layers.pool import MatrixAvgPool2d
 from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
 from layers.quantizers import StraightThrough, per_channel
 from utils.backends import tensorrt_build
+from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.backends.tensorrt_build import EngineOptions
 from utils.errors import UserError
 from utils.manifest import INPUT, layer_of
@@ -153,6 +154,26 @@ class Upward(Base):
         wide = self.conv1(x)
         x = self.bn(self.up(F.max_pool2d(self.conv2(wide), 2)))
         return self.head(self.conv3(torch.cat((x, wide), 1)))
+
+
+class KernelOfImage(Base):
+    """A convolution whose kernel depends on the images, as CondConv's."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        share = x.mean((1, 2, 3)).sigmoid()
+        kernels = share[:, None] * self.conv2.weight.flatten()[None]
+        kernels = kernels.reshape(-1, 8, 3, 3)  # 8 for each image
+        grouped = x.reshape(1, -1, SIZE, SIZE)
+        made = F.conv2d(grouped, kernels, padding=1, groups=x.shape[0])
+        return self.head(made.reshape(-1, 8, SIZE, SIZE))
+
+
+def test_the_exporters_reason_is_a_short_line(tmp_path):
+    with pytest.raises(UserError, match="exporter cannot write this network") as caught:
+        export_onnx(KernelOfImage().eval(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+    assert "Caused by" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 class Tokens(Base):
@@ -803,6 +824,67 @@ def test_a_network_without_quantizable_layers_is_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU())
     with pytest.raises(UserError, match="no layer of this network has a quantized form"):
         quantize_modules(model, EXAMPLE)
+
+
+class SizesOfTokens(nn.Module):
+    """A linear layer of (N, values, C), and sizes that are read off what it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.inner = nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.inner(x)
+        images, values, _ = tokens.shape
+        scale = tokens.view(images, values, 4, -1).mean((2, 3))
+        return self.fc((x * scale[..., None]).mean(1))
+
+
+def test_a_graph_that_reads_sizes_off_a_linear_layer_takes_any_batch(tmp_path):
+    torch.manual_seed(0)
+    model = SizesOfTokens().eval()
+    quantize_modules(model, EXAMPLE, skip_layers=["fc"])
+    calibrate(model, [EXAMPLE])
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+    network = OnnxRuntimeNetwork(tmp_path / "int8.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
+    np.testing.assert_allclose(network(images)[:1], network(images[:1]), rtol=1e-4, atol=1e-5)
+
+
+class Cached(Base):
+    """Keeps in evaluation what it computed of a parameter, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(8, 1, 1))
+        self.doubled = None
+
+    def train(self, mode=True):
+        self.doubled = None if mode else self.doubled
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return self.head(self.conv1(x) + 2 * self.bias)
+        if self.doubled is None:
+            self.doubled = 2 * self.bias
+        return self.head(self.conv1(x) + self.doubled)
+
+
+def test_what_a_network_keeps_in_evaluation_is_of_the_weights_loaded_last():
+    torch.manual_seed(0)
+    trained = Cached()
+    nn.init.normal_(trained.bias)
+    quantize_modules(trained, EXAMPLE)
+    calibrate(trained, [EXAMPLE])
+    fresh = Cached()
+    quantize_modules(fresh, EXAMPLE)
+    fresh.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(EXAMPLE), trained.eval()(EXAMPLE))
 
 
 class OneVector(Base):

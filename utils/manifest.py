@@ -75,12 +75,19 @@ def graph_file(precision: str, remainder: str = "fp32") -> str:
     return f"{stem}_fp16.onnx" if half else f"{stem}.onnx"
 
 
+ANEW = "^"
+"""In a node's name: the layer's own begins again."""
+
+
 def scope_of(name: str, caller: str) -> str:
     """What a module adds to the names of its nodes: "enc/blocks.0/conv1" of enc.blocks.0.conv1.
 
     Args:
-        caller: the module that calls it; what that is in stands before it already.
+        caller: the module that calls it, whose names stand before it. If it does not hold the
+            called one, which several may share, all of the name follows `ANEW`.
     """
+    if not f"{name}.".startswith(f"{caller}.") and caller:
+        return f"{ANEW}/{scope_of(name, '')}"
     # numbers stay with the word before them
     words = re.findall(r"[^.]+(?:\.\d+(?=\.|$))*", name)
     added = []
@@ -97,7 +104,7 @@ def layer_of(node: str) -> str:
     "" for what the network's own forward computes, and for the nodes that normalise the images.
     """
     parts: list[str] = []
-    for part in node.strip("/").split("/")[:-1]:
+    for part in node.rpartition(f"/{ANEW}/")[2].strip("/").split("/")[:-1]:
         # what a Sequential holds is named with it: "layer1", then "layer1.0"
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def _checked_graphs(network: FromImages, shape: Sequence[int]) -> tuple[ModelPro
         for version in (graph, in_fp16):
             onnx.checker.check_model(version, full_check=True)
     except (OnnxExporterError, InferenceError) as error:
-        reason = first_line(error).partition(". Please")[0]
+        reason = re.split(r"\. Please|\s+\[Caused by", first_line(error))[0]
         raise UserError(
             f"torch's exporter cannot write this network as ONNX: {reason}; compute that in "
             "operations that it knows"

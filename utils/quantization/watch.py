@@ -244,6 +244,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        # a network's own `train` drops what it computed of its weights for evaluation
+        model.train()
         for module, training in modes.items():
             module.training = training
 
