@@ -1407,7 +1407,7 @@ class Reserved(Base):
         return self.head(self.steps["in"](self.conv2(x)) + x)
 
 
-class Tokens(Base):
+class PromptedTokens(Base):
     """A layer reads a parameter."""
 
     def __init__(self):
@@ -1420,7 +1420,7 @@ class Tokens(Base):
 
 
 def test_a_quantized_layer_may_read_a_parameter(tmp_path):
-    model = Tokens()
+    model = PromptedTokens()
     quantize_modules(model, EXAMPLE)
     calibrate(model, [EXAMPLE])
     rows = layer_table(model, EXAMPLE).splitlines()
