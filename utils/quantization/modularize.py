@@ -87,9 +87,13 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
 
 
 def modularize_or_say(model: nn.Module, example: Tensor) -> None:
-    """As `modularize`, with a line for each module whose functional operations stay."""
+    """As `modularize`, with a line for each reason why modules keep functional operations."""
+    kept = defaultdict(list)
     for name, reason in modularize(model, example).items():
-        print(f"{name or 'the network'}: its functional operations stay float, {reason}")
+        kept[reason].append(name or "the network")
+    for reason, names in kept.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"{', '.join(names[:3])}{more}: functional operations stay float, {reason}")
 
 
 def is_candidate(operation: Operation) -> bool:
