@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Small, digits_cut_to, made
+from torch import nn
 
 import infer
 from utils import auto_quant, flags, records
@@ -19,6 +20,7 @@ from utils.files import sha256
 from utils.manifest import read_export
 from utils.metrics import percent_equal, sqnr_db
 from utils.quantization import calibrate, quantize_modules, sensitivity
+from utils.quantization.codes import layer_facts
 from utils.quantization.sensitivity import Progress, parts_of, scan, switched
 from utils.records import Candidate, Record, Scan, Sensitivity
 from utils.schema import parse
@@ -130,6 +132,33 @@ def test_afterwards_the_network_is_as_before(outlier_network):
         scan_all(model, batches)
         assert torch.equal(model(images), expected)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Halved(nn.Module):
+    """A network that may write into the images that it is given."""
+
+    def __init__(self, network, in_place):
+        super().__init__()
+        self.network = network
+        self.in_place = in_place
+
+    def forward(self, x):
+        return self.network(x.mul_(0.5) if self.in_place else x * 0.5)
+
+
+def test_a_first_layer_that_works_in_place_changes_no_range_and_no_scan():
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
+    given = images.clone()
+    found = []
+    for in_place in (False, True):
+        model = Halved(made(Small).eval(), in_place)
+        quantize_modules(model, images[:2])
+        calibrate(model, [images])
+        facts = layer_facts(model, images)
+        found.append([facts, scan_all(model, [(images, labels)])])
+        assert torch.equal(images, given)
+    assert found[0] == found[1]
 
 
 def test_an_interrupted_scan_goes_on(outlier_network, tmp_path):
@@ -470,6 +499,7 @@ def test_a_choice_must_beat_just_the_float_precision_that_is_named(
         ("--auto_quant --load_ckpt x --batch_size 1 --max_drop -1", "--max_drop: 0 to 100"),
         ("--sensitivity --load_ckpt x --max_drop 1", "--max_drop is of --auto_quant"),
         ("--sensitivity --load_ckpt x --FP32", "--sensitivity: the precisions named are all float"),
+        ("--sensitivity --load_ckpt x --export_only", "--sensitivity exports nothing"),
         ("--sensitivity --load_ckpt x --audit", "--audit: --sensitivity runs no engine"),
         ("--sensitivity --load_ckpt x --report y", "--report: --sensitivity runs no engine"),
         ("--sensitivity --onnx . --predict a", "--sensitivity: --predict measures nothing"),

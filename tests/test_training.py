@@ -290,6 +290,28 @@ def test_a_sam_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was(
     )  # loss and statistics are those of the weights themselves
 
 
+class Dimmed(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = small_net()
+        self.in_place = in_place
+
+    def forward(self, x):
+        return self.net(x.mul_(0.5) if self.in_place else x * 0.5)
+
+
+def test_both_passes_of_a_sam_step_are_given_the_same_images():
+    trained = []
+    for in_place in (False, True):
+        model = Dimmed(in_place)
+        step = training.Step(model, torch.optim.SGD(model.parameters(), lr=0.1), 0.1, sam_rho=0.05)
+        torch.manual_seed(1)
+        step(torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,)))
+        trained.append(dict(model.state_dict()))
+    assert_same(*trained)
+
+
 @pytest.mark.parametrize(
     ("mode", "optimizer"), [("float", "muon"), ("float", "sgd"), ("qat", "sgd")]
 )

@@ -447,6 +447,14 @@ def test_ranges_by_hand_are_checked():
     assert not quantizer.calibrated
 
 
+@pytest.mark.parametrize("batch", [3, [], [3]])
+def test_what_is_no_batch_is_not_calibrated_with(batch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    quantize_modules(model, EXAMPLE)
+    with pytest.raises(UserError, match="calibration needs normalised images"):
+        calibrate(model, [batch])
+
+
 def test_what_is_switched_off_is_not_exported(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     quantize_modules(model, EXAMPLE)

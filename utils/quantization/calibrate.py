@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from layers.quantizers import CODE_MAX, Quantizer
 from utils.errors import UserError
-from utils.quantization.watch import evaluating
+from utils.quantization.watch import run_on
 from utils.specs import CALIBRATORS
 
 VALUES_AT_A_TIME = 1 << 23
@@ -64,17 +65,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
-    # without labels; a tensor is one batch
-    batches = [batches] if isinstance(batches, Tensor) else list(batches)
-    if any(isinstance(batch, Mapping) for batch in batches):
-        raise UserError("calibration takes images, or (images, labels), and no dictionaries")
-    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
+    # a tensor is one batch
+    batches = [batches] if isinstance(batches, Tensor) else batches
+    batches = [_images_of(batch) for batch in batches]
     if not batches:
         raise UserError("there are no images to calibrate with")
-    for batch in batches:
-        if not isinstance(batch, Tensor) or not batch.is_floating_point() or len(batch) == 0:
-            what = "float tensors (B, C, H, W), with their mean at about 0"
-            raise UserError(f"calibration needs normalised images: {what}")
     quantizers = _quantizers(model)
     if not quantizers:
         raise UserError("there is nothing to calibrate: call quantize_modules first")
@@ -87,6 +82,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
             quantizer.disable_calib()
             quantizer.enable_quant()
             quantizer._calibrator = None
+
+
+def _images_of(batch: Any) -> Tensor:
+    """The images of a batch that may have labels, too; raises UserError if they are none."""
+    if isinstance(batch, Mapping):
+        raise UserError("calibration takes images, or (images, labels), and no dictionaries")
+    images = batch[0] if isinstance(batch, Sequence) and batch else batch
+    if not isinstance(images, Tensor) or not images.is_floating_point() or len(images) == 0:
+        what = "float tensors (B, C, H, W), with their mean at about 0"
+        raise UserError(f"calibration needs normalised images: {what}")
+    return images
 
 
 def _find_ranges(
@@ -129,12 +135,10 @@ def _require_finite(name: str, amax: Tensor | None) -> None:
 
 def _collect(model: nn.Module, batches: Iterable[Tensor], quantizers: Iterable[Quantizer]) -> None:
     """Run the float model over the images while the quantizers' calibrators look on."""
-    device = next(model.parameters()).device
     for quantizer in quantizers:
         quantizer.enable_calib()
-    with evaluating(model):
-        for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
-            model(images.to(device))
+    for images in tqdm(batches, desc="calibrate", unit="batch", leave=False):
+        run_on(model, images)
 
 
 class _Largest:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layers.quantized import QuantizedLayer
 from layers.quantizers import CODE_MAX, Quantizer, per_channel
-from utils.quantization.watch import Operation, evaluating, is_quantizable, watch
+from utils.quantization.watch import Operation, is_quantizable, run_on, watch
 from utils.specs import CodeUse, LayerFacts
 
 LOWEST, HIGHEST = -CODE_MAX - 2, CODE_MAX + 1
@@ -81,9 +81,9 @@ def count_codes(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
         found = torch.bincount((codes - LOWEST).flatten(), minlength=HIGHEST - LOWEST + 1)
         counts[quantizer] = counts.get(quantizer, 0) + found.cpu()
 
-    with nn.modules.module.register_module_forward_pre_hook(count), evaluating(model):
+    with nn.modules.module.register_module_forward_pre_hook(count):
         for part in images.split(PART_IMAGES):
-            model(part)
+            run_on(model, part)
     return counts
 
 

@@ -87,7 +87,8 @@ class Switched:
         for name, layer in self.layers.items():
             _switch(layer, name in int8)
         self._known, self._kept = iter(known), keep
-        return self.model(images)
+        # a copy: the first layer may work in place, and all runs are given the same images
+        return self.model(images.clone())
 
     def _looked_up(self, name: str, layer: nn.Module) -> Callable[..., Tensor]:
         """The `forward` of a layer, which takes a call's result from those that are known."""

@@ -130,7 +130,8 @@ class Step:
         """Leave the loss's gradient, over all ranks, in the parameters; the loss and the logits."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
         with autocast, kernels.fusing():
-            logits = logits_of(self.model(images))
+            # a copy: the first layer may work in place, and SAM runs twice
+            logits = logits_of(self.model(images.clone()))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         # the ranks' gradients are added up
         (loss / ranks.world_size()).backward()
