@@ -25,9 +25,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 
-NPZ, BATCHES, FOLDERS = "cifar10.npz", "cifar-10-batches-py", "train"
+NPZ, BATCHES, FOLDERS = "cifar10.npz", "cifar-10-batches-py", ("train", "test")
 ARCHIVE = URL.split("/")[-1]
-SOURCES = (NPZ, BATCHES, FOLDERS, ARCHIVE)
+SOURCES = (NPZ, BATCHES, *FOLDERS, ARCHIVE)
 """What is looked for, in this order: Keras's, torchvision's, class folders, and URL's archive."""
 TRAIN_BATCHES = tuple(f"data_batch_{index}" for index in range(1, 6))
 TEST_BATCH = "test_batch"
@@ -48,7 +48,7 @@ def load(
         OSError: the system cannot read a file now.
     """
     source = _source(data_dir)
-    if source == data_dir / FOLDERS:
+    if source in [data_dir / name for name in FOLDERS]:
         loaded = folder.load(data_dir, size, test_only)
         if loaded[-1] != CLASSES:
             raise UserError(f"{source} holds other classes than CIFAR-10's: add --dataset folder")

@@ -90,10 +90,9 @@ def load(
         for label, name in enumerate(files_of):
             if label not in labels:
                 raise UserError(f"{data_dir / split / name} holds no images")
-    if _first_rank():
-        counts = f"{len(train_labels)} train and {len(test_labels)} test images"
-        pixels = "x".join(map(str, size))
-        print(f"{counts} of {len(classes)} classes, at {pixels} pixels{describe(left_out)}")
+    counts = f"{len(train_labels)} train and {len(test_labels)} test images"
+    pixels = "x".join(map(str, size))
+    print(f"{counts} of {len(classes)} classes, at {pixels} pixels{describe(left_out)}")
     return train_images, train_labels, test_images, test_labels, classes
 
 
@@ -202,11 +201,6 @@ def _available_bytes() -> float:
     return available
 
 
-def _first_rank() -> bool:
-    """Every rank reads, the first one tells of it."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _read(
     files_of: dict[str, list[Path]], size: tuple[int, int], left_out: LeftOut, refused: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +211,8 @@ def _read(
     files = list(label_of)
     images = np.empty((len(files), *size, 3), dtype=np.uint8)
     used: list[Path] = []
-    silent = None if _first_rank() else True
+    # every rank reads, the first one shows it: on a terminal, as None means
+    silent = None if os.environ.get("RANK", "0") == "0" else True
     with tqdm(total=len(files), desc="images", disable=silent) as bar:
         for start in range(0, len(files), BLOCK):
             block = files[start : start + BLOCK]

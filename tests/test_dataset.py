@@ -178,6 +178,14 @@ def test_cifar10_reads_class_folders(tmp_path):
     assert data.classes == tuple(sorted(cifar10.CLASSES))
 
 
+def test_cifar10_of_test_folders_alone_needs_no_download(tmp_path, offline):
+    write_classes(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    assert not dataset.missing("cifar10", tmp_path)
+    data = dataset.load("cifar10", tmp_path, test_only=True)
+    assert len(data.test_images) == 2 * len(cifar10.CLASSES)
+
+
 def test_folders_of_other_classes_are_not_cifar10(tmp_path):
     write_classes(tmp_path)
     (tmp_path / "train" / "truck").rename(tmp_path / "train" / "lorry")
