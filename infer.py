@@ -120,6 +120,8 @@ def run_refusals(args: Flags) -> Iterator[str]:
             yield f"{path} is a folder: name a file in it"
         if folder := blocking_folder(path):
             yield f"{path} cannot be written: {folder} does not let you"
+    if args.export_only and args.plot and args.batch_sizes is DEFAULT.batch_sizes:
+        yield "--plot: --export_only times nothing unless --batch_size says so: name it"
     if args.export_only and (args.onnx or args.audit or tensorrt_flag(args)):
         yield "--export_only runs no engine: drop it, or --onnx, --audit and what is TensorRT's"
 
@@ -150,6 +152,8 @@ def choice_refusals(args: Flags) -> Iterator[str]:
     runs_engine = flags.given(args, ["audit", "plot", "report"]) or tensorrt_flag(args)
     if args.sensitivity and not args.auto_quant and runs_engine:
         yield f"{runs_engine}: --sensitivity runs no engine; drop one of them, or add --auto_quant"
+    if args.sensitivity and args.export_only:
+        yield "--sensitivity exports nothing: drop it, or --export_only"
     if args.auto_quant and (args.export_only or len(set(args.batch_sizes)) != 1):
         yield "--auto_quant times engines of one batch size: name it by --batch_size"
     if args.auto_quant and args.ptc_mode == "implicit":
@@ -309,8 +313,9 @@ def flag_values(args: Flags) -> dict[str, str]:
     """What a record says of the command line: every flag with a value, but for paths."""
     words = {}
     for name, value in vars(args).items():
-        # 0 is a value
-        if (value or value == 0) and value is not False and not isinstance(value, Path):
+        # by identity, as 0 equals False; a list without entries says nothing
+        absent = value is None or value is False or value in ((), [])
+        if not absent and not isinstance(value, Path):
             words[name] = str(value)
     return words
 

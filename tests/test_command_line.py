@@ -1228,6 +1228,7 @@ def test_quantize_with_float_precisions_alone_is_refused(qat_checkpoint, error_l
         (["--calib_images", "0"], "--calib_images"),
         (["--audit", "--backend", "onnxruntime"], "--audit: ONNX Runtime does not tell"),
         (["--audit", "--export_only"], "--export_only runs no engine"),
+        (["--plot", "p.png", "--export_only"], "--export_only times nothing unless"),
         (["--FP32", "--ptc_mode", "implicit"], "--ptc_mode implicit is a second --INT8PTC"),
     ],
 )
