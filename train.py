@@ -323,7 +323,7 @@ def train(
     data = load_images(recipe, start, resume)
     info = describe_data(recipe, start, data)
     train_arrays, val_arrays = data.split(info.split_seed)
-    if here.first and len(val_arrays[0]) < FEW_VAL:
+    if len(val_arrays[0]) < FEW_VAL:
         print(f"only {len(val_arrays[0])} val images choose the best epoch: add train images")
     check_ranks(recipe, here, len(train_arrays[0]))
     shared = len(train_arrays[0]) // here.world_size * here.world_size

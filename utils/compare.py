@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def wanted(self) -> list[str]:
-        """The precisions to run in the table's order, implicit calibration after its twin."""
+        """The precisions to run in the table's order, implicit calibration after INT8-PTC."""
         named = self.precisions or PRECISIONS
         wanted = [name for name in PRECISIONS if name in named]
         if self.ptc_mode == "implicit":
@@ -430,7 +430,7 @@ def _say_if_other(
     lost_pct = 100 * lost / len(labels)
     changed = int((predicted != in_pytorch).sum())
     changed_pct = 100 * changed / len(labels)
-    mend = "try other --skip_layers, or another version of it"
+    mend = "try other --skip_layers, or another version of the back end"
     if lost_pct > LARGEST_LOSS_PCT and lost > 3 * changed**0.5:
         print(f"{what} is {lost_pct:.2f} points below the same network in PyTorch; {mend}")
     elif changed_pct > MOST_CHANGED_PCT and changed > FEW_CHANGED:

@@ -166,6 +166,7 @@ def read_export(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
             if (path.exists() or name == PREDICTIONS) and sha256(path) != digest:
                 raise UserError(f"{path} is not the file that {MANIFEST} describes")
         with np.load(folder / PREDICTIONS) as arrays:
+            # an error where FP32 is missing, which all others are compared with
             return manifest, {"FP32": arrays["FP32"], **arrays}
     except PermissionError:
         raise

@@ -105,17 +105,17 @@ class Recipe:
         return content
 
 
-def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **chosen: Any) -> Recipe:
-    """The recipe of one kind. What is `chosen`, and not None, stands in place of its default.
+def make_recipe(kind: str, defaults: Defaults, device_type: str, /, **given: Any) -> Recipe:
+    """The recipe of one kind. What is `given`, and not None, stands in place of its default.
 
     Args:
         device_type: "cuda" or "cpu".
-        chosen: fields of `Recipe`, `model` and `stem` among them.
+        given: fields of `Recipe`, `model` and `stem` among them.
 
     Raises:
         UserError: an optimizer that is not for this kind of training.
     """
-    values = {name: value for name, value in chosen.items() if value is not None}
+    values = {name: value for name, value in given.items() if value is not None}
     values["kind"] = kind
     values.setdefault("num_epochs", defaults.num_epochs)
     batch_size = values.setdefault("batch_size", BATCH_SIZE[device_type])
@@ -240,13 +240,13 @@ def resolve(
         quantization = flags.agreed_quantization(args, known.quantization)
 
     # everything else is as the flags say, or a default
-    chosen = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
-    chosen |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
-    chosen |= {"mean": mean, "std": std, "data_dir": data_dir, "quantization": quantization}
-    chosen["comparison"] = Comparison.of(args) if args.test_trt else None
+    given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
+    given |= {"model": model, "stem": stem, "dataset": dataset, "img_size": img_size}
+    given |= {"mean": mean, "std": std, "data_dir": data_dir, "quantization": quantization}
+    given["comparison"] = Comparison.of(args) if args.test_trt else None
     # before a default is computed of them
-    _check_limits(chosen, args.quantize)
-    return make_recipe(kind, defaults[kind], device_type, **chosen)
+    _check_limits(given, args.quantize)
+    return make_recipe(kind, defaults[kind], device_type, **given)
 
 
 def fit_to_images(recipe: Recipe, defaults: Defaults, images: int) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 CALIBRATORS = ("sqnr", "entropy", "percentile", "mse", "max")
@@ -24,7 +24,7 @@ MAX_SIZE = 4096
 
 def height_width(size: int | Sequence[int]) -> list[int]:
     """The two sides of an image; one number means a square."""
-    sides = [size] if isinstance(size, int) else list(size)
+    sides = list(size) if isinstance(size, Iterable) else [size]  # NumPy has numbers of its own
     return sides * 2 if len(sides) == 1 else sides
 
 

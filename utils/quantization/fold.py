@@ -157,7 +157,8 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         fold_batch_norm(model.get_submodule(conv_name), bn)
         replace_module(model, bn_name, _after(bn))
     for name, module in list(model.named_modules()):
-        # a word, which ONNX Runtime does not take beside a dilation: numbers, or a pad before it
+        # ONNX Runtime takes no "same" beside a dilation: write it in pixels; where its two sides
+        # differ, let torch pad before the convolution, as it does in every mode but "zeros"
         if isinstance(module, nn.Conv2d) and module.padding == "same":
             module.padding = same_padding(module)
             if module.padding == "same" and max(module.dilation) > 1:
