@@ -5,25 +5,21 @@ import errno
 import json
 import os
 import pickle
-import re
 import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE, build, digits_cut_to, digits_spec
+from conftest import EXAMPLE, build
 
-import dataset
 import infer
 import train
 from utils import checkpoint as ckpt
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.files import new_folder
-from utils.networks import build_quantized
 from utils.quantization.swap import quantize_modules
 from utils.specs import DataSpec, NetworkSpec, Quantization
-from utils.training.optimizers import make_optimizer
 
 
 class Runs:
@@ -389,150 +385,10 @@ def test_a_value_that_cannot_be_is_one_line(tmp_path, change):
     load_error(tmp_path / "ckpt_1")
 
 
-def first_format(network_name, data, num_epochs):
-    """A checkpoint as the first format had it: one epoch of a float network, other names."""
-    torch.manual_seed(0)
-    model = build(network_name)
-    flags = {
-        "model": network_name,
-        "stem": "auto",
-        "load_ckpt": None,
-        "pretrain": False,
-        "partial_ckpt": False,
-        "quantize": False,
-        "quant_layers": None,
-        "skip_layers": None,
-        "calibrator": None,
-        "calib_images": 16,
-        "dataset": "digits",
-        "data_dir": "/nowhere",
-        "img_size": None,
-        "num_epochs": num_epochs,
-        "batch_size": 16,
-        "optimizer": "sgd",
-        "lr": 0.01,
-        "lrdt": None,
-        "sync_batchnorm": False,
-        "seed": 7,
-        "output_dir": "/nowhere",
-        "exp_name": "run",
-        "test_trt": True,
-        "FP32": False,
-        "FP16": True,
-        "INT8PTC": True,
-        "INT8QAT": False,
-        "ptc_mode": "explicit",
-        "backend": "onnxruntime",
-    }
-    info = digits_spec(data, split_seed=7)
-    epoch = {"loss": 2.5, "train_accuracy_pct": 9.0}
-    return {
-        "format": 1,
-        "model": {"name": network_name, "stem": "cifar", "num_classes": 10},
-        "data": {**vars(info)},
-        "quantization": None,
-        "start": None,
-        "seed": 7,
-        "flags": flags,
-        "state": model.state_dict(),
-        "optimizer": make_optimizer(model, "sgd").state_dict(),
-        "epoch": 1,
-        "best_loss": 2.25,
-        "history": [{**epoch, "held_out_loss": 2.25, "held_out_accuracy_pct": 10.0}],
-    }
-
-
-def test_a_checkpoint_of_the_first_format_loads_resumes_and_exports(
-    tmp_path, digits, quick_latencies, capsys
-):
-    path = tmp_path / "run" / "ckpt_1"
-    path.parent.mkdir()
-    with digits_cut_to(60, 40, digits, width=16):
-        data = dataset.load("digits", tmp_path)
-        content = first_format("vanilla_cnn", data, num_epochs=2)
-        torch.save(content, path)
-
-        # it says the same under its new names
-        old = ckpt.load(path)
-        assert_equal_states(old.state, content["state"])
-        assert (old.network.name, old.network.stem) == ("vanilla_cnn", "cifar")
-        assert old.data == digits_spec(data, split_seed=7)
-        assert (old.epoch, old.best_val_loss, old.quantization) == (1, 2.25, None)
-        assert old.history[0]["val_loss"] == 2.25
-        assert old.history[0]["val_accuracy_pct"] == 10.0
-        assert old.recipe["precisions"] == ["FP16", "INT8-PTC"]
-        assert (old.recipe["seed"], old.recipe["lr"]) == (7, 0.01)
-
-        # it exports
-        infer.main(["--load_ckpt", str(path), "--FP32", "--export_only", "--batch_size"])
-        assert "vanilla_cnn (cifar stem) on digits" in capsys.readouterr().out
-
-        # its run goes on, by its own flags, and ends with the engines that they name
-        train.main(["--resume", str(path.parent)])
-    new = ckpt.load(path.with_name("ckpt_2"))
-    assert (new.epoch, len(new.history)) == (2, 2)
-    assert new.history[0] == old.history[0]
-    assert new.data == old.data
-    assert (new.recipe["seed"], new.recipe["lr"], new.recipe["batch_size"]) == (7, 0.01, 16)
-    assert new.recipe["precisions"] == ["FP16", "INT8-PTC"]
-    lines = capsys.readouterr().out.splitlines()
-    rows = {tuple(line.split()[:2]) for line in lines if line.startswith("onnxruntime ")}
-    assert rows == {("onnxruntime", "FP16"), ("onnxruntime", "INT8-PTC")}
-
-
-@pytest.mark.parametrize("change", [{"flags": None}, {"history": None}, {"history": [1]}])
-def test_a_damaged_checkpoint_of_the_first_format_is_one_line(tmp_path, error_line, change):
-    torch.save({"format": 1, "state": {"w": torch.ones(1)}, **change}, tmp_path / "ckpt_1")
-    line = error_line(train.main, ["--load_ckpt", tmp_path / "ckpt_1"])
-    said = "flags or history are not as train.py wrote them; use another checkpoint"
-    assert line == f"error: {tmp_path}/ckpt_1: {said}"
-
-
-def test_what_qat_started_from_has_another_name_in_the_first_format(tmp_path, qat_checkpoint):
-    content = torch.load(qat_checkpoint, weights_only=True)
-    content["format"] = 1
-    content["model"] = content.pop("network")
-    content["start"] = content.pop("ptq_state")
-    content["flags"] = {"quantize": content.pop("recipe")["quantize"]}
-    content["seed"] = 3
-    torch.save(content, tmp_path / "ckpt_1")
-    old, new = ckpt.load(tmp_path / "ckpt_1"), ckpt.load(qat_checkpoint)
-    assert_equal_states(old.ptq_state, new.ptq_state)
-    assert (old.network, old.quantization) == (new.network, new.quantization)
-    assert old.recipe["seed"] == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "with_shortcut", "without"),
-    [
-        ("resnet18", 0, 1),
-        ("resnet50", 0, 1),
-        ("mobilenet_v2", None, 0),
-        ("efficientnet_b0", None, 1),
-    ],
-)
-def test_additions_of_the_second_format_round_what_they_rounded(
-    tmp_path, name, with_shortcut, without
-):
-    """The identity, or what a block computes where a convolution makes the shortcut.
-
-    torchvision's MobileNetV2 adds the block's result to the identity, all others the reverse.
-    """
-    spec, size = NetworkSpec(name, "imagenet", 10), (16, 16)
-    state = {}
-    for key, value in build_quantized(spec, Quantization(), size).state_dict().items():
-        old_key = re.sub(r"\.add\.(x|other)_quantizer", ".add.input_quantizer", key)
-        state[old_key] = torch.ones_like(value) if key.endswith("_amax") else value
-    old = {"format": 2, "network": vars(spec), "quantization": vars(Quantization())}
-    torch.save({**old, "state": state, "ptq_state": state}, tmp_path / "ckpt_1")
-    loaded = ckpt.load(tmp_path / "ckpt_1")
-    assert loaded.ptq_state.keys() == loaded.state.keys()
-    model = build_quantized(spec, Quantization(), size, loaded.state)
-    ckpt.load_weights(model, loaded.state)
-    for block, module in model.named_modules():
-        if hasattr(module, "add"):
-            shortcut = getattr(module, "downsample", None) is not None
-            assert module.add.rounds == (with_shortcut if shortcut else without,), block
+def test_a_checkpoint_of_an_earlier_format_is_one_line(tmp_path):
+    torch.save({**small_content(), "format": ckpt.FORMAT - 1}, tmp_path / "ckpt_1")
+    said = "ckpt_1 is of an earlier version of this project: train again"
+    assert said in load_error(tmp_path / "ckpt_1")
 
 
 def test_latest_is_the_highest_epoch_as_a_number(tmp_path):

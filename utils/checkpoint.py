@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from utils.errors import UserError, first_few, mendable
 from utils.files import atomic_path
-from utils.manifest import PRECISIONS
 from utils.schema import parse
 from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
 from utils.weights import State, is_safetensors, read_safetensors, unwrapped, without_prefixes
@@ -121,15 +120,9 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path} {what}, or save model.state_dict() with torch.save") from None
 
     found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(found, int) and 1 <= found <= FORMAT:
-        if found == 1:
-            try:
-                content = _from_format_1(content)
-            except (AttributeError, TypeError, ValueError):
-                what = "flags or history are not as train.py wrote them"
-                raise UserError(f"{path}: {what}; use another checkpoint") from None
-        if found <= 2:
-            content = _from_format_2(content)
+    if isinstance(found, int) and 1 <= found < FORMAT:
+        raise UserError(f"{path} is of an earlier version of this project: train again")
+    if isinstance(found, int) and found == FORMAT:
         checkpoint = parse(Checkpoint, content, str(path))
         if checkpoint.quantization and checkpoint.ptq_state is None:
             raise UserError(f"{path} lacks 'ptq_state', what QAT started from")
@@ -145,46 +138,6 @@ def _require_file(path: Path) -> None:
     there = sorted(p.name for p in folder.glob("ckpt_*") if p.is_file())
     hint = f"; {folder} holds {', '.join(there)}" if there else ""
     raise UserError(f"no checkpoint at {path}{hint}")
-
-
-def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
-    """The present fields of a checkpoint from before they had these names."""
-    flags = dict(content.get("flags", {}))
-    flags["precisions"] = [name for name, p in PRECISIONS.items() if flags.pop(p.flag, False)]
-    renamed = {"held_out_loss": "val_loss", "held_out_accuracy_pct": "val_accuracy_pct"}
-    history = []
-    for epoch in content.get("history", []):
-        history.append({renamed.get(key, key): value for key, value in epoch.items()})
-    return {
-        **content,
-        "network": content.get("model"),
-        "ptq_state": content.get("start"),
-        "recipe": {"seed": content.get("seed", 0), **flags},
-        "best_val_loss": content.get("best_loss", math.inf),
-        "history": history,
-    }
-
-
-def _from_format_2(content: dict[str, Any]) -> dict[str, Any]:
-    """With the ranges of additions by the operand that they are of in torchvision's networks.
-
-    The range was that of the shortcut, torchvision's second operand, but the first of MobileNetV2.
-    Where a convolution was in the shortcut, it was that of the other operand, the first.
-    """
-    renamed = dict(content)
-    for field_name in ("state", "ptq_state"):
-        state = content.get(field_name)
-        if not isinstance(state, dict):
-            continue
-        renamed[field_name] = {}
-        for key, value in state.items():
-            block = str(key).removesuffix(".add.input_quantizer._amax")
-            if block != key:
-                first = (f"{block}.downsample.0.weight", f"{block}.conv.2.weight")
-                is_first = not state.keys().isdisjoint(first)
-                key = f"{block}.add.{'x' if is_first else 'other'}_quantizer._amax"
-            renamed[field_name][key] = value
-    return renamed
 
 
 def load_whole(path: Path) -> Checkpoint:
