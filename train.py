@@ -258,7 +258,7 @@ def make_model(
     elif recipe.pretrain:
         networks.load_imagenet_weights(model, recipe.model)
     device = train_part.device
-    model.to(device, memory_format=memory_format(device))
+    model.to(device, memory_format=memory_format(device, model))
 
     if recipe.quantize:
         if start.quantization is None:

@@ -30,7 +30,9 @@ class Normalize(nn.Module):
         # TensorRT takes bytes only if a cast is the first to read them
         x = images.to(self.scale.dtype)
         x = x.permute(0, 3, 1, 2)  # NHWC -> NCHW
-        return x * self.scale + self.offset
+        x = x * self.scale + self.offset
+        # cuDNN wants them as bytes lie in memory, a `view` in the network as NCHW has it
+        return x if x.is_cuda else x.clone(memory_format=torch.contiguous_format)
 
 
 class FromImages(nn.Module):
@@ -46,11 +48,7 @@ class FromImages(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.normalize(images)
-        if torch.onnx.is_in_onnx_export():
-            # a graph has no strides, and a `view` in the model needs those of NCHW
-            x = x.clone(memory_format=torch.contiguous_format)
-        return logits_of(self.model(x))
+        return logits_of(self.model(self.normalize(images)))
 
 
 def logits_of(result: Any) -> Tensor:

@@ -86,6 +86,16 @@ def shuffled(num_classes):
     net.relu = nn.ChannelShuffle(2)
     return net
 
+def viewed(num_classes):
+    # as PyTorch's tutorial ends its convolutions
+    class Viewed(Net):
+        def forward(self, x):
+            x = self.relu(self.bn(self.conv(x)))
+            return self.head(x.view(x.size(0), -1))
+    net = Viewed(num_classes)
+    net.head = nn.Linear(8 * 7 * 7, num_classes)
+    return net
+
 def fails(num_classes):
     raise RuntimeError("two\\nlines")
 """
@@ -665,6 +675,29 @@ def test_what_cannot_be_saved_or_exported_is_refused_before_training(own_module,
 
 
 @pytest.mark.usefixtures("tiny_digits")
+def test_a_network_that_flattens_by_view_is_trained_calibrated_and_compared(
+    own_module, tiny_digits, quick_latencies, tmp_path, capsys
+):
+    name = f"{own_module}:viewed"
+    train.main(["--m", name, *RUN.split(), "--od", f"{tmp_path}/out", "--en", "float"])
+    flags = "--quantize --partial_ckpt --num_epochs 0 --batch_size 32"
+    start = ["--m", name, "--load_ckpt"]
+    there = f"{tmp_path}/out/float/ckpt_best {flags} --od {tmp_path}/out --en ptq"
+    train.main([*start, *there.split()])
+    infer.main([*start, f"{tmp_path}/out/ptq/ckpt_0", "--INT8PTC", "--batch_size", "1"])
+    assert "FAKE-QUANT-PTC" in capsys.readouterr().out
+
+
+def test_a_view_that_fails_where_channels_are_last_is_refused_before_training(
+    own_module, tiny_digits, tmp_path, error_line, monkeypatch
+):
+    monkeypatch.setattr(networks, "memory_format", lambda *_: torch.channels_last)  # as on a GPU
+    argv = ["--m", f"{own_module}:viewed", *RUN.split(), "--od", tmp_path / "out"]
+    line = error_line(train.main, argv)
+    assert "it fails on images of 16x16" in line
+    assert "Use .reshape(...) instead" in line
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

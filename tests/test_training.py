@@ -27,6 +27,7 @@ from layers import FromImages, quantizers
 from utils import checkpoint as ckpt
 from utils import networks, recipe
 from utils.backends.pytorch import TorchNetwork
+from utils.device import memory_format
 from utils.errors import UserError
 from utils.files import locked
 from utils.training import ranks
@@ -288,6 +289,12 @@ def test_a_sam_step_takes_the_gradient_up_the_hill_and_leaves_from_where_it_was(
     assert step.totals()[0] == pytest.approx(
         loss, rel=1e-6
     )  # loss and statistics are those of the weights themselves
+
+
+def test_weights_of_five_dimensions_keep_their_layout():
+    gpu = torch.device("cuda")
+    assert memory_format(gpu, nn.Conv2d(3, 4, 3)) == torch.channels_last
+    assert memory_format(gpu, nn.Conv3d(3, 4, 3)) == torch.preserve_format
 
 
 class Dimmed(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 
 def default_device() -> torch.device:
@@ -13,9 +14,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How weights lie in memory: cuDNN's fast kernels want the channels last."""
-    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+def memory_format(device: torch.device, model: nn.Module) -> torch.memory_format:
+    """How weights and images lie in memory: cuDNN's fast kernels want the channels last."""
+    # of weights (O, I, D, H, W) torch cannot put them there
+    has_3d = any(p.ndim == 5 for p in model.parameters())
+    wanted = device.type == "cuda" and not has_3d
+    return torch.channels_last if wanted else torch.preserve_format
 
 
 def full_precision() -> AbstractContextManager[None]:

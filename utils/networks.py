@@ -18,7 +18,7 @@ from layers import Normalize
 from models import foreign
 from utils.backends.network import EVALUATION_BATCH
 from utils.checkpoint import Checkpoint, State, load_weights, without_ranges
-from utils.device import default_device
+from utils.device import default_device, memory_format
 from utils.errors import UserError, mendable
 from utils.quantization.calibrate import calibrate
 from utils.quantization.modularize import modularize_or_say
@@ -74,7 +74,9 @@ def _require_logits(model: nn.Module, images: Tensor, spec: NetworkSpec) -> None
         images: (N, 3, H, W), normalised.
     """
     try:
-        logits = run_on(model, images)
+        # as they will lie in memory, where not every `view` of maps will do
+        wanted = memory_format(default_device(), model)
+        logits = run_on(model, images.to(memory_format=wanted))
     except Exception as error:  # it is anyone's code
         if mendable(error):
             raise

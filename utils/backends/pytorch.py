@@ -24,7 +24,7 @@ class TorchNetwork(Network):
         self.name = name
         self.device_time = device.type == "cuda"
         self._device = device
-        self._model = model.to(device, memory_format=memory_format(device)).eval()
+        self._model = model.to(device, memory_format=memory_format(device, model)).eval()
         if name == "torch.compile":
             # "max-autotune" without Triton's convolutions, which take minutes to compile
             options = {
