@@ -69,7 +69,16 @@ RECORD_KEYS = {
     "sensitivity",
     "choice",
 }
-ENVIRONMENT_KEYS = {"gpu", "cpu", "torch", "tensorrt", "openvino", "onnxruntime", "python"}
+ENVIRONMENT_KEYS = {
+    "gpu",
+    "cpu",
+    "cpu_threads",
+    "torch",
+    "tensorrt",
+    "openvino",
+    "onnxruntime",
+    "python",
+}
 ROW_KEYS = {
     "backend",
     "precision",
@@ -352,13 +361,24 @@ def test_latencies_of_another_machine_are_left_out(other):
     assert merged == [row]
 
 
-def test_a_records_cpu_says_how_many_threads_compute(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    three = records.environment([])["cpu"]
-    assert three.endswith(", 3 threads")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    all_of_them = records.environment([])["cpu"]
-    assert all_of_them == three.replace("3 threads", f"{os.cpu_count()} threads")
+@pytest.mark.parametrize(("said", "threads"), [("3", "3"), ("1,2", "1"), ("0", None), ("", None)])
+def test_a_record_says_how_many_threads_may_compute(monkeypatch, said, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    expected = threads or str(len(os.sched_getaffinity(0)))
+    assert records.environment([])["cpu_threads"] == expected
+
+
+@pytest.mark.parametrize(("gpu", "kept"), [(None, False), ("H200", True)])
+def test_another_number_of_threads_matters_on_a_cpu_alone(gpu, kept, monkeypatch):
+    monkeypatch.setattr(records, "_gpu_name", lambda: gpu)
+    row = Row("pytorch", "FP32", 90.0, 0.0, 100.0)
+    timed = [row.timed(1, 1.0, 2.0)]
+    here = records.environment(["pytorch"])
+    assert records.merge_environment({**here, "cpu_threads": "99"}, timed, [])[1] == (
+        timed if kept else [row]
+    )
+    earlier = {key: value for key, value in here.items() if key != "cpu_threads"}
+    assert records.merge_environment(earlier, timed, [])[1] == timed
 
 
 def test_times_of_the_first_calls_do_not_count(monkeypatch):

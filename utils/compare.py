@@ -149,15 +149,16 @@ def load_data(
     data = dataset.load(name, data_dir, img_size, test_only=test_digest is not None)
     if known is None:
         return data
+    others = f", or {mend}" if mend else ""
     if list(data.classes) != known.classes:
-        raise UserError(f"--data_dir {data_dir}: classes differ from those that were trained on")
+        what = "classes differ from those that were trained on"
+        raise UserError(f"--data_dir {data_dir}: {what}; name those{others}")
     if test_digest is not None:
         same = test_digest == data.test_digest()
     else:
         same = other_images or known.digest in (None, data.digest())
     if not same:
         what = "other images, or in another order, than the checkpoint or export was made with"
-        others = f", or {mend}" if mend else ""
         raise UserError(f"--data_dir {data_dir}: {what}; name those{others}")
     return data
 

@@ -209,7 +209,8 @@ def environment(backends: Iterable[str]) -> dict[str, str | None]:
         loaded = [sys.modules[name] for name in modules if name in sys.modules]
         if backend in ran and loaded:
             versions[package] = getattr(loaded[0], "__version__", None)
-    return {"gpu": _gpu_name(), "cpu": _cpu_name(), **versions, "python": platform.python_version()}
+    machine = {"gpu": _gpu_name(), "cpu": _cpu_name(), "cpu_threads": _cpu_threads()}
+    return {**machine, **versions, "python": platform.python_version()}
 
 
 def merge_environment(
@@ -217,12 +218,15 @@ def merge_environment(
 ) -> tuple[dict[str, str | None], list[Row]]:
     """This machine's environment with the export's torch, and the export's rows.
 
-    If the export was made on other hardware, its latencies must not stand beside this machine's:
-    they become None.
+    If the export was made on other hardware, or with more or fewer threads of a CPU, its latencies
+    must not stand beside this machine's: they become None.
     """
     here = environment(row.backend for row in rows)
     here["torch"] = exported.get("torch")
-    if any(here[key] != exported.get(key) for key in ("gpu", "cpu")):
+    differs = any(here[key] != exported.get(key) for key in ("gpu", "cpu"))
+    # earlier exports do not say
+    other_threads = exported.get("cpu_threads") not in (None, here["cpu_threads"])
+    if differs or (other_threads and here["gpu"] is None):
         untimed = {}
         for row in torch_rows:
             accuracies = row.accuracy_pct, row.delta_pct, row.agreement_pct
@@ -245,12 +249,20 @@ def _gpu_name() -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor, and how many of its threads compute: OMP_NUM_THREADS, or all."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     match = re.search(r"model name\s*: (.*)", text)
-    name = match[1].strip() if match else platform.processor() or platform.machine()
-    return f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _cpu_threads() -> str:
+    """How many threads may compute: what OMP_NUM_THREADS says, or the CPUs of this process."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdecimal() and int(asked):
+        return asked
+    # not on macOS
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return str(len(allowed(0)))
 
 
 def commit() -> str | None:
