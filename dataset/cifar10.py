@@ -25,10 +25,11 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 
-NPZ, BATCHES, FOLDERS = "cifar10.npz", "cifar-10-batches-py", ("train", "test")
+NPZ, BATCHES, TRAIN, TEST = "cifar10.npz", "cifar-10-batches-py", "train", "test"
 ARCHIVE = URL.split("/")[-1]
-SOURCES = (NPZ, BATCHES, *FOLDERS, ARCHIVE)
-"""What is looked for, in this order: Keras's, torchvision's, class folders, and URL's archive."""
+SOURCES = (NPZ, BATCHES, TRAIN, ARCHIVE, f"{TEST}/{CLASSES[0]}")
+"""What is looked for, in this order: Keras's, torchvision's, class folders, URL's archive, and the
+test images' class folders alone."""
 TRAIN_BATCHES = tuple(f"data_batch_{index}" for index in range(1, 6))
 TEST_BATCH = "test_batch"
 ARRAY_PARTS = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct")
@@ -48,7 +49,7 @@ def load(
         OSError: the system cannot read a file now.
     """
     source = _source(data_dir)
-    if source in [data_dir / name for name in FOLDERS]:
+    if source in (data_dir / TRAIN, data_dir / SOURCES[-1]):
         loaded = folder.load(data_dir, size, test_only)
         if loaded[-1] != CLASSES:
             raise UserError(f"{source} holds other classes than CIFAR-10's: add --dataset folder")

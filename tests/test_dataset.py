@@ -186,6 +186,11 @@ def test_cifar10_of_test_folders_alone_needs_no_download(tmp_path, offline):
     assert len(data.test_images) == 2 * len(cifar10.CLASSES)
 
 
+def test_a_test_folder_of_something_else_is_not_cifar10(tmp_path, offline):
+    (tmp_path / "test").mkdir()
+    assert "CIFAR-10 is not in" in dataset.missing("cifar10", tmp_path)
+
+
 def test_folders_of_other_classes_are_not_cifar10(tmp_path):
     write_classes(tmp_path)
     (tmp_path / "train" / "truck").rename(tmp_path / "train" / "lorry")

@@ -971,6 +971,10 @@ def test_a_layer_that_blocks_share_is_found_in_a_graph(tmp_path):
     assert "shared.0" not in int8_nodes(tmp_path / "model.onnx", model)
 
 
+def test_a_module_that_calls_itself_keeps_its_layers_names():
+    assert layer_of("/model/r/c/Conv") == layer_of("/model/r//c/Conv") == "r.c"
+
+
 @pytest.mark.parametrize(
     ("network", "layers"),
     [

@@ -720,6 +720,52 @@ def test_a_graph_of_two_images_alone_is_not_exported(network, what, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class OwnRounding(Base):
+    """A network that rounds by itself, to a grid of its own."""
+
+    def forward(self, x):
+        x = self.conv1(torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127))
+        x = self.conv2(torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127))
+        return self.head(x)
+
+
+class Unstable(Base):
+    """No two machines make the same of an image."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for _ in range(4):
+            x = torch.sin(1000 * x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("network", [OwnRounding, Unstable])
+def test_what_rounds_by_itself_or_is_unstable_is_exported(network, tmp_path):
+    torch.manual_seed(0)
+    export_onnx(network().eval(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+class NeverTrained(Base):
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def train(self, mode):
+        if mode:
+            raise RuntimeError("for inference only")
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.head(self.conv2(self.conv1(x)))
+
+
+def test_a_network_for_inference_only_is_never_set_to_training(tmp_path):
+    model = NeverTrained()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
 class HalfRectified(Base):
     def __init__(self):
         super().__init__()

@@ -447,6 +447,20 @@ def test_ranges_by_hand_are_checked():
     assert not quantizer.calibrated
 
 
+class PairOfOwn:
+    """A batch of a class of its own, as some loaders make."""
+
+    def __getitem__(self, index):
+        return (EXAMPLE, torch.zeros(len(EXAMPLE)))[index]
+
+
+def test_a_batch_may_be_any_object_whose_first_item_are_the_images():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [PairOfOwn()])
+    assert model[0].input_quantizer.calibrated
+
+
 @pytest.mark.parametrize("batch", [3, [], [3]])
 def test_what_is_no_batch_is_not_calibrated_with(batch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

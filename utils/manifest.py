@@ -105,6 +105,9 @@ def layer_of(node: str) -> str:
     """
     parts: list[str] = []
     for part in node.rpartition(f"/{ANEW}/")[2].strip("/").split("/")[:-1]:
+        # a module that calls itself adds no name
+        if not part:
+            continue
         # what a Sequential holds is named with it: "layer1", then "layer1.0"
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,10 @@ def _images_of(batch: Any) -> Tensor:
     """The images of a batch that may have labels, too; raises UserError if they are none."""
     if isinstance(batch, Mapping):
         raise UserError("calibration takes images, or (images, labels), and no dictionaries")
-    images = batch[0] if isinstance(batch, Sequence) and batch else batch
+    images = batch
+    if not isinstance(batch, Tensor):
+        with suppress(TypeError, IndexError, KeyError):
+            images = batch[0]
     if not isinstance(images, Tensor) or not images.is_floating_point() or len(images) == 0:
         what = "float tensors (B, C, H, W), with their mean at about 0"
         raise UserError(f"calibration needs normalised images: {what}")

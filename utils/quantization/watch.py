@@ -244,8 +244,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        # a network's own `train` drops what it computed of its weights for evaluation
-        model.train()
+        # a network's own `train` may drop what it computed of its weights for evaluation
+        model.train(modes[model])
         for module, training in modes.items():
             module.training = training
 
