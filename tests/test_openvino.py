@@ -183,16 +183,6 @@ def test_what_it_computes_wrongly_is_run_by_onnx_runtime(small, monkeypatch, cap
     assert capsys.readouterr().out.endswith(said)
 
 
-def test_where_rounding_decides_nothing_is_called_wrong(small, monkeypatch):
-    def unstable(_, images):
-        values = images.reshape(len(images), -1).sum(1, dtype=np.int64)[:, None]
-        return np.sin(1e3 * values * np.arange(1, 6))
-
-    monkeypatch.setattr(OnnxRuntimeNetwork, "__call__", unstable)
-    monkeypatch.setattr(OpenVinoNetwork, "__call__", lambda _, images: unstable(_, images ^ 1))
-    assert checked_network(small).name == "openvino"
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_no_numbers_are_wrong(small, value, monkeypatch):
     logits = np.full((32, 5), value, np.float32)
