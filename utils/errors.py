@@ -106,6 +106,12 @@ def first_few(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join([*texts[:most], *more])
 
 
+def and_more(texts: Sequence[str], most: int) -> str:
+    """The first of the texts, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return f"{', '.join(texts[:most])}{more}"
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message; if that is empty, the error's kind."""
     return str(error).partition("\n")[0] or type(error).__name__

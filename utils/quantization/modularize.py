@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layers import Add, Mul
-from utils.errors import UserError, first_line
+from utils.errors import UserError, and_more, first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
 ADDING = ("add", "iadd", "radd")
@@ -92,8 +92,7 @@ def modularize_or_say(model: nn.Module, example: Tensor) -> None:
     for name, reason in modularize(model, example).items():
         kept[reason].append(name or "the network")
     for reason, names in kept.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(f"{', '.join(names[:3])}{more}: functional operations stay float, {reason}")
+        print(f"{and_more(names, 3)}: functional operations stay float, {reason}")
 
 
 def is_candidate(operation: Operation) -> bool:

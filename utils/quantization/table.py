@@ -8,6 +8,7 @@ from layers import Add
 from layers.pool import needs_matrices
 from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
+from utils.errors import and_more
 from utils.quantization.modularize import ADDING, is_candidate
 from utils.quantization.watch import Operation, is_quantizable, watch
 from utils.records import text_table
@@ -95,8 +96,7 @@ def _summary(operations: list[Operation], total: int) -> str:
     rest = list(dict.fromkeys(f"{op.name}.{op.function}".strip(".") for op in floats))
     if not rest:
         return f"{text}; float: nothing of these"
-    more = f" and {len(rest) - 8} more" if len(rest) > 8 else ""
-    return f"{text}; float: {', '.join(rest[:8])}{more}"
+    return f"{text}; float: {and_more(rest, 8)}"
 
 
 def _range(quantizer: Quantizer) -> str:
