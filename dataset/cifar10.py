@@ -25,9 +25,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
 
-NPZ, BATCHES, TRAIN, TEST = "cifar10.npz", "cifar-10-batches-py", "train", "test"
+NPZ, BATCHES, FOLDERS = "cifar10.npz", "cifar-10-batches-py", "train"
+TEST_FOLDERS = f"test/{CLASSES[0]}"
 ARCHIVE = URL.split("/")[-1]
-SOURCES = (NPZ, BATCHES, TRAIN, ARCHIVE, f"{TEST}/{CLASSES[0]}")
+SOURCES = (NPZ, BATCHES, FOLDERS, ARCHIVE, TEST_FOLDERS)
 """What is looked for, in this order: Keras's, torchvision's, class folders, URL's archive, and the
 test images' class folders alone."""
 TRAIN_BATCHES = tuple(f"data_batch_{index}" for index in range(1, 6))
@@ -49,7 +50,7 @@ def load(
         OSError: the system cannot read a file now.
     """
     source = _source(data_dir)
-    if source in (data_dir / TRAIN, data_dir / SOURCES[-1]):
+    if source in (data_dir / FOLDERS, data_dir / TEST_FOLDERS):
         loaded = folder.load(data_dir, size, test_only)
         if loaded[-1] != CLASSES:
             raise UserError(f"{source} holds other classes than CIFAR-10's: add --dataset folder")
