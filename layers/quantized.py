@@ -8,7 +8,6 @@ there and has the inference form.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -33,14 +32,14 @@ class QuantizedLayer(nn.Module):
     """Where the weight, if there is one, has its output channels."""
 
     @classmethod
-    def from_float(cls, layer: nn.Module) -> nn.Module:
-        """A copy of `layer` in this form: its geometry, its very parameters, and quantizers."""
-        # deepcopy takes what is in its memo as copied already: optimizers keep their parameters
-        shared = {id(parameter): parameter for parameter in layer.parameters()}
-        quant = copy.deepcopy(layer, shared)
-        quant.__class__ = cls
-        quant.add_quantizers()
-        return quant
+    def convert(cls, layer: nn.Module) -> nn.Module:
+        """Make a float layer one of this form, in place: its parameters stay, quantizers come.
+
+        Whatever else holds the layer, such as a list or a hook, holds the quantized one then.
+        """
+        layer.__class__ = cls
+        layer.add_quantizers()
+        return layer
 
     def add_quantizers(self) -> None:
         """Give the layer a quantizer for each operand that it rounds."""

@@ -1,5 +1,7 @@
 """Fake quantization to the last bit, quantized layers, and the folding of BatchNorm."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -379,7 +381,7 @@ def fake_quantized(x, scale, code_min):
 def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, bias):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **geometry}, bias=bias)
-    quant = QuantConv2d.from_float(conv)
+    quant = QuantConv2d.convert(copy.deepcopy(conv))
     x = torch.randn(2, 4, 9, 8)
     calibrated(quant, x)
     inputs = fake_quantized(x, 0.8 * x.abs().max() / 127, -128)
@@ -399,7 +401,7 @@ def test_quantized_convolution_is_a_convolution_of_quantized_operands(geometry, 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_geometry_is_taken_over(geometry):
     conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **geometry})
-    quant = QuantConv2d.from_float(conv)
+    quant = QuantConv2d.convert(copy.deepcopy(conv))
     for name in nn.Conv2d.__constants__:
         assert getattr(quant, name) == getattr(conv, name), name
 
@@ -409,7 +411,7 @@ def test_geometry_is_taken_over(geometry):
 def test_quantized_linear_layer_is_a_product_of_quantized_operands(shape, bias):
     torch.manual_seed(0)
     linear = nn.Linear(6, 4, bias=bias)
-    quant = QuantLinear.from_float(linear)
+    quant = QuantLinear.convert(copy.deepcopy(linear))
     x = torch.randn(shape)
     calibrated(quant, x)
     inputs = fake_quantized(x, 0.8 * x.abs().max() / 127, -128)
@@ -422,12 +424,13 @@ def test_quantized_linear_layer_is_a_product_of_quantized_operands(shape, bias):
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1, bias=False), nn.Linear(2, 3)]
 )
-def test_parameters_are_shared_and_only_ranges_are_new(layer):
-    quant = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear).from_float(layer)
-    before, after = dict(layer.named_parameters()), dict(quant.named_parameters())
+def test_parameters_stay_and_only_ranges_are_new(layer):
+    before, names = dict(layer.named_parameters()), set(layer.state_dict())
+    quant = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear).convert(layer)
+    after = dict(quant.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert quant.state_dict().keys() - layer.state_dict().keys() == {
+    assert quant.state_dict().keys() - names == {
         "input_quantizer._amax",
         "weight_quantizer._amax",
     }
@@ -437,7 +440,7 @@ def test_gradients_reach_the_weight_through_the_rounding():
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3)
     x = torch.randn(2, 2, 6, 6)
-    quant = QuantConv2d.from_float(conv)
+    quant = QuantConv2d.convert(conv)
     quant.input_quantizer.set_range(x.abs().max())
     quant.weight_quantizer.set_range(conv.weight.abs().flatten(1).amax(1))
     quant(x).sum().backward()
@@ -452,7 +455,7 @@ def test_quantized_addition_rounds_the_operands_that_it_names(rounds):
     operands = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     layer = Add()
     layer.rounds = rounds
-    quant = QuantAdd.from_float(layer)
+    quant = QuantAdd.convert(layer)
     names = [("x_quantizer", "other_quantizer")[operand] for operand in rounds]
     assert list(quant.state_dict()) == [f"{name}._amax" for name in names]
     expected = list(operands)
@@ -465,7 +468,7 @@ def test_quantized_addition_rounds_the_operands_that_it_names(rounds):
 
 def test_quantized_multiplication_rounds_both_operands():
     scale, x = torch.rand(2, 3, 1, 1), torch.randn(2, 3, 4, 4)
-    quant = calibrated(QuantMul.from_float(Mul()), scale, x)
+    quant = calibrated(QuantMul.convert(Mul()), scale, x)
     factor, values = (fake_quantized(t, 0.8 * t.abs().max() / 127, -128) for t in (scale, x))
     assert torch.equal(quant(scale, x), factor * values)
     assert list(quant.state_dict()) == ["factor_quantizer._amax", "input_quantizer._amax"]
@@ -474,7 +477,7 @@ def test_quantized_multiplication_rounds_both_operands():
 @pytest.mark.parametrize("size", [1, (2, 3), (None, 1)])
 def test_quantized_pool_is_a_pool_of_a_quantized_input(size):
     x = torch.randn(2, 3, 5, 6)
-    quant = calibrated(QuantAdaptiveAvgPool2d.from_float(nn.AdaptiveAvgPool2d(size)), x)
+    quant = calibrated(QuantAdaptiveAvgPool2d.convert(nn.AdaptiveAvgPool2d(size)), x)
     rounded = fake_quantized(x, 0.8 * x.abs().max() / 127, -128)
     assert torch.equal(quant(x), F.adaptive_avg_pool2d(rounded, size))
     assert quant(x).shape == nn.AdaptiveAvgPool2d(size)(x).shape
@@ -484,7 +487,7 @@ def test_quantized_pool_is_a_pool_of_a_quantized_input(size):
 def test_quantized_pool_of_windows_is_a_pool_of_a_quantized_input(options):
     x = torch.randn(2, 3, 7, 6)
     pool = nn.AvgPool2d(3, **options)
-    quant = calibrated(QuantAvgPool2d.from_float(pool), x)
+    quant = calibrated(QuantAvgPool2d.convert(pool), x)
     assert torch.equal(quant(x), pool(fake_quantized(x, 0.8 * x.abs().max() / 127, -128)))
 
 
@@ -497,7 +500,7 @@ def test_quantized_pool_of_windows_is_a_pool_of_a_quantized_input(options):
 def test_quantized_transposed_convolution_is_one_of_quantized_operands(geometry, bias):
     torch.manual_seed(0)
     conv = nn.ConvTranspose2d(4, 6, 3, **geometry, bias=bias)
-    quant = QuantConvTranspose2d.from_float(conv)
+    quant = QuantConvTranspose2d.convert(conv)
     x = torch.randn(2, 4, 5, 6)
     # (in, out / groups, height, width): a range for each of the second axis
     amax = conv.weight.abs().amax((0, 2, 3))
@@ -515,7 +518,7 @@ def test_quantized_transposed_convolution_is_one_of_quantized_operands(geometry,
 def test_inference_form_of_a_linear_layer_computes_the_same_of_any_shape(between):
     torch.manual_seed(0)
     x = torch.randn(2, *between, 6)
-    quant = calibrated(QuantLinear.from_float(nn.Linear(6, 4)), x)
+    quant = calibrated(QuantLinear.convert(nn.Linear(6, 4)), x)
     expected = quant(x)
     torch.testing.assert_close(PointwiseLinear.from_linear(quant)(x), expected)
 
@@ -564,7 +567,7 @@ class Standardised(nn.Conv2d):
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), None),
         (nn.ConvTranspose2d(3, 4, 3), QuantConvTranspose2d),
         (nn.Conv1d(3, 4, 3), None),
-        (QuantConv2d.from_float(nn.Conv2d(3, 4, 3)), None),
+        (QuantConv2d.convert(nn.Conv2d(3, 4, 3)), None),
     ],
 )
 def test_a_layer_has_a_quantized_form_if_it_computes_what_its_base_does(layer, form):

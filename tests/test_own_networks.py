@@ -170,6 +170,66 @@ class KernelOfImage(Base):
 
 
 def test_the_exporters_reason_is_a_short_line(tmp_path):
+def test_a_network_that_torch_fx_made_goes_the_whole_way(tmp_path):
+    torch.manual_seed(0)
+    model = torch.fx.symbolic_trace(Residual())
+    assert "add" in quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    copy.deepcopy(model.train())(EXAMPLE).sum().backward()
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+class Hooked(Base):
+    """Reads what a hook has left, once more in training alone; holds its layers in a list, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = {}
+        self.layers = [self.conv1, self.conv2]
+        self.conv2.register_forward_hook(self._keep)
+
+    def _keep(self, module, args, out):
+        self.features["conv2"] = out
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        if self.training:
+            self.kept = x
+        return self.head(self.features["conv2"])
+
+
+def test_what_holds_a_layer_beside_its_parent_holds_the_quantized_one(tmp_path):
+    torch.manual_seed(0)
+    model = Hooked()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    others = torch.randn(3, 3, SIZE, SIZE)
+    model.eval()(others)
+    assert len(model.features["conv2"]) == 3
+    # which leaves tensors with gradients
+    model.train()(EXAMPLE).sum().backward()
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+@pytest.mark.parametrize("compute", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_a_hook_computes_are_exported_after_training(compute, tmp_path):
+    model = Residual()
+    compute(model.conv2)
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    model.train()(EXAMPLE).sum().backward()
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+def test_a_forward_that_a_copy_does_not_follow_is_not_exported(tmp_path):
+    model = Residual().eval()
+    model.forward = lambda x: model.head(model.conv1(x))
+    with pytest.raises(UserError, match="exporter cannot write this network"):
+        export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
+
+
     with pytest.raises(UserError, match="exporter cannot write this network") as caught:
         export_onnx(KernelOfImage().eval(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
     assert "Caused by" not in str(caught.value)
@@ -1058,7 +1118,7 @@ def test_a_layer_with_a_forward_of_its_own_stays_float():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_transposed_convolution_has_a_range_for_each_output_channel(groups):
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups)
-    quant = quantized_form(layer).from_float(layer)
+    quant = quantized_form(layer).convert(layer)
     x = torch.randn(2, 4, 5, 5)
     channels = 6 // groups
     amax = layer.weight.detach().abs().amax((0, 2, 3))

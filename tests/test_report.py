@@ -305,7 +305,7 @@ def test_what_is_odd_is_said(tmp_path):
 
 
 def test_use_of_codes_is_counted():
-    layer = QuantLinear.from_float(nn.Linear(4, 2, bias=False))
+    layer = QuantLinear.convert(nn.Linear(4, 2, bias=False))
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2, 3, 4], [-127, 127, 0, 1]]))
     layer.input_quantizer.set_range(torch.tensor(127.0))

@@ -126,15 +126,15 @@ def quantizers_of(names):
 def test_globs_select_layers_in_the_models_order(quant_layers, skip_layers, expected):
     model = resnet18()
     before = dict(model.named_modules())
+    kinds = {name: type(module) for name, module in before.items()}
     assert list(quantizable_modules(model)) == RESNET18
     assert quantize_modules(model, EXAMPLE, quant_layers, skip_layers) == expected
     assert list(quantizable_modules(model)) == RESNET18
     after = dict(model.named_modules())
     for name, module in before.items():
-        if name in expected:
-            assert type(after[name]) is QUANTIZED_FORM[type(module)], name
-        else:
-            assert after[name] is module, name
+        kind = kinds[name]
+        assert after[name] is module, name
+        assert type(module) is (QUANTIZED_FORM[kind] if name in expected else kind), name
     assert {name for name in after if name not in before} == quantizers_of(expected)
 
 
@@ -875,7 +875,7 @@ def test_a_failed_calibration_leaves_the_network_as_it_was(method):
 def test_layer_that_never_ran_is_named(method):
     model = small()
     # quantize_modules leaves out what its example does not reach
-    model.layer1.unused = QuantLinear.from_float(nn.Linear(2, 2))
+    model.layer1.unused = QuantLinear.convert(nn.Linear(2, 2))
     message = calibration_error(model, batches(1, size=4), method)
     assert "layer1.unused.input_quantizer was never computed" in message
 

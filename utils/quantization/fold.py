@@ -33,7 +33,14 @@ from layers.quantized import (
 )
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
 from utils.errors import UserError
-from utils.quantization.watch import Operation, Watch, is_plain, replace_module, watch
+from utils.quantization.watch import (
+    Operation,
+    Watch,
+    is_plain,
+    replace_module,
+    tensors_in,
+    watch,
+)
 
 
 def conv_bn_pairs(watched: Watch) -> list[tuple[str, str]]:
@@ -135,8 +142,8 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         example: images (B, C, H, W) of the size that the copy is for.
 
     Raises:
-        UserError: the network branches on values, an average pool has windows of several sizes, or
-            a BatchNorm has no running statistics.
+        UserError: the network branches on values, an average pool reads feature maps of several
+            sizes, or a BatchNorm has no running statistics.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
@@ -155,29 +162,41 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     for conv_name, bn_name in conv_bn_pairs(watched):
         bn = model.get_submodule(bn_name)
         fold_batch_norm(model.get_submodule(conv_name), bn)
-        replace_module(model, bn_name, _after(bn))
-    for name, module in list(model.named_modules()):
-        # ONNX Runtime takes no "same" beside a dilation: write it in pixels; where its two sides
-        # differ, let torch pad before the convolution, as it does in every mode but "zeros"
-        if isinstance(module, nn.Conv2d) and module.padding == "same":
-            module.padding = same_padding(module)
-            if module.padding == "same" and max(module.dilation) > 1:
-                module.padding_mode = "constant"
-        # the weights of all other quantized layers
-        if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
-            freeze_weight(module)
-        # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
-        if isinstance(module, QuantLinear) and is_plain(module):
-            replace_module(model, name, PointwiseLinear.from_linear(module))
-        # the ranges of activations; a layer comes before its quantizers in this list, and a
-        # PointwiseLinear has taken them over by now
-        if isinstance(module, Quantizer) and not module.is_weight:
-            replace_module(model, name, FrozenQuantizer(module.scale))
-    _make_pools_exportable(model, watched)
+        replace_module(bn, _after(bn))
+    for module in list(model.modules()):
+        _freeze(module)
+    _make_pools_exportable(watched)
     return model
 
 
-def _make_pools_exportable(model: nn.Module, watched: Watch) -> None:
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing; what the model kept of a run with gradients has none in it."""
+    held = tensors_in([list(vars(module).values()) for module in model.modules()])
+    computed = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    # deepcopy takes what is in its memo as copied already, and refuses tensors with gradients
+    return copy.deepcopy(model, computed)
+
+
+def _freeze(module: nn.Module) -> None:
+    """Put a layer, or a quantizer, into its inference form, in place."""
+    # the weights that no BatchNorm was folded into
+    if isinstance(getattr(module, "weight_quantizer", None), Quantizer):
+        freeze_weight(module)
+    # the ranges of activations
+    if isinstance(module, Quantizer) and not module.is_weight:
+        replace_module(module, FrozenQuantizer(module.scale))
+    # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
+    if isinstance(module, QuantLinear) and is_plain(module):
+        replace_module(module, PointwiseLinear.from_linear(module))
+    # ONNX Runtime takes no "same" beside a dilation: write it in pixels; where its two sides
+    # differ, let torch pad before the convolution, as it does in every mode but "zeros"
+    if isinstance(module, nn.Conv2d) and module.padding == "same":
+        module.padding = same_padding(module)
+        if module.padding == "same" and max(module.dilation) > 1:
+            module.padding_mode = "constant"
+
+
+def _make_pools_exportable(watched: Watch) -> None:
     """Replace the average pools that the exporter would write as something else, in place.
 
     Raises:
@@ -192,7 +211,7 @@ def _make_pools_exportable(model: nn.Module, watched: Watch) -> None:
         size, out = operation.shapes[0][2:], operation.shape[2:]
         sizes = {other.shapes[0][2:] for other in watched.operations if other.module is pool}
         if len(sizes) == 1:
-            replace_module(model, operation.name, exportable_pool(pool, size, out))
+            replace_module(pool, exportable_pool(pool, size, out))
         elif needs_matrices(pool, size, out):
             mend = "give each size a pool of its own"
             raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")

@@ -14,7 +14,6 @@ from utils.errors import UserError
 from utils.quantization.modularize import modularize_or_say
 from utils.quantization.watch import (
     is_quantizable,
-    replace_module,
     run_on,
     tensors_in,
     watch,
@@ -110,10 +109,12 @@ def swap_layers(
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
     keep_needed_inplace(model, example, [layers[name] for name in selected])
+    # the layers are there already, their ranges are new
+    device = next(model.parameters(), example).device
     for name in selected:
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
-            replace_module(model, name, quantized_form(layer).from_float(layer))
+            quantized_form(layer).convert(layer).to(device)
     # its fused kernel would read the weights, and call none of its layers
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -261,13 +261,10 @@ def is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of a module, under all the names that it has."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[child_name] = new
+def replace_module(old: nn.Module, new: nn.Module) -> None:
+    """Let `old` become `new`, under all its names and for whatever else holds it."""
+    old.__class__ = type(new)
+    old.__dict__ = new.__dict__
 
 
 def tensors_in(values: Any) -> list[Tensor]:
