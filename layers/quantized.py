@@ -208,18 +208,23 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
     # an odd size, which no padding fits by chance
     shape = (2, layer.in_features) if base is nn.Linear else (2, layer.in_channels, 23, 23)
     x = torch.linspace(-1, 1, math.prod(shape), device=layer.weight.device).reshape(shape)
-    mode = layer.training
+    mode, weight = layer.training, layer.weight.data
     try:
+        # with a weight that no limit of its size holds for, and no mask
+        values = torch.linspace(-30, 30, weight.numel())
+        layer.weight.data = values.reshape(weight.shape).to(weight)
         # a dropout inside draws random numbers, and only in training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for training in (True, False):
                 layer.training = training
-                if not torch.equal(cls.forward(layer, x), base.forward(layer, x)):
+                # the base first, as the other may write into the weight
+                wanted = base.forward(layer, x)
+                if not torch.equal(cls.forward(layer, x), wanted):
                     return False
     except (RuntimeError, TypeError, ValueError):
         return False
     finally:
-        layer.training = mode
+        layer.training, layer.weight.data = mode, weight
     return True
 
 

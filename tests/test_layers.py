@@ -554,6 +554,29 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class Limited(nn.Conv2d):
+    """As EEGNet's: its weight is held below a norm, which it may be already."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 10.0)
+        return super().forward(x)
+
+
+class Masked(nn.Conv2d):
+    """As PixelCNN's: what it may not see is written out of its weight."""
+
+    def forward(self, x):
+        self.weight.data[:, :, 2:] = 0
+        return super().forward(x)
+
+
+def test_looking_for_a_quantized_form_leaves_the_weight_alone():
+    layer = Masked(3, 4, 3)
+    before = layer.weight.detach().clone()
+    quantized_form(layer)
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize(
     ("layer", "form"),
     [
@@ -561,6 +584,8 @@ class Standardised(nn.Conv2d):
         (Same(3, 4, 3, padding=1), QuantConv2d),
         (Same(3, 4, 3, dilation=2), None),  # which it forgets
         (Standardised(3, 4, 3), None),
+        (Limited(3, 4, 3), None),
+        (Masked(3, 4, 3), None),
         (Gained(3, 4, 3), None),
         (Dropping(3, 4, 3).eval(), None),
         (Dropping(3, 4, 3), None),
