@@ -142,9 +142,11 @@ def keep_needed_inplace(model: nn.Module, example: Tensor, layers: Sequence[nn.M
         return
     for layer in in_place:
         layer.inplace = True
+    # one by one: those stay without which something changes
     for layer in in_place:
         layer.inplace = False
-        layer.inplace = not unchanged()
+        if not unchanged():
+            layer.inplace = True
 
 
 def follow_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:
