@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import normalised
 from onnx import numpy_helper
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers import Add, FromImages, Mul, Normalize
 from layers.pool import MatrixAvgPool2d
@@ -1468,6 +1469,43 @@ class Frozen(Base):
         return self.head(x + self.conv2(x))
 
 
+class Signs(torch.autograd.Function):
+    """Its gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Binary(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.conv2(Signs.apply(x)) + x)
+
+
+class InFloat(Base):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.conv1(x)
+        return self.head(self.conv2(x) + x)
+
+
+class OfAGraph(Base):
+    """Holds what torchvision makes by torch.fx, which has another graph in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = create_feature_extractor(Residual(), {"add": "features"})
+        self.conv1 = self.body.conv1
+
+    def forward(self, x):
+        return self.head(self.body(x)["features"])
+
+
 class Gated(Base):
     """Gives a parameter to a child module, and a buffer to a product."""
 
@@ -1576,6 +1614,9 @@ def test_a_quantized_activation_in_place_trains_as_the_float_one_does(monkeypatc
         (Featured, "", "it sets self.features"),
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),
+        (Binary, "", "it has a gradient of its own"),
+        (InFloat, "", "it switches autocast"),
+        (OfAGraph, "body", "it is made by torch.fx"),
     ],
 )
 def test_what_a_trace_of_one_call_would_change_stays(network, name, why):

@@ -22,10 +22,12 @@ import copyreg
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from traceback import walk_tb
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,6 +78,10 @@ def modularize(model: nn.Module, example: Tensor) -> dict[str, str]:
                     raise _Stays("it is given a flag, which may be another in training")
                 if name in watched.switch_gradients:
                     raise _Stays("it switches gradients off")
+                # some classes set another graph in training
+                is_graph = isinstance(module, fx.GraphModule)
+                if is_graph and type(module).__base__ is not fx.GraphModule:
+                    raise _Stays("it is made by torch.fx: take what it was made of")
                 _rewrite(module, args, kwargs)
             except Exception as error:  # what a network's own Python raises on fx's stand-ins
                 kept[name] = _reason(error)
@@ -242,7 +248,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     expected = _run(module.forward, bound)
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
-    graph = _traced(module, bound.arguments)
+    with _nothing_left_out():
+        graph = _traced(module, bound.arguments)
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
         if not is_as_before and not name.startswith("_tensor_constant"):
@@ -268,11 +275,35 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     pairs = zip(_run(holder.forward, bound), expected, strict=True)
     if not all(torch.equal(found, wanted) for found, wanted in pairs):
         raise _Stays("modules in their place give another result")
-    # the new `forward` in a subclass of the module's own class, of its name; and the children
-    _, (_, imports) = holder.__reduce__()
-    module.__class__ = _with_forward(type(module), imports + holder.code)
+    # the children, and the new `forward` in a subclass of the module's own class, of its name
     for child_name, child in children.items():
         module.add_module(child_name, child.eval())
+    if isinstance(module, fx.GraphModule):
+        module.graph = holder.graph  # its class is its own already, and made of this
+    else:
+        _, (_, imports) = holder.__reduce__()
+        module.__class__ = _with_forward(type(module), imports + holder.code)
+
+
+@contextmanager
+def _nothing_left_out() -> Iterator[None]:
+    """Context manager: a trace ends where a forward does what no graph of torch.fx would hold."""
+    apply = torch.autograd.Function.apply.__func__
+
+    def apply_torchs(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # checkpointing, whose gradient is that of what it runs
+        if cls.__module__.startswith("torch."):
+            return apply(cls, *args, **kwargs)
+        raise _Stays("it has a gradient of its own, a torch.autograd.Function")
+
+    def autocast(*args: Any) -> None:
+        raise _Stays("it switches autocast")
+
+    with (
+        patch.object(torch.autograd.Function, "apply", classmethod(apply_torchs)),
+        patch.object(torch.autocast, "__enter__", autocast),
+    ):
+        yield
 
 
 def _traced(module: nn.Module, arguments: dict[str, Any]) -> fx.Graph:
