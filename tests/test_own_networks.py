@@ -170,7 +170,6 @@ class KernelOfImage(Base):
         return self.head(made.reshape(-1, 8, SIZE, SIZE))
 
 
-def test_the_exporters_reason_is_a_short_line(tmp_path):
 def test_a_network_that_torch_fx_made_goes_the_whole_way(tmp_path):
     torch.manual_seed(0)
     model = torch.fx.symbolic_trace(Residual())
@@ -231,6 +230,7 @@ def test_a_forward_that_a_copy_does_not_follow_is_not_exported(tmp_path):
         export_onnx(model, tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
 
 
+def test_the_exporters_reason_is_a_short_line(tmp_path):
     with pytest.raises(UserError, match="exporter cannot write this network") as caught:
         export_onnx(KernelOfImage().eval(), tmp_path / "fp32.onnx", (SIZE, SIZE), MEAN, STD)
     assert "Caused by" not in str(caught.value)

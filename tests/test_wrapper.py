@@ -469,7 +469,7 @@ def test_what_is_no_batch_is_not_calibrated_with(batch):
         calibrate(model, [batch])
 
 
-def test_what_is_switched_off_is_not_exported(tmp_path):
+def test_what_is_switched_off_is_not_exported_nor_calibrated(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     quantize_modules(model, EXAMPLE)
     calibrate(model, [EXAMPLE])
@@ -480,6 +480,8 @@ def test_what_is_switched_off_is_not_exported(tmp_path):
     assert "INT8: 0.0 % of the multiply-adds; float: 0" in table
     with pytest.raises(UserError, match="0.weight_quantizer is switched off"):
         export_onnx(model, tmp_path / "net.onnx", 32, [0.5] * 3, [0.25] * 3)
+    with pytest.raises(UserError, match="0.weight_quantizer is switched off"):
+        calibrate(model, [EXAMPLE])
 
 
 def test_a_model_that_is_a_layer_and_an_example_of_no_image_are_refused():

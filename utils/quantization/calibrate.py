@@ -61,8 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
 
     Raises:
         UserError: no such method, no images or what is none, images that are bytes, nothing to
-            calibrate, or an activation that was not finite or never computed. Ranges are then what
-            they were.
+            calibrate, a quantizer that is switched off, or an activation that was not finite or
+            never computed. Ranges are then what they were.
     """
     if method not in CALIBRATORS:
         raise UserError(f"no calibration {method!r}; there are {', '.join(CALIBRATORS)}")
@@ -74,6 +74,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], method: str = CALIBRA
     quantizers = _quantizers(model)
     if not quantizers:
         raise UserError("there is nothing to calibrate: call quantize_modules first")
+    _require_switched_on(quantizers)
     try:
         _find_ranges(model, batches, quantizers, method)
         for quantizer in tqdm(quantizers.values(), f"calibrate ({method})", leave=False):
@@ -312,6 +313,10 @@ def require_calibrated(model: nn.Module) -> None:
     missing = [name for name, found in quantizers.items() if not found.calibrated]
     if missing:
         raise UserError(f"{len(missing)} ranges are not calibrated, the first is {missing[0]}")
+    _require_switched_on(quantizers)
+
+
+def _require_switched_on(quantizers: Mapping[str, Quantizer]) -> None:
     off = [name for name, found in quantizers.items() if not found.switched_on]
     if off:
         raise UserError(f"{off[0]} is switched off: switch it on, or name its layer in skip_layers")

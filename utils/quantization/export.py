@@ -18,7 +18,6 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.shape_inference import InferenceError
 from torch import Tensor, nn
-from torch.onnx.errors import OnnxExporterError
 from torch.overrides import TorchFunctionMode
 
 from layers.normalize import FromImages, logits_of
@@ -80,7 +79,7 @@ def export_onnx(
     require_calibrated(model)
     if np.ndim(mean) != 1 or np.shape(mean) != np.shape(std):
         raise UserError(f"mean {mean} and std {std} need a number for each channel, both")
-    if not all(-1 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
         raise UserError(f"mean {mean} and std {std} are not in units of the full range: 0 to 1")
     path = Path(path)
     size = height_width(image_size)
@@ -112,7 +111,10 @@ def _checked_graphs(network: FromImages, shape: Sequence[int]) -> tuple[ModelPro
         in_fp16 = to_fp16(graph)
         for version in (graph, in_fp16):
             onnx.checker.check_model(version, full_check=True)
-    except (OnnxExporterError, InferenceError) as error:
+    # the network runs here, too: what it raises is torch's, mostly
+    except (RuntimeError, InferenceError) as error:
+        if mendable(error):
+            raise
         reason = re.split(r"\. Please|\s+\[Caused by|\. Support for this op", first_line(error))[0]
         raise UserError(
             f"torch's exporter cannot write this network as ONNX: {reason}; compute that in "

@@ -145,7 +145,7 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         UserError: the network branches on values, an average pool reads feature maps of several
             sizes, or a BatchNorm has no running statistics.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = _copied(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             mend = "which a graph needs: track_running_stats=True"
