@@ -9,6 +9,8 @@ there and has the inference form.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,11 @@ class QuantizedLayer(nn.Module):
     def convert(cls, layer: nn.Module) -> nn.Module:
         """Make a float layer one of this form, in place: its parameters stay, quantizers come.
 
-        Whatever else holds the layer, such as a list or a hook, holds the quantized one then.
+        Whatever else holds the layer, such as a list or a hook, holds the quantized one then. A
+        subclass's layer keeps the methods of its own, but for its `forward`.
         """
-        layer.__class__ = cls
+        own = type(layer)
+        layer.__class__ = cls if issubclass(cls, own) else _of_both(cls, own)
         layer.add_quantizers()
         return layer
 
@@ -53,6 +57,28 @@ class QuantizedLayer(nn.Module):
     def quantizer_of(self, operand: int) -> str:
         """Name of the quantizer of what `forward` takes at that place; "" if it is not rounded."""
         return self.QUANTIZERS[operand]
+
+
+@cache
+def _of_both(form: type[QuantizedLayer], own: type[nn.Module]) -> type[QuantizedLayer]:
+    """A class of a quantized form's name that has the methods of a layer's own class, too.
+
+    Its layers pickle as these two, as pickle finds no class that was made while running.
+    """
+
+    def reduce(layer: nn.Module, protocol: int) -> Any:
+        _, _, *state = super(both, layer).__reduce_ex__(protocol)
+        return _empty, (form, own), *state
+
+    content = {"__reduce_ex__": reduce, "__module__": form.__module__}
+    both = type(form.__name__, (form, own), content)
+    return both
+
+
+def _empty(form: type[QuantizedLayer], own: type[nn.Module]) -> nn.Module:
+    """A layer of `_of_both` without its attributes, which pickle adds."""
+    both = _of_both(form, own)
+    return both.__new__(both)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):

@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers import Add, FromImages, Mul, Normalize
 from layers.pool import MatrixAvgPool2d
-from layers.quantized import QuantAdd, QuantizedLayer, quantized_form
+from layers.quantized import QuantAdd, QuantConv2d, QuantizedLayer, quantized_form
 from layers.quantizers import StraightThrough, per_channel
 from utils.backends import tensorrt_build
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
@@ -711,6 +711,35 @@ def test_a_whole_network_can_be_saved():
     assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
     assert type(loaded) is type(model)
     assert isinstance(loaded, Residual)
+
+
+class Doubled(nn.Conv2d):
+    """With a method of its own, which the network calls."""
+
+    def twice(self, x):
+        return 2 * self(x)
+
+
+class OfDoubled(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv2 = Doubled(8, 8, 3)
+
+    def forward(self, x):
+        return self.head(self.conv2.twice(self.conv1(x)))
+
+
+def test_a_subclass_keeps_its_own_methods(tmp_path):
+    model = OfDoubled().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE], "max")
+    assert isinstance(model.conv2, QuantConv2d)
+    assert isinstance(model.conv2, Doubled)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(loaded.conv2) is type(model.conv2)
+    assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
 
 
 @pytest.mark.parametrize(
