@@ -711,7 +711,7 @@ def test_a_failure_leaves_the_old_file_alone(
 def test_a_model_that_cannot_run_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="fails on images"):
         # the first has 5 logits
         export_onnx(nn.Sequential(small(), nn.Linear(7, 2)), path, (8, 8), *STATS)
     assert path.read_bytes() == b"old"

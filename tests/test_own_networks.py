@@ -223,6 +223,12 @@ def test_weights_that_a_hook_computes_are_exported_after_training(compute, tmp_p
     export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
 
 
+def test_a_network_that_fails_on_images_of_a_size_is_not_exported(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 5)).eval()
+    with pytest.raises(UserError, match="fails on images of 8x9 .* give the size"):
+        export_onnx(model, tmp_path / "fp32.onnx", (8, 9), MEAN, STD)
+
+
 def test_a_forward_that_a_copy_does_not_follow_is_not_exported(tmp_path):
     model = Residual().eval()
     model.forward = lambda x: model.head(model.conv1(x))

@@ -32,7 +32,7 @@ from layers.quantized import (
     freeze_weight,
 )
 from layers.quantizers import FrozenQuantizer, Quantizer, per_channel
-from utils.errors import UserError
+from utils.errors import UserError, first_line, mendable
 from utils.quantization.watch import (
     Operation,
     Watch,
@@ -142,8 +142,8 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
         example: images (B, C, H, W) of the size that the copy is for.
 
     Raises:
-        UserError: the network branches on values, an average pool reads feature maps of several
-            sizes, or a BatchNorm has no running statistics.
+        UserError: the copy fails on images of this size, the network branches on values, an average
+            pool reads feature maps of several sizes, or a BatchNorm has no running statistics.
     """
     model = _copied(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
@@ -152,7 +152,16 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
             raise UserError(f"{name} has no running statistics, {mend}")
         if isinstance(module, (nn.Linear, _ConvNd)) and parametrize.is_parametrized(module):
             keep_computed(module)
-    watched = watch(model, example)
+    try:
+        watched = watch(model, example)
+    except RuntimeError as error:  # torch's own
+        if mendable(error):
+            raise
+        height, width = example.shape[2:]
+        raise UserError(
+            f"a copy of the network fails on images of {height}x{width} ({first_line(error)}): "
+            "give the size that it is for; a hook that uses the network must be its method"
+        ) from None
     if reads := watched.value_reads:
         raise UserError(
             f"the network looks at computed values at {reads[0]}, where an exported graph would "
