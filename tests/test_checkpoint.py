@@ -463,6 +463,18 @@ def test_weights_that_are_not_finite_are_not_loaded():
     assert message.endswith(": 1 not finite: fc.bias")
 
 
+def test_a_mask_of_infinities_is_loaded_where_the_network_has_the_same():
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    state = snapshot(model)
+    state["mask"][0] = 1.0
+    ckpt.load_weights(model, state)
+    assert model.mask.tolist() == [1.0, -torch.inf]
+    for values in ([0.0, torch.inf], [0.0, torch.nan], [-torch.inf, 0.0]):
+        state["mask"] = torch.tensor(values)
+        assert "1 not finite: mask" in weights_error(model, state)
+
+
 def odd_tensors(like):
     """Tensors of the shape of `like` that are no weights, and what is wrong with them."""
     ones = torch.ones_like(like)
