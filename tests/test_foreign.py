@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import digits_cut_to, small_net
 from PIL import Image
+from safetensors.torch import save_model
 from torch import nn
 
 import dataset as dataset_room
@@ -465,6 +466,18 @@ def test_safetensors_of_types_that_the_network_cannot_hold_are_refused(tmp_path,
     path.write_bytes(safetensors(values, lambda header: header["weight"].update(dtype=dtype)))
     with pytest.raises(UserError, match="of another type"):
         ckpt.load_weights(model, ckpt.load(path).state)
+
+
+def test_safetensors_name_a_shared_weight_once(tmp_path):
+    source, model = (nn.ModuleList([nn.Linear(3, 3), nn.BatchNorm2d(3)]) for _ in range(2))
+    for network in (source, model):
+        network.extend([network[1], nn.Linear(3, 3)])
+        network[3].weight = network[0].weight
+    path = tmp_path / "model.safetensors"
+    save_model(source, path)
+    assert "0 unexpected, 0 missing" in ckpt.load_weights(model, ckpt.load(path).state)
+    assert torch.equal(model[0].weight, source[0].weight)
+    assert model[3].weight is model[0].weight
 
 
 def test_safetensors_without_tensors_lack_everything(tmp_path):

@@ -200,6 +200,7 @@ def load_weights(
     """
     own = model.state_dict()
     state, prefix = without_prefixes(state, own)
+    state = _with_shared(model, state)
     fresh = classifier_keys(model, state) if new_classifier else set()
     state = {key: value for key, value in state.items() if key not in fresh}
     ranges = {key for key in own if key.endswith(RANGE_SUFFIX)}
@@ -222,6 +223,14 @@ def load_weights(
     if prefix:
         line += f"; the names without their prefix {prefix}"
     return f"{line}; fresh: {', '.join(sorted(fresh))}" if fresh else line
+
+
+def _with_shared(model: nn.Module, state: State) -> State:
+    """`state` with every name of a tensor that has several: safetensors keep one of them."""
+    own = model.state_dict(keep_vars=True)
+    there = {id(own[key]): state[key] for key in own.keys() & state.keys()}
+    shared = {key: there[id(tensor)] for key, tensor in own.items() if id(tensor) in there}
+    return shared | state
 
 
 def _problems(expected: set[str], own: State, state: State) -> defaultdict[str, set[str]]:
