@@ -323,7 +323,7 @@ def saved(tmp_path, content):
     return tmp_path / "weights.pth"
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "net", "model_state_dict"])
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", "ema"])
 def test_a_state_dict_is_found_beside_other_things(tmp_path, capsys, key):
     state = snapshot(small_net())
     optimizer = {"state": {}, "param_groups": [{"lr": 0.1}]}
@@ -343,7 +343,6 @@ def test_a_state_dict_is_found_beside_other_things(tmp_path, capsys, key):
         {"state_dict": {}},
         {"state_dict": {"w": torch.ones(1), "epoch": 3}},
         {"state_dict": {"model": {"w": torch.ones(1)}}},
-        {"weights": {"w": torch.ones(1)}},
         {1: torch.ones(1)},
         {"model": None, "net": 5},
     ],
@@ -353,10 +352,23 @@ def test_what_is_no_state_dict_is_not_taken_for_one(tmp_path, content):
         ckpt.load(saved(tmp_path, content))
 
 
-def test_of_two_state_dicts_none_is_guessed(tmp_path):
+def test_what_holds_no_state_dict_is_named_by_its_keys(tmp_path):
+    said = r"state dict \(its keys are epoch, ema\): save model\.state_dict\(\)"
+    with pytest.raises(UserError, match=said):
+        ckpt.load(saved(tmp_path, {"epoch": 3, "ema": {"shadow": {"w": torch.ones(1)}}}))
+
+
+@pytest.mark.parametrize("keys", [("model", "state_dict"), ("ema", "student"), (1, 2)])
+def test_of_two_state_dicts_none_is_guessed(tmp_path, keys):
     state = {"w": torch.ones(1)}
-    with pytest.raises(UserError, match=r"holds several state dicts \(state_dict, model\)"):
-        ckpt.load(saved(tmp_path, {"model": state, "state_dict": state}))
+    with pytest.raises(UserError, match=rf"holds several state dicts \({keys[0]}, {keys[1]}\)"):
+        ckpt.load(saved(tmp_path, dict.fromkeys(keys, state)))
+
+
+def test_a_network_goes_before_its_average(tmp_path):
+    state, average = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    loaded = ckpt.load(saved(tmp_path, {"model_ema": average, "model": state})).state
+    assert torch.equal(loaded["w"], state["w"])
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model."])

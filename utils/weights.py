@@ -12,7 +12,7 @@ from utils.errors import UserError, first_few, mendable
 State = dict[str, Tensor]
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-"""Where programs put a state dict beside other things."""
+"""Which of several state dicts is the network's, whatever averages stand beside it."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """Of DataParallel, of torch.compile, and of what holds the network as `self.model`."""
 
@@ -32,17 +32,24 @@ def unwrapped(content: Any, path: Path) -> State:
     """
     if is_state(content):
         return content
-    found = []
-    if isinstance(content, dict):
-        found = [key for key in CONTAINERS if is_state(content.get(key))]
-    if not found:
-        raise UserError(f"{path} is not a checkpoint of this project and not a state dict")
+    keys = list(content) if isinstance(content, dict) else []
+    found = [key for key in keys if is_state(content[key])]
     if len(found) > 1:
-        raise UserError(f"{path} holds several state dicts ({', '.join(found)}): save one alone")
-    others = [str(key) for key in content if key != found[0]]
-    beside = f"; left aside: {first_few(others, 5)}" if others else ""
+        found = [key for key in found if key in CONTAINERS] or found
+    if not found:
+        what = "is not a checkpoint of this project and not a state dict"
+        has = f" (its keys are {_named(keys)})" if keys else ""
+        raise UserError(f"{path} {what}{has}: save model.state_dict() with torch.save")
+    if len(found) > 1:
+        raise UserError(f"{path} holds several state dicts ({_named(found)}): save one alone")
+    others = [key for key in keys if key != found[0]]
+    beside = f"; left aside: {_named(others)}" if others else ""
     print(f"{path}: the state dict under {found[0]!r}{beside}")
     return content[found[0]]
+
+
+def _named(keys: list[Any]) -> str:
+    return first_few([str(key) for key in keys], 5)
 
 
 def without_prefixes(state: State, own: State) -> tuple[State, str]:
