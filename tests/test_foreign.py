@@ -11,6 +11,7 @@ from conftest import digits_cut_to, small_net
 from PIL import Image
 from safetensors.torch import save_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import dataset as dataset_room
 import infer
@@ -371,7 +372,7 @@ def test_a_network_goes_before_its_average(tmp_path):
     assert torch.equal(loaded["w"], state["w"])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "module._orig_mod.model."])
 def test_a_prefix_of_all_names_is_taken_off(prefix):
     source, model = seeded(4, 1), seeded(4, 2)
     state = {f"{prefix}{key}": value for key, value in source.state_dict().items()}
@@ -391,6 +392,40 @@ def test_a_prefix_of_some_names_stays():
     state = snapshot(small_net())
     state["module.0.weight"] = state.pop("0.weight")
     with pytest.raises(UserError, match=r"1 missing: 0\.weight; 1 unexpected: module\.0\.weight"):
+        ckpt.load_weights(small_net(), state)
+
+
+def test_what_stands_beside_a_prefix_is_left_aside_and_named():
+    source, model = seeded(4, 1), seeded(4, 2)
+    state = {"criterion.weight": torch.ones(4)} | AveragedModel(source).state_dict()
+    line = ckpt.load_weights(model, state)
+    said = "the names without their prefix module.; 2 left aside: criterion.weight, n_averaged"
+    assert line.endswith(said)
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_a_part_that_is_built_as_the_whole_is_not_taken_for_it():
+    def nested(depth):
+        inner = [nested(depth - 1)] if depth else []
+        return nn.Sequential(nn.Linear(2, 2), *inner)
+
+    source, model = nested(5), nested(5)
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    assert ckpt.load_weights(model, state).endswith("without their prefix module.")
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_of_a_network_and_its_average_none_is_guessed():
+    state = snapshot(nn.ModuleDict({"model": small_net(), "ema": small_net()}))
+    said = r"under several prefixes \(ema\., model\.\): save one alone"
+    with pytest.raises(UserError, match=said):
+        ckpt.load_weights(small_net(), state)
+
+
+def test_what_is_wrong_under_a_prefix_is_named_without_it():
+    state = {f"module.{key}": value for key, value in snapshot(small_net()).items()}
+    del state["module.0.weight"]
+    with pytest.raises(UserError, match=r"1 missing: 0\.weight$"):
         ckpt.load_weights(small_net(), state)
 
 

@@ -17,7 +17,7 @@ from utils.errors import UserError, first_few, mendable
 from utils.files import atomic_path
 from utils.schema import parse
 from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
-from utils.weights import State, is_safetensors, read_safetensors, unwrapped, without_prefixes
+from utils.weights import State, is_safetensors, read_safetensors, unwrapped, without_prefix
 
 FORMAT = 3
 RANGE_SUFFIX = "_quantizer._amax"
@@ -188,7 +188,7 @@ def load_weights(
 ) -> str:
     """Load `state` so that every float weight lands exactly once; returns a line that says so.
 
-    Prefixes that all names of another program's state have are taken off (`utils.weights`).
+    A prefix that another program gave to the names is taken off (`utils.weights`).
 
     Args:
         allow_missing_ranges: `state` may be a float model's; ranges are still to be calibrated.
@@ -199,7 +199,7 @@ def load_weights(
             ranges that are not above 0, variances below it, listed. `model` is unchanged then.
     """
     own = model.state_dict()
-    state, prefix = without_prefixes(state, own)
+    state, taken_off = without_prefix(state, without_ranges(own))
     state = _with_shared(model, state)
     fresh = classifier_keys(model, state) if new_classifier else set()
     state = {key: value for key, value in state.items() if key not in fresh}
@@ -220,8 +220,8 @@ def load_weights(
         f"{len(state) - loaded_ranges} float tensors and {loaded_ranges} ranges loaded, each "
         f"exactly once; 0 unexpected, 0 missing, {len(uncalibrated)} ranges left to calibrate"
     )
-    if prefix:
-        line += f"; the names without their prefix {prefix}"
+    if taken_off:
+        line += f"; {taken_off}"
     return f"{line}; fresh: {', '.join(sorted(fresh))}" if fresh else line
 
 

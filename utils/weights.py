@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ State = dict[str, Tensor]
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 """Which of several state dicts is the network's, whatever averages stand beside it."""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Of DataParallel, of torch.compile, and of what holds the network as `self.model`."""
 
 
 def is_state(content: Any) -> bool:
@@ -52,18 +51,38 @@ def _named(keys: list[Any]) -> str:
     return first_few([str(key) for key in keys], 5)
 
 
-def without_prefixes(state: State, own: State) -> tuple[State, str]:
-    """`state` without the prefixes that all its names have and the model's `own` lack; those."""
-    taken = ""
-    if not state:
-        return state, taken
-    # in whatever order they stand
-    for prefix in PREFIXES * len(PREFIXES):
-        everywhere = all(key.startswith(prefix) for key in state)
-        if everywhere and not any(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-            taken += prefix
-    return state, taken
+def without_prefix(state: State, own: State) -> tuple[State, str]:
+    """What `state` has under a prefix such as "module.", and a line that says so; or itself.
+
+    It is the prefix, if any, under which the most of the model's `own` names stand, over half.
+
+    Raises:
+        UserError: there are several, as of a network and an average of it.
+    """
+    # of each name, whatever may be a prefix, "" too
+    found = Counter()
+    for key in state:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                found[".".join([*parts[:start], ""])] += 1
+    most = max(found.values(), default=0)
+    prefixes = sorted(prefix for prefix, count in found.items() if count == most > len(own) / 2)
+    if not prefixes or "" in prefixes:
+        return state, ""
+    if len(prefixes) > 1:
+        which = first_few(prefixes, 5)
+        raise UserError(
+            f"the file has the network under several prefixes ({which}): save one alone"
+        )
+
+    prefix = prefixes[0]
+    within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    line = f"the names without their prefix {prefix}"
+    beside = [key for key in state if not key.startswith(prefix)]
+    if beside:
+        line += f"; {len(beside)} left aside: {first_few(beside, 5)}"
+    return within, line
 
 
 def is_safetensors(path: Path) -> bool:
