@@ -75,6 +75,21 @@ def scripted(num_classes):
     import torch
     return torch.jit.script(Net(num_classes))
 
+def compiled(num_classes):
+    import torch
+    return torch.compile(Net(num_classes))
+
+def partly_compiled(num_classes):
+    net = Net(num_classes)
+    net.conv = compiled(3)
+    return net
+
+def compiled_function(num_classes):
+    import torch
+    class Compiled(Net):
+        forward = torch.compile(Net.forward, backend="eager")
+    return Compiled(num_classes)
+
 def extra(num_classes):
     class Extra(Net):
         def get_extra_state(self):
@@ -725,6 +740,8 @@ def test_a_network_with_versioned_modules_loads_what_train_wrote():
     ("name", "said"),
     [
         ("scripted", "the network is TorchScript"),
+        ("compiled", "the network is made by torch.compile"),
+        ("partly_compiled", "conv is made by torch.compile"),
         ("extra", "its state has _extra_state, which is no tensor"),
     ],
 )
@@ -762,6 +779,7 @@ def test_a_view_that_fails_where_channels_are_last_is_refused_before_training(
     ("name", "said"),
     [
         ("shuffled", "exporter cannot write this network"),
+        ("compiled_function", "the network calls a function made by torch.compile"),
         ("of_batch", "bn has no running statistics"),
         ("squeezed", "of a single image the network makes (10,), not (1, classes)"),
     ],

@@ -59,8 +59,13 @@ def build_float(spec: NetworkSpec, size: tuple[int, int]) -> nn.Module:
 def _require_usable(model: nn.Module, spec: NetworkSpec) -> None:
     """Raises UserError if a network from elsewhere could be trained, but not saved or exported."""
     for name, module in model.named_modules():
+        what = ""
         if isinstance(module, torch.jit.ScriptModule):
-            what = "is TorchScript, which cannot be rewritten: use the module it was made of"
+            what = "is TorchScript"
+        elif hasattr(module, "_orig_mod"):
+            what = "is made by torch.compile"
+        if what:
+            what += ", which cannot be rewritten: use the module it was made of"
             raise UserError(f"--m {spec.name}: {name or 'the network'} {what}")
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -150,8 +155,14 @@ def require_exportable(model: nn.Module, data: DataSpec) -> None:
     """
     from utils.quantization.export import export_onnx  # onnx, which training does not need
 
-    with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder) / "fp32.onnx", data.size, data.mean, data.std)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, Path(folder) / "fp32.onnx", data.size, data.mean, data.std)
+    except RuntimeError as error:
+        if "dynamo-optimized" not in str(error):
+            raise
+        what = "the network calls a function made by torch.compile, which cannot be exported"
+        raise UserError(f"{what}: call the function itself") from None
 
 
 def batches_of(
