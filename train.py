@@ -247,6 +247,9 @@ def make_model(
         model = networks.build_quantized(base.network, base.quantization, size, start.state)
     else:
         model = networks.build_float(base.network, size)
+    if recipe.num_epochs and not any(p.requires_grad for p in model.parameters()):
+        what = "no parameter of the network has requires_grad, so there is nothing to train"
+        raise UserError(f"{what}: set it in some, or calibrate alone: --quantize --num_epochs 0")
     if start:
         partial = recipe.partial_ckpt and start.quantization is None
         if start.quantization is not None:

@@ -90,6 +90,14 @@ def compiled_function(num_classes):
         forward = torch.compile(Net.forward, backend="eager")
     return Compiled(num_classes)
 
+def frozen(num_classes):
+    return Net(num_classes).requires_grad_(False)
+
+def frozen_backbone(num_classes):
+    net = frozen(num_classes)
+    net.head.requires_grad_(True)
+    return net
+
 def extra(num_classes):
     class Extra(Net):
         def get_extra_state(self):
@@ -790,6 +798,30 @@ def test_what_cannot_be_exported_is_refused_before_training(
     argv = ["--m", f"{own_module}:{name}", *RUN.split(), "--od", tmp_path]
     assert said in error_line(train.main, argv)
     assert not list(tmp_path.glob("*/ckpt_*"))
+
+
+def test_a_frozen_network_is_calibrated_but_not_trained(
+    own_module, tiny_digits, tmp_path, error_line
+):
+    weights = saved(tmp_path, foreign.build(f"{own_module}:Net", 10).state_dict())
+    argv = f"--m {own_module}:frozen --load_ckpt {weights} {RUN} --od {tmp_path}".split()
+    quantize = ["--quantize", "--partial_ckpt"]
+    for more in ([], quantize):
+        line = error_line(train.main, [*argv, *more])
+        assert "no parameter of the network has requires_grad" in line
+    train.main([*argv, *quantize, "--num_epochs", "0", "--en", "ptq"])
+    assert ckpt.load(tmp_path / "ptq" / "ckpt_best").epoch == 0
+
+
+def test_a_frozen_backbone_stays_and_its_head_is_trained(own_module, tiny_digits, tmp_path):
+    source = foreign.build(f"{own_module}:Net", 10).state_dict()
+    weights = saved(tmp_path, source)
+    argv = f"--m {own_module}:frozen_backbone --load_ckpt {weights} {RUN} --od {tmp_path} --en"
+    for name, more in (("float", []), ("qat", ["--quantize", "--partial_ckpt"])):
+        train.main([*argv.split(), name, *more])
+        state = ckpt.load(tmp_path / name / "ckpt_1").state
+        assert torch.equal(state["conv.weight"], source["conv.weight"])
+        assert not torch.equal(state["head.weight"], source["head.weight"])
 
 
 @pytest.mark.parametrize("name", ["no_such_module:make", "torchvision/resnet19"])
