@@ -193,15 +193,19 @@ def at_work_in(folder: Path, first: bool, named: str | None) -> Iterator[None]:
         with locked(folder, make=True) if first else nullcontext():
             yield
     except (KeyboardInterrupt, RuntimeError) as error:
-        if isinstance(error, KeyboardInterrupt):
-            what = "interrupted"
-        elif isinstance(error, torch.AcceleratorError):
-            what = f"the GPU failed ({first_line(error)})"
-        elif ranks.lost_another(error):
-            what = "another rank has ended"
-        else:
+        what = _why_it_ended(error)
+        if what is None:
             raise
         mend = "nothing was saved yet"
         if any(folder.glob("ckpt_*")):
             mend = f"continue with: {ranks.command(named)} --resume {shlex.quote(str(folder))}"
         raise UserError(f"{what}; {mend}") from None
+
+
+def _why_it_ended(error: KeyboardInterrupt | RuntimeError) -> str | None:
+    """What ended a training from outside; None if it was its own fault."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, torch.AcceleratorError):
+        return f"the GPU failed ({first_line(error)})"
+    return "another rank has ended" if ranks.lost_another(error) else None
