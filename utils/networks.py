@@ -179,7 +179,7 @@ def restore(
     quantization: Quantization,
     wanted: Sequence[str],
 ) -> tuple[Quantization, dict[str, nn.Module]]:
-    """A checkpoint's networks by precision, and how they are quantized.
+    """How a checkpoint is quantized, and its networks by precision.
 
     A float checkpoint gives FP32 and INT8-PTC, which is calibrated here on the checkpoint's own
     train images, as far as there are any. A quantized one holds the float weights and ranges it
@@ -191,26 +191,26 @@ def restore(
     Raises:
         UserError: the checkpoint does not fit its networks.
     """
-    quantized = checkpoint.quantization is not None
-    start = checkpoint.ptq_state if quantized else checkpoint.state
     spec, info, device = checkpoint.network, checkpoint.data, default_device()
-    if not quantized:
-        train_part, _ = data.split(info.split_seed)
-        images, labels = (array[: quantization.calib_images] for array in train_part)
-        quantization = replace(quantization, calib_images=len(images))
+    states = {"INT8-PTC": checkpoint.ptq_state, "INT8-QAT": checkpoint.state}
+    calibration = None
+    # a float checkpoint has no ranges yet
+    if checkpoint.quantization is None:
+        states = {"INT8-PTC": checkpoint.state}
+        (images, labels), _ = data.split(info.split_seed)
+        count = min(quantization.calib_images, len(images))
+        quantization = replace(quantization, calib_images=count)
+        calibration = batches_of(images[:count], labels[:count], info)
 
     model = build_float(spec, info.size)
-    load_weights(model, without_ranges(start))
+    load_weights(model, without_ranges(states["INT8-PTC"]))
     networks = {"FP32": model.to(device)}
-
-    states = {"INT8-PTC": start}
-    if quantized:
-        states["INT8-QAT"] = checkpoint.state
     for precision, state in states.items():
-        if precision in wanted:
-            model = build_quantized(spec, quantization, info.size, state)
-            load_weights(model, state, allow_missing_ranges=not quantized)
-            networks[precision] = model.to(device)
-            if not quantized:
-                calibrate_model(model, quantization, batches_of(images, labels, info))
+        if precision not in wanted:
+            continue
+        model = build_quantized(spec, quantization, info.size, state)
+        load_weights(model, state, allow_missing_ranges=calibration is not None)
+        networks[precision] = model.to(device)
+        if calibration is not None:
+            calibrate_model(model, quantization, calibration)
     return quantization, networks
