@@ -787,7 +787,7 @@ def test_a_view_that_fails_where_channels_are_last_is_refused_before_training(
     ("name", "said"),
     [
         ("shuffled", "exporter cannot write this network"),
-        ("compiled_function", "the network calls a function made by torch.compile"),
+        ("compiled_function", "dynamo-optimized function"),
         ("of_batch", "bn has no running statistics"),
         ("squeezed", "of a single image the network makes (10,), not (1, classes)"),
     ],

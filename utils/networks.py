@@ -155,14 +155,8 @@ def require_exportable(model: nn.Module, data: DataSpec) -> None:
     """
     from utils.quantization.export import export_onnx  # onnx, which training does not need
 
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, Path(folder) / "fp32.onnx", data.size, data.mean, data.std)
-    except RuntimeError as error:
-        if "dynamo-optimized" not in str(error):
-            raise
-        what = "the network calls a function made by torch.compile, which cannot be exported"
-        raise UserError(f"{what}: call the function itself") from None
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder) / "fp32.onnx", data.size, data.mean, data.std)
 
 
 def batches_of(
