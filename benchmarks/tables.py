@@ -55,7 +55,7 @@ SLOW = "FP16"
 
 PLOT = "summary.png"
 
-SAME_IN_A_STUDY = ("dataset", "epochs", "quantization")
+SAME_IN_A_STUDY = ("dataset", "epochs", "quantization", "train_flags")
 """What the records that a mean is taken of must have in common."""
 
 TITLES = {

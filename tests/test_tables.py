@@ -89,7 +89,12 @@ def test_a_damaged_record_is_named(results):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 0}, {"dataset": "digits"}, {"quantization": {"calibrator": "sqnr", "more": 9}}],
+    [
+        {"seed": 0},
+        {"dataset": "digits"},
+        {"quantization": {"calibrator": "sqnr", "more": 9}},
+        {"train_flags": ["--lr", "0.1"]},
+    ],
 )
 def test_a_mean_is_of_the_seeds_of_one_study(results, change):
     write(results / "seed2.json", {**record_of(2, 90.0, 90.0), **change})
