@@ -510,14 +510,14 @@ def training_table(path: Path) -> str:
 def gpus_table(folder: Path) -> str:
     """Training on several GPUs of one host, against one of them at the same batch size."""
     rows = []
-    for path in folder.glob("train_speed*.json"):
+    for path in sorted(folder.glob("train_speed*.json")):
         rows += records.read(path)["rows"]
-    rows.sort(key=lambda row: (row["model"], row["stem"], row["mode"], row["gpus"]))
-    alone = {(row["model"], row["stem"], row["mode"]): row for row in rows if row["gpus"] == 1}
+    rows.sort(key=lambda row: (*_compared(row), row["gpus"]))
+    alone = {_compared(row): row for row in rows if row["gpus"] == 1}
 
     lines = [GPUS_TITLES]
     for row in rows:
-        one = alone[row["model"], row["stem"], row["mode"]]
+        one = alone[_compared(row)]
         lines.append(
             [
                 f"{TITLES[row['model']]}, {row['stem']} stem",
@@ -528,6 +528,11 @@ def gpus_table(folder: Path) -> str:
             ]
         )
     return markdown_table(lines)
+
+
+def _compared(row: Row) -> tuple[str, str, str, str, int]:
+    """What timings on one and on several GPUs must have in common."""
+    return row["recipe"], row["model"], row["stem"], row["mode"], row["batch_size"]
 
 
 def sensitivity_table(folder: Path) -> str:

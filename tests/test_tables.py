@@ -201,14 +201,34 @@ def test_without_engines_there_is_no_plot(tmp_path):
     assert not (tmp_path / tables.PLOT).exists()
 
 
+def gpus_row(gpus, images_s, recipe="ours", batch_size=512):
+    return {
+        "recipe": recipe,
+        "model": "resnet18",
+        "stem": "cifar",
+        "mode": "float",
+        "batch_size": batch_size,
+        "gpus": gpus,
+        "epoch_s": 3000 / images_s,
+        "images_s": images_s,
+    }
+
+
 def test_the_table_of_several_gpus_compares_with_one_of_them(tmp_path):
     for gpus, images_s in ((2, 1500.0), (1, 1000.0)):
-        row = {"model": "resnet18", "stem": "cifar", "mode": "float", "gpus": gpus}
-        row |= {"epoch_s": 3000 / images_s, "images_s": images_s}
-        write(tmp_path / f"train_speed_{gpus}.json", {"kind": "train_speed", "rows": [row]})
+        rows = [gpus_row(gpus, images_s)]
+        write(tmp_path / f"train_speed_{gpus}.json", {"kind": "train_speed", "rows": rows})
     one, two = cells(tables.gpus_table(tmp_path))
     assert (one["GPUs"], one["s an epoch"], one["times one GPU"]) == ("1", "3.00", "1.00")
     assert (two["GPUs"], two["images/s"], two["times one GPU"]) == ("2", "1,500", "1.50")
+
+
+@pytest.mark.parametrize("other", [{"recipe": "reference"}, {"batch_size": 1024}])
+def test_several_gpus_are_compared_at_the_same_recipe_and_batch_size(tmp_path, other):
+    rows = [gpus_row(1, 1000.0), gpus_row(1, 4000.0, **other), gpus_row(2, 1500.0)]
+    write(tmp_path / "train_speed.json", {"kind": "train_speed", "rows": rows})
+    ratios = [(line["GPUs"], line["times one GPU"]) for line in cells(tables.gpus_table(tmp_path))]
+    assert ("2", "1.50") in ratios
 
 
 @pytest.mark.parametrize(
