@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from utils import records
-from utils.backends.network import Layer
+from utils.backends.network import Layer, repeated
 from utils.errors import run
 from utils.files import user_path
 from utils.manifest import graph_file
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace) -> None:
         engine = TensorRTNetwork(path.parent, options, np.empty(0, np.uint8), timings)
         times = {}
         for size in sizes:
-            images = np.resize(images_of(args.img_size), (size, args.img_size, args.img_size, 3))
+            images = repeated(images_of(args.img_size), size)
             p50, p99 = np.percentile(engine.latencies_ms(images), (50, 99))
             times[size] = {"p50": float(p50), "p99": float(p99)}
         row = {"network": name, "variant": variant, "precision": precision, "latency_ms": times}

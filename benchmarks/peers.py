@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.own_networks import FP32, INT8, by_modelopt
 from utils import records
-from utils.backends.network import Network
+from utils.backends.network import Network, repeated
 from utils.errors import UserError, run
 from utils.files import user_path
 from utils.manifest import INPUT, OUTPUT
@@ -447,7 +447,7 @@ def measure(args: argparse.Namespace) -> None:
     times_ms = defaultdict(list)
     for _ in range(args.rounds):
         for size in args.batch_size:
-            batch = np.resize(test, (size, *test.shape[1:]))
+            batch = repeated(test, size)
             for folder, network in networks.items():
                 if network is not None:
                     times_ms[folder, size] += network.latencies_ms(batch).tolist()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import urllib.error
 import urllib.request
 from dataclasses import MISSING, asdict, fields, replace
@@ -34,7 +35,7 @@ from utils import checkpoint as ckpt
 from utils import compare, files, flags, networks, records, schema
 from utils.backends import network as measure
 from utils.backends import tensorrt_build
-from utils.backends.network import EVALUATION_BATCH
+from utils.backends.network import EVALUATION_BATCH, repeated
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.compare import Comparison
 from utils.errors import UserError
@@ -1345,6 +1346,19 @@ def test_a_network_that_reports_its_layers_and_the_devices_time_has_more_columns
         assert (row.int8_layers, row.layers) == (2, 3)
     assert rows[2].latency_ms == {"p50": None, "p99": None}
     assert rows[2].throughput_img_s > 0
+
+
+def test_a_batch_to_time_is_cut_out_of_the_test_images():
+    """It is contiguous, as what a network reads is, and no copy of all of them is made."""
+    images = np.arange(4096 * 75, dtype=np.uint8).reshape(4096, 3, 5, 5).transpose(0, 2, 3, 1)
+    tracemalloc.start()
+    batch = repeated(images, 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(batch, images[:4])
+    assert batch.flags.c_contiguous
+    assert peak < images.nbytes / 10
+    assert np.array_equal(repeated(images[:3], 5), images[[0, 1, 2, 0, 1]])
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(0, False), (1, False), (4, False), (12, True)])

@@ -16,7 +16,13 @@ import numpy as np
 
 import dataset
 from utils import records
-from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, predict
+from utils.backends.network import (
+    EVALUATION_BATCH,
+    Network,
+    end_to_end_img_s,
+    predict,
+    repeated,
+)
 from utils.engine_layers import audit_lines
 from utils.errors import UserError
 from utils.files import sha256, staged
@@ -289,9 +295,8 @@ def timed_rows(
     """`row` with the latency percentiles at each batch size; without a batch size `row` itself."""
     rows = []
     for batch_size in batch_sizes:
-        # the test images, over and over where they are too few
-        batch = np.resize(images, (batch_size, *images.shape[1:]))
-        p50, p99 = np.percentile(network.latencies_ms(batch), (50, 99))
+        times_ms = network.latencies_ms(repeated(images, batch_size))
+        p50, p99 = np.percentile(times_ms, (50, 99))
         rows.append(row.timed(batch_size, float(p50), float(p99)))
     return rows or [row]
 

@@ -114,6 +114,11 @@ def repeated_ms(burst: Callable[[], Sequence[float]]) -> np.ndarray:
     return np.asarray(times_ms)
 
 
+def repeated(images: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` images, over and over where there are fewer; contiguous."""
+    return np.ascontiguousarray(images[np.arange(count) % len(images)])
+
+
 def predict(network: Network, images: np.ndarray, batch_size: int, what: str = "") -> np.ndarray:
     """Predicted classes (N,) int64 of images (N, H, W, 3) uint8.
 

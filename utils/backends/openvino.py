@@ -20,7 +20,14 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
-from utils.backends.network import BURST, EVALUATION_BATCH, Network, cpu_threads, require_ends
+from utils.backends.network import (
+    BURST,
+    EVALUATION_BATCH,
+    Network,
+    cpu_threads,
+    repeated,
+    require_ends,
+)
 from utils.errors import UserError
 from utils.records import Layer
 
@@ -116,7 +123,7 @@ class OpenVinoNetwork(Network):
         if size not in self._requests:
             # a smaller batch than one that was compiled for, such as the last, is filled up
             size = min((other for other in self._requests if other > count), default=count)
-            images = np.resize(images, (size, *images.shape[1:]))
+            images = repeated(images, size)
         request = self._request(size)
         try:
             request.infer(openvino.Tensor(images))
