@@ -35,7 +35,7 @@ from utils import checkpoint as ckpt
 from utils import compare, files, flags, networks, records, schema
 from utils.backends import network as measure
 from utils.backends import tensorrt_build
-from utils.backends.network import EVALUATION_BATCH, repeated
+from utils.backends.network import EVALUATION_BATCH, Network, end_to_end_img_s, repeated
 from utils.backends.onnxruntime import OnnxRuntimeNetwork
 from utils.compare import Comparison
 from utils.errors import UserError
@@ -1346,6 +1346,19 @@ def test_a_network_that_reports_its_layers_and_the_devices_time_has_more_columns
         assert (row.int8_layers, row.layers) == (2, 3)
     assert rows[2].latency_ms == {"p50": None, "p99": None}
     assert rows[2].throughput_img_s > 0
+
+
+def test_the_throughput_is_of_the_batch_size_that_its_row_names(digits):
+    """Also where there are fewer test images than that."""
+    sizes = []
+
+    class Recording(Network):
+        def __call__(self, images):
+            sizes.append(len(images))
+            return np.zeros((len(images), 10))
+
+    end_to_end_img_s(Recording(), digits.test_images[:5], 64)
+    assert set(sizes) == {64}
 
 
 def test_a_batch_to_time_is_cut_out_of_the_test_images():

@@ -134,6 +134,8 @@ def predict(network: Network, images: np.ndarray, batch_size: int, what: str = "
 
 def end_to_end_img_s(network: Network, images: np.ndarray, batch_size: int) -> float:
     """Images per second from images to labels, both on the host: the median of several passes."""
+    if len(images) < batch_size:
+        images = repeated(images, batch_size)
     times_s = []
     for _ in range(1 + PASSES):
         start = time.perf_counter()
