@@ -43,7 +43,7 @@ def load(
     """Train images, train labels, test images, test labels, class names; (N, 32, 32, 3) uint8.
 
     Looks in `data_dir` for `SOURCES`; it may be the folder of batches itself. If there are none,
-    the last of them is downloaded.
+    `ARCHIVE` is downloaded. With `test_only` there are no train images.
 
     Raises:
         UserError: nothing there and no network, or a file that is damaged or of another kind.
@@ -55,17 +55,16 @@ def load(
         if loaded[-1] != CLASSES:
             raise UserError(f"{source} holds other classes than CIFAR-10's: add --dataset folder")
         return loaded
-    if source == data_dir / NPZ:
-        x_train, y_train, x_test, y_test = _read_npz(source)
-    else:
-        if source in (None, data_dir / ARCHIVE):
-            content = _fetch(data_dir) if source is None else source.read_bytes()
-            source = data_dir / BATCHES
-            _unpack(content, source)
-        train = [_read_batch(source / name) for name in TRAIN_BATCHES]
-        x_train, y_train = (np.concatenate(parts) for parts in zip(*train, strict=True))
-        x_test, y_test = _read_batch(source / TEST_BATCH)
-    return *_checked(source, x_train, y_train), *_checked(source, x_test, y_test), CLASSES
+    if source in (None, data_dir / ARCHIVE):
+        archive = source.read_bytes() if source else _fetch(data_dir)
+        source = data_dir / BATCHES
+        _unpack(archive, source)
+    read = _read_npz if source == data_dir / NPZ else _read_batches
+    test = _checked(source, *read(source, "test"))
+    train = [array[:0] for array in test]
+    if not test_only:
+        train = _checked(source, *read(source, "train"))
+    return *train, *test, CLASSES
 
 
 def _checked(source: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +112,19 @@ def _content(path: Path, what: str, fetched: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _read_npz(path: Path) -> list[np.ndarray]:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    with _content(path, f"archive of the arrays {', '.join(keys)}", path) as file:
+def _read_npz(path: Path, part: str) -> list[np.ndarray]:
+    """Images and labels of "train" or "test"."""
+    with _content(path, "archive of the arrays x_train, y_train, x_test, y_test", path) as file:
         arrays = np.load(file, allow_pickle=False)
         # a member that is no array is read as bytes
-        return [np.asarray(arrays[key]) for key in keys]
+        return [np.asarray(arrays[f"{name}_{part}"]) for name in "xy"]
+
+
+def _read_batches(batches: Path, part: str) -> list[np.ndarray]:
+    """Images and labels of "train" or "test"."""
+    names = TRAIN_BATCHES if part == "train" else (TEST_BATCH,)
+    read = [_read_batch(batches / name) for name in names]
+    return [np.concatenate(arrays) for arrays in zip(*read, strict=True)]
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -186,6 +186,21 @@ def test_cifar10_of_test_folders_alone_needs_no_download(tmp_path, offline):
     assert len(data.test_images) == 2 * len(cifar10.CLASSES)
 
 
+def test_cifar10_of_test_images_alone_is_all_that_an_evaluation_needs(tmp_path, offline):
+    (tmp_path / "keras").mkdir()
+    arrays = keras_arrays()
+    del arrays["x_train"], arrays["y_train"]
+    np.savez(tmp_path / "keras" / "cifar10.npz", **arrays)
+    _, batch_images = write_batches(tmp_path / "batches")
+    for path in (tmp_path / "batches").glob("data_batch_*"):
+        path.unlink()
+    for name, images in (("keras", arrays["x_test"]), ("batches", batch_images)):
+        data = dataset.load("cifar10", tmp_path / name, test_only=True)
+        assert np.array_equal(data.test_images, images)
+        assert data.train_images.shape == (0, 32, 32, 3)
+        assert len(data.train_labels) == 0
+
+
 def test_a_test_folder_of_something_else_is_not_cifar10(tmp_path, offline):
     (tmp_path / "test").mkdir()
     assert "CIFAR-10 is not in" in dataset.missing("cifar10", tmp_path)
