@@ -369,6 +369,12 @@ def test_a_record_says_how_many_threads_may_compute(monkeypatch, said, threads):
     assert records.environment([])["cpu_threads"] == expected
 
 
+def test_a_back_end_has_as_many_threads_as_the_record_says(exported, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
+    network = OnnxRuntimeNetwork(exported / "onnx" / "fp32.onnx")
+    assert network._session.get_session_options().intra_op_num_threads == 1
+
+
 @pytest.mark.parametrize(("gpu", "kept"), [(None, False), ("H200", True)])
 def test_another_number_of_threads_matters_on_a_cpu_alone(gpu, kept, monkeypatch):
     monkeypatch.setattr(records, "_gpu_name", lambda: gpu)

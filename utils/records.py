@@ -255,14 +255,21 @@ def _cpu_name() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+def allowed_threads() -> int:
+    """How many threads OMP_NUM_THREADS allows a back end; 0, its own default, if it says nothing.
+
+    PyTorch obeys that variable by itself.
+    """
+    # "4,2" are those of the outer and of the inner of nested loops
+    outer = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(outer) if outer.isdecimal() else 0
+
+
 def _cpu_threads() -> str:
     """How many threads may compute: what OMP_NUM_THREADS says, or the CPUs of this process."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if asked.isdecimal() and int(asked):
-        return asked
     # not on macOS
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return str(len(allowed(0)))
+    cpus = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return str(allowed_threads() or len(cpus(0)))
 
 
 def commit() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,15 +92,6 @@ def require_ends(path: Path, ends: list[tuple[str, str, int]], types: tuple[str,
     expected = [(INPUT, types[0], 4), (OUTPUT, types[1], 2)]
     if ends != expected:
         raise UserError(f"{path}: it has {ends}, not {expected}; export it again")
-
-
-def cpu_threads() -> int:
-    """How many threads OMP_NUM_THREADS allows a back end; 0, its own default, if it says nothing.
-
-    PyTorch obeys that variable by itself.
-    """
-    words = os.environ.get("OMP_NUM_THREADS", "")
-    return int(words) if words.isdecimal() else 0
 
 
 def repeated_ms(burst: Callable[[], Sequence[float]]) -> np.ndarray:

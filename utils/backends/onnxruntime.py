@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from utils.backends.network import Network, cpu_threads, require_ends
+from utils.backends.network import Network, require_ends
 from utils.errors import UserError, first_line
 from utils.manifest import INPUT, OUTPUT
+from utils.records import allowed_threads
 
 
 class OnnxRuntimeNetwork(Network):
@@ -29,7 +30,7 @@ class OnnxRuntimeNetwork(Network):
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = cpu_threads()
+        options.intra_op_num_threads = allowed_threads()
         # Its CPU kernels cannot fuse signed INT8 with quantized inputs and float residuals, which
         # TensorRT needs, and would dequantize the weights in every call. Taken literally instead,
         # Q/DQ nodes round and the rest is fast float.

@@ -20,16 +20,9 @@ import numpy as np
 import openvino
 from openvino import opset13 as operations
 
-from utils.backends.network import (
-    BURST,
-    EVALUATION_BATCH,
-    Network,
-    cpu_threads,
-    repeated,
-    require_ends,
-)
+from utils.backends.network import BURST, EVALUATION_BATCH, Network, repeated, require_ends
 from utils.errors import UserError
-from utils.records import Layer
+from utils.records import Layer, allowed_threads
 
 OPTIONS = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -76,7 +69,7 @@ class OpenVinoNetwork(Network):
     ):
         self.path = path
         self.evaluation_batch = batch_size
-        self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": cpu_threads(), **(options or {})}
+        self._options = {**OPTIONS, "INFERENCE_NUM_THREADS": allowed_threads(), **(options or {})}
         with self._loading():
             model = core().read_model(path)
             use_unsigned_codes(model)
