@@ -1722,7 +1722,7 @@ def test_what_reads_the_input_of_an_activation_in_place_reads_its_result(act, as
         def forward(self, x):
             x = self.conv1(x)
             if as_statement:
-                self.act(x)
+                self.act(input=x)
                 return self.head(x + self.again(x))
             return self.head(x + self.again(self.act(x)))
 

@@ -27,7 +27,7 @@ from layers.quantizers import Quantizer
 from utils.device import full_precision
 from utils.metrics import decibels
 from utils.quantization.calibrate import require_calibrated
-from utils.quantization.watch import evaluating
+from utils.quantization.watch import evaluating, tensors_in
 from utils.records import Scan, Sensitivity, text_table
 
 Calls = list[tuple[str, Tensor]]
@@ -99,7 +99,10 @@ class Switched:
             if known is not None:
                 # a copy, as what follows may work in place
                 result = known[1].clone()
-                return args[0].copy_(result) if getattr(layer, "inplace", False) else result
+                if not getattr(layer, "inplace", False):
+                    return result
+                [x] = tensors_in((args, kwargs))
+                return x.copy_(result)
             result = compute(*args, **kwargs)
             if self._kept is not None:
                 self._kept.append((name, result.clone()))
