@@ -28,6 +28,7 @@ import train
 from utils import records
 from utils.errors import UserError, run
 from utils.files import atomic_path
+from utils.plot import new_figure
 from utils.recipe import Recipe, make_recipe
 from utils.records import ROOT
 from utils.specs import CALIBRATORS
@@ -638,12 +639,10 @@ def plot(folder: Path) -> None:
     # Without engines there is no speed to show.
     if not found:
         return
-    from matplotlib.figure import Figure
-
     # The fastest gain stands on top: matplotlib counts rows from below.
     names = sorted(found, key=lambda name: found[name][0])
     height = 1.5 + 0.36 * len(names)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = new_figure(figsize=(9, height))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _draw_losses(left, [groups[name] for name in names])
     _draw_speed_ups(right, [found[name][0] for name in names])

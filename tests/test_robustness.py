@@ -125,9 +125,7 @@ def test_a_user_without_a_name_gets_one(monkeypatch):
     assert getpass.getuser() == str(os.getuid())
 
 
-@pytest.mark.slow
-def test_a_notebooks_plotting_back_end_is_not_used(tmp_path):
-    code = """
+PLOT_OF_A_RECORD = """
 from pathlib import Path
 import sys
 from utils.plot import plot
@@ -136,6 +134,31 @@ row = Row("pytorch", "FP32", accuracy_pct=90.0).timed(1, 1.0, 2.0)
 machine = {"gpu": None, "cpu": "x"}
 plot(Path(sys.argv[1]), Record("m", "cifar", "digits", 0, {}, None, machine, [row]))
 """
+
+PLOT_OF_A_STUDY = """
+from pathlib import Path
+import sys
+from benchmarks import tables
+rows = []
+for backend, precision in (
+    ("pytorch", "FP32"),
+    ("pytorch", "FAKE-QUANT-QAT"),
+    ("pytorch", "FAKE-QUANT-PTC"),
+    ("tensorrt", "FP16"),
+    ("tensorrt", "INT8-QAT"),
+):
+    row = {"backend": backend, "precision": precision, "batch_size": 1, "latency_ms": {"p50": 1}}
+    rows.append({**row, "delta_pct": 0})
+tables.load = lambda _: {"resnet18, cifar stem": [{"rows": rows}]}
+path = Path(sys.argv[1])
+tables.PLOT = path.name
+tables.plot(path.parent)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [PLOT_OF_A_RECORD, PLOT_OF_A_STUDY], ids=["record", "study"])
+def test_a_notebooks_plotting_back_end_is_not_used(tmp_path, code):
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     path = tmp_path / "plot.png"
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, env=environment, check=True)

@@ -6,12 +6,25 @@ import io
 import os
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.records import Record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARKERS = "os^Dv<>Pp*hXd8H"
+
+
+def new_figure(**options: Any) -> Figure:
+    """A figure of matplotlib's, with a constrained layout."""
+    # what a notebook left there may not be installed
+    os.environ["MPLBACKEND"] = "Agg"
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **options)
 
 
 def plot(path: Path, record: Record) -> None:
@@ -23,17 +36,13 @@ def plot(path: Path, record: Record) -> None:
     rows = [row for row in record.rows if row.throughput_img_s and row.accuracy_pct is not None]
     if not rows:
         raise UserError("--plot: no row has both an accuracy and a throughput")
-    # what a notebook left there may not be installed
-    os.environ["MPLBACKEND"] = "Agg"
-    from matplotlib.figure import Figure
-
     # a colour for each network, a marker for each batch size
     networks = dict.fromkeys(f"{row.backend} {row.precision}" for row in rows)
     colours = {network: f"C{index}" for index, network in enumerate(networks)}
     batch_sizes = sorted({row.batch_size for row in rows})
     markers = dict(zip(batch_sizes, cycle(MARKERS), strict=False))
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(figsize=(8, 5))
     axes = figure.subplots()
     for row in rows:
         colour = colours[f"{row.backend} {row.precision}"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from utils.engine_layers import (
 )
 from utils.files import atomic_path
 from utils.manifest import INT8, PRECISIONS, Manifest
+from utils.plot import new_figure
 from utils.records import Record, Row, cells_of
 
 MOST_IMAGES, MOST_CLASSES, THUMBNAIL_PIXELS = 24, 20, 128
@@ -101,16 +101,13 @@ def speedup_plot(points: Sequence[tuple[str, float, float]]) -> str:
     """The points as an SVG element; "" if there are none."""
     if not points:
         return ""
-    # what a notebook left there may not be installed
-    os.environ["MPLBACKEND"] = "Agg"
-    import matplotlib
-    from matplotlib.figure import Figure
+    figure = new_figure(figsize=(6, 4))
+    from matplotlib import rc_context
 
     # text stays text, in grey, which is read on white and on black
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     look = {"svg.fonttype": "none", "svg.hashsalt": "report", **dict.fromkeys(parts, "grey")}
-    with matplotlib.rc_context(look):
-        figure = Figure(figsize=(6, 4), layout="constrained")
+    with rc_context(look):
         axes = figure.subplots()
         for index, (label, ratio, lost_pct) in enumerate(points):
             axes.scatter(ratio, lost_pct, s=60, color=f"C{index % 10}", label=label)
