@@ -5,6 +5,7 @@ Knows neither data sets nor models.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -53,9 +54,10 @@ class Step:
         self.sam_rho = sam_rho
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.gradient_sum = ranks.GradientSum(self.parameters) if ranks.active() else None
-        # SAM perturbs matrices only; running statistics stay those of the unperturbed weights
+        # SAM perturbs matrices only; buffers, such as running statistics and the count of batches
+        # in them, stay those of the unperturbed weights
         self.matrices = [p for p in self.parameters if p.ndim > 1]
-        self.float_buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.buffers = list(model.buffers())
 
         self.loss_sum = torch.zeros((), device=self.device)
         self.hits = torch.zeros((), device=self.device)
@@ -146,8 +148,11 @@ class Step:
     def _sharpness_aware_gradient(self, images: Tensor, labels: Tensor) -> None:
         """Replace the gradient here by that at the end of a short step up the hill (SAM)."""
         weights = [p.detach() for p in self.matrices]
-        moved = [*weights, *(buffer.detach() for buffer in self.float_buffers)]
-        before = torch._foreach_mul(moved, 1.0)  # copies, in few kernels
+        # copies, in few kernels, which take tensors of one type
+        moved = defaultdict(list)
+        for tensor in (*weights, *self.buffers):
+            moved[tensor.dtype].append(tensor.detach())
+        before = [torch._foreach_mul(tensors, 1) for tensors in moved.values()]
 
         # rho |p| / |g| for each matrix
         gradients = [p.grad for p in self.matrices]
@@ -160,7 +165,8 @@ class Step:
 
         self.optimizer.zero_grad()
         self._gradient(images, labels)
-        torch._foreach_copy_(moved, before)
+        for tensors, copies in zip(moved.values(), before, strict=True):
+            torch._foreach_copy_(tensors, copies)
 
     def close(self) -> None:
         """Let go of what other code holds: NCCL would wait for ever for a recorded step to go."""
