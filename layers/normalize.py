@@ -36,7 +36,7 @@ class Normalize(nn.Module):
 
 
 class FromImages(nn.Module):
-    """`model` behind `Normalize`: (N, H, W, C) uint8 -> what `model` makes of (N, C, H, W).
+    """`model` behind `Normalize`: (N, H, W, C) uint8 -> `model`'s logits of (N, C, H, W).
 
     Args:
         mean, std: of each channel, in units of the full range (0..1).

@@ -4,6 +4,7 @@
 <precision>_fp16.onnx    the same graph, FP16 where it is not INT8: strongly typed TensorRT's
 predictions.npz          what PyTorch predicts of the test images in each precision
 export.json              the manifest: network, data, quantization, PyTorch's rows
+sensitivity.json         what scans of single layers have found so far
 engines/                 TensorRT's cache
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.training import kernels, ranks
 
-WEIGHT_DECAY = 5e-4  # of kernels and matrices; BatchNorm parameters and biases do not decay
+WEIGHT_DECAY = 5e-4  # SGD's and AdamW's, of kernels and matrices; Muon has none
 MOMENTUM = 0.9
 SGD_SCALE = 2.0  # Muon's rate for what it does not orthogonalise, as a multiple of its rate
 ITERATIONS = 5
