@@ -30,6 +30,7 @@ from utils.compare import Comparison
 from utils.errors import run
 from utils.manifest import graph_file, read_export
 from utils.records import Row
+from utils.specs import STEMS
 
 BACKENDS = ("openvino", "onnxruntime")
 PRECISIONS = ("FP32", "INT8-PTC")
@@ -70,8 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--m", "--model", dest="models", nargs="+", choices=MODELS, default=tuple(MODELS))
-    stems = ("cifar", "imagenet")
-    add("--stem", nargs="+", choices=stems, default=stems, help="ResNets have both")
+    add("--stem", nargs="+", choices=STEMS, default=STEMS, help="ResNets have both")
     add("--num_epochs", type=int, default=1, help="of training (default: %(default)s)")
     add("--batch_size", dest="batch_sizes", nargs="+", type=int, default=BATCH_SIZES)
     add("--results", type=Path, required=True, help="folder of the records")

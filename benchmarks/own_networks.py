@@ -26,7 +26,8 @@ from utils import records
 from utils.backends.network import Layer, repeated
 from utils.errors import run
 from utils.files import user_path
-from utils.manifest import graph_file
+from utils.flags import IMAGENET
+from utils.manifest import INPUT, graph_file
 
 NETWORKS = (
     "torchvision/resnet18",
@@ -37,7 +38,7 @@ NETWORKS = (
     "timm/resnext50_32x4d",
 )
 CALIB_IMAGES = 32
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET
 FP32, INT8 = graph_file("FP32"), graph_file("INT8-PTC")
 OURS, PEER = "this_project", "modelopt"
 
@@ -110,7 +111,7 @@ def by_modelopt(folder: Path, images: np.ndarray, out: Path, method: str) -> Non
     quantize(
         str(graph),
         quantize_mode="int8",
-        calibration_data={"images": images},
+        calibration_data={INPUT: images},
         calibration_method=method,
         high_precision_dtype="fp32",  # the type of our graph for TensorRT 8.6 too
         output_path=str(out / INT8),

@@ -41,7 +41,7 @@ from utils import records
 from utils.backends.network import Network, repeated
 from utils.errors import UserError, run
 from utils.files import user_path
-from utils.manifest import INPUT, OUTPUT
+from utils.manifest import BATCH, INPUT, OUTPUT
 from utils.metrics import percent_equal, sqnr_db
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ calibration images, test images and labels; network and data set."""
 Run = Callable[[np.ndarray], np.ndarray]
 """Images (N, H, W, 3) uint8 -> logits (N, classes)."""
 
-BATCH = 128
+BATCH_SIZE = 128
 """Images at a time in calibration."""
 
 START, END = "# what a user writes", "# up to here"
@@ -137,7 +137,7 @@ def this_project(
     from utils.quantization import calibrate, export_onnx, quantize_modules
 
     quantize_modules(model, images[:2], skip_layers=skip_layers)
-    calibrate(model, images.split(BATCH), method)
+    calibrate(model, images.split(BATCH_SIZE), method)
     export_onnx(model, path, size, mean, std)
     # up to here
 
@@ -150,7 +150,7 @@ def pytorch_quantization(source: Source, model: nn.Module, path: Path, method: s
     from layers import FromImages
 
     spec, data = source.checkpoint.network, source.checkpoint.data
-    state, batches = model.state_dict(), source.images.split(BATCH)
+    state, batches = model.state_dict(), source.images.split(BATCH_SIZE)
     example = torch.zeros(2, *source.size, 3, dtype=torch.uint8)
     # what a user writes
     from pytorch_quantization import quant_modules
@@ -188,7 +188,7 @@ def pytorch_quantization(source: Source, model: nn.Module, path: Path, method: s
         opset_version=17,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
     )
     # up to here
     TensorQuantizer.use_fb_fake_quant = False
@@ -258,7 +258,7 @@ def by_onnxruntime(folder: Path, images: np.ndarray, out: Path) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(np.array_split(images, max(1, len(images) // BATCH)))
+            self.batches = iter(np.array_split(images, max(1, len(images) // BATCH_SIZE)))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
@@ -307,7 +307,7 @@ def by_torchao(folder: Path, images: np.ndarray, out: Path) -> Run:
     network = models.build(spec.name, spec.num_classes, spec.stem)
     network.load_state_dict(checkpoint.state)
     network = FromImages(network, data.mean, data.std).eval()
-    batches = torch.from_numpy(images).split(BATCH)
+    batches = torch.from_numpy(images).split(BATCH_SIZE)
     # what a user writes
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -360,7 +360,7 @@ def folders(root: Path) -> list[Path]:
 
 def logits_of(network: Network | Run, images: np.ndarray) -> np.ndarray:
     """(N, classes) of all images, a batch at a time."""
-    size = getattr(network, "evaluation_batch", BATCH)
+    size = getattr(network, "evaluation_batch", BATCH_SIZE)
     stream = getattr(network, "stream", partial(map, network))
     batches = [images[start : start + size] for start in range(0, len(images), size)]
     return np.concatenate(list(stream(batches)))

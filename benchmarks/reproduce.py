@@ -39,7 +39,7 @@ from utils.errors import UserError, run
 from utils.files import locked
 from utils.manifest import MANIFEST, read_export
 from utils.metrics import percent_equal
-from utils.specs import Quantization
+from utils.specs import STEMS, Quantization
 from utils.training.run import BEST
 
 BOTH_STEMS = ("resnet18", "resnet34", "resnet50")
@@ -379,10 +379,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     every = tuple(models.MODELS)
-    stems = ("cifar", "imagenet")
     add = parser.add_argument_group("what is studied").add_argument
     add("--m", "--model", dest="models", nargs="+", choices=every, default=every)
-    add("--stem", nargs="+", choices=stems, default=stems, help="ResNets have both")
+    add("--stem", nargs="+", choices=STEMS, default=STEMS, help="ResNets have both")
     add("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     add("--first_seed", type=int, default=0, help="where several processes share a study")
     add("--dataset", default="cifar10", choices=("cifar10", "digits"))

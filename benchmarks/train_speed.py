@@ -67,7 +67,7 @@ from utils.checkpoint import Checkpoint, State
 from utils.device import default_device
 from utils.errors import UserError, run
 from utils.recipe import Recipe, fit_to_images, make_recipe
-from utils.specs import Quantization
+from utils.specs import STEMS, Quantization
 from utils.training import ranks
 from utils.training.optimizers import make_optimizer
 from utils.training.ranks import Ranks
@@ -505,10 +505,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ("resnet18", "resnet34", "resnet50")
-    stems = ("imagenet", "cifar")
     add = parser.add_argument_group("what is timed").add_argument
     add("--m", "--model", dest="model", choices=names, default="resnet18")
-    add("--stem", nargs="+", choices=stems, default=stems)
+    add("--stem", nargs="+", choices=STEMS, default=STEMS)
     state = "qat starts from float's weights if both run"
     add("--modes", nargs="+", choices=MODES, default=MODES, help=state)
     add("--recipes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
