@@ -144,17 +144,18 @@ def muon_step(
         shapes = [sorted(_shape(filters[i])) for i in indices]
         share = math.ceil(len(indices) / ranks.world_size())
         rows, width = (max(sizes) for sizes in zip(*shapes, strict=True))
-        slots = filters[0].new_zeros(share * ranks.world_size(), rows, width, dtype=torch.bfloat16)
-        for i, slot in zip(indices, slots, strict=False):
-            out = _view_in_slot(slot, filters[i])
+        count = share * ranks.world_size()
+        directions = filters[0].new_zeros(count, rows, width, dtype=torch.bfloat16)
+        for slot, i in enumerate(indices):
+            out = _view_in_slot(directions[slot], filters[i])
             take_momentum(filters[i].grad, buffers[i], momentum, out)
 
         # each rank orthogonalises its share of them
         first = share * ranks.rank()
-        slots = ranks.gather(newton_schulz(slots[first : first + share]))
-        for i, slot in zip(indices, slots, strict=False):
+        steps = ranks.gather(newton_schulz(directions[first : first + share]))
+        for slot, i in enumerate(indices):
             target_norm = len(filters[i]) ** 0.5
-            step = _view_in_slot(slot, filters[i])
+            step = _view_in_slot(steps[slot], filters[i])
             take_step(filters[i], step, lr, norms[i], target_norm)
 
 
