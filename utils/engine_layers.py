@@ -73,9 +73,11 @@ def layer_rows(
     found = {engine.precision: spent_by(engine, layers) for engine in engines}
     spent = found.get(precision, {})
     fused_into = {part: name for name, at in spent.items() for part in at.fused}
-    nodes = {engine.precision: engine.missed for engine in engines}.get(precision, [])
-    # a layer without a node has its own name there
-    missed = {*nodes, *map(layer_of, nodes)}
+    missed = set()
+    for engine in engines:
+        if engine.precision == precision:
+            # a layer without a node has its own name there
+            missed |= {*engine.missed, *map(layer_of, engine.missed)}
 
     rows = []
     for facts in layers:
