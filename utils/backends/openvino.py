@@ -322,17 +322,17 @@ def _never_negative(value: openvino.Output) -> bool:
     kind = node.get_type_name()
     if kind == "Constant":
         return bool((node.data >= 0).all())
-    inputs = map(_never_negative, node.input_values())
+    operands = node.input_values()
     if kind in KEEP_SIGN:
-        return value.get_element_type() == openvino.Type.u8 or next(inputs)
+        return value.get_element_type() == openvino.Type.u8 or _never_negative(operands[0])
     # Clip is a minimum of a maximum
     if kind == "Maximum":
-        return any(inputs)
+        return any(map(_never_negative, operands))
     if kind in ALL_POSITIVE:
-        return all(inputs)
+        return all(map(_never_negative, operands))
     # DequantizeLinear multiplies codes less their zero point
     if kind == "Subtract":
-        return next(inputs) and _is_zero(node.input_value(1))
+        return _never_negative(operands[0]) and _is_zero(operands[1])
     return kind in ("Relu", "Sigmoid")
 
 
