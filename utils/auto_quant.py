@@ -90,7 +90,7 @@ class Tuner:
         # the network that is named, else the best one
         named = [name for name in INT8 if name in self.comparison.precisions]
         default = "INT8-QAT" if self.checkpoint.quantization else "INT8-PTC"
-        self.precision = [default, *named][-1]
+        self.precision = named[-1] if named else default
         found = restore(self.checkpoint, self.data, self.quantization, [self.precision])
         self.quantization, networks = found
         self.float_model, self.model = networks["FP32"], networks[self.precision]

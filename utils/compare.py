@@ -531,13 +531,14 @@ def load_network(folder: Path, manifest: Manifest, comparison: Comparison) -> tu
         UserError: it is not there, or the back end cannot run it.
     """
     _require_precisions(folder, manifest, comparison.precisions)
-    found = ["FP32"]
-    for precision in INT8:
-        files = [folder / graph_file(precision), folder / graph_file(precision, "fp16")]
+    precision = "FP32"
+    for name in INT8:
+        files = [folder / graph_file(name), folder / graph_file(name, "fp16")]
         # a deployment may have but one of the graphs
-        if precision in manifest.int8_nodes and any(file.exists() for file in files):
-            found.append(precision)
-    precision = [*found, *comparison.precisions][-1]
+        if name in manifest.int8_nodes and any(file.exists() for file in files):
+            precision = name
+    if comparison.precisions:
+        precision = comparison.precisions[-1]
     return choose_backend(folder, comparison)(precision), precision
 
 
