@@ -38,8 +38,8 @@ LARGEST_ERROR = 0.2
 TYPES = {"i8": "INT8", "u8": "INT8", "f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's types -> a record's."""
 
-COPIES = ("Reorder", "Transpose")
-"""Layers that move values and compute nothing."""
+KEEP_PIXELS = ("Reorder", "Transpose")
+"""Layers that only move values: what they make of pixels are pixels."""
 
 KEEP_SIGN = ("MaxPool", "AvgPool", "ReduceMean", "Reshape", "Convert")
 """Operations that make nothing negative of a first operand that is not."""
@@ -248,7 +248,7 @@ def read_layers(compiled: openvino.CompiledModel) -> list[Layer]:
         name, kind = node.get_friendly_name(), info["layerType"]
         sources = [value.get_node().get_friendly_name() for value in node.input_values()[:1]]
         reads_pixels = not pixels.isdisjoint(sources)
-        if kind == "Input" or (kind in COPIES and reads_pixels):
+        if kind == "Input" or (kind in KEEP_PIXELS and reads_pixels):
             pixels.add(name)
         # constants, ends, and views of memory
         if info["primitiveType"].startswith("unknown"):
