@@ -188,12 +188,13 @@ def read_checkpoint(args: Flags) -> tuple[Checkpoint, dataset.ImageData, Quantiz
     if args.auto_quant and stored is not None and checkpoint.epoch > 0:
         raise UserError("--auto_quant: this checkpoint went through QAT; name the float one")
     if stored is not None and checkpoint.epoch == 0:
-        known = vars(stored)
-        given = {flag: getattr(args, flag) for flag in known if getattr(args, flag) is not None}
-        wanted = {**known, **given}
-        if args.auto_quant or wanted != known:
-            # only calibrated, so its weights are the float network's: as if the flags had said
-            # the rest
+        # what the flags say, and the checkpoint where they say nothing
+        wanted = dict(vars(stored))
+        for flag in wanted:
+            if getattr(args, flag) is not None:
+                wanted[flag] = getattr(args, flag)
+        if args.auto_quant or wanted != vars(stored):
+            # only calibrated, so its weights are the float network's: as if the flags had said all
             state = ckpt.without_ranges(checkpoint.state)
             checkpoint = replace(checkpoint, state=state, quantization=None, ptq_state=None)
             vars(args).update(wanted)
