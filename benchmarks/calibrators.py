@@ -58,7 +58,7 @@ class Row:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, batches: Batches) -> Tensor:
+def all_logits(model: nn.Module, batches: Batches) -> Tensor:
     """(N, classes) in evaluation mode."""
     model.eval()
     with full_precision():
@@ -84,7 +84,7 @@ def rows_of(path: Path, data_dir: Path, counts: Sequence[int]) -> Iterator[Row]:
     # what every calibrator is compared with
     model = networks.build_float(checkpoint.network, info.size)
     ckpt.load_weights(model, checkpoint.state)
-    exact = logits_of(model.to(val.device), val)  # (N, classes)
+    exact = all_logits(model.to(val.device), val)  # (N, classes)
 
     for calibrator in CALIBRATORS:
         for count in counts:
@@ -111,7 +111,7 @@ def judge(
     networks.calibrate_model(model, quantization, train_part)
     seconds = time.perf_counter() - started
 
-    rounded = logits_of(model, val)  # (N, classes)
+    rounded = all_logits(model, val)  # (N, classes)
     float_pct = percent_equal(exact.argmax(1), val.labels)
     return Row(
         model=str(checkpoint.network),

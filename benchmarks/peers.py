@@ -346,7 +346,7 @@ def peer(args: argparse.Namespace) -> None:
         folder = args.folder / name
         network = quantized(folder, quantize, args.folder / FLOAT, images["calib"], folder)
         if network is not None:
-            np.save(folder / LOGITS, logits_of(network, images["test"]))
+            np.save(folder / LOGITS, all_logits(network, images["test"]))
 
 
 # What they keep
@@ -358,7 +358,7 @@ def folders(root: Path) -> list[Path]:
     return [root / FLOAT, *sorted(others)]
 
 
-def logits_of(network: Network | Run, images: np.ndarray) -> np.ndarray:
+def all_logits(network: Network | Run, images: np.ndarray) -> np.ndarray:
     """(N, classes) of all images, a batch at a time."""
     size = getattr(network, "evaluation_batch", BATCH_SIZE)
     stream = getattr(network, "stream", partial(map, network))
@@ -390,15 +390,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     images = np.load(args.folder / IMAGES)
     test, labels = images["test"], images["labels"]
-    exact = logits_of(OnnxRuntimeNetwork(args.folder / FLOAT / FP32), test)
+    exact = all_logits(OnnxRuntimeNetwork(args.folder / FLOAT / FP32), test)
     np.save(args.folder / FLOAT / LOGITS, exact)
     for folder in folders(args.folder):
         if folder.name == FLOAT:
             logits = exact
         elif (folder / INT8).exists():
-            logits = logits_of(OnnxRuntimeNetwork(folder / INT8), test)
+            logits = all_logits(OnnxRuntimeNetwork(folder / INT8), test)
         elif (folder / INT8_OPENVINO).exists():
-            logits = logits_of(OpenVinoNetwork(folder / INT8_OPENVINO), test)
+            logits = all_logits(OpenVinoNetwork(folder / INT8_OPENVINO), test)
         else:
             logits = np.load(folder / LOGITS)
         found = scores(logits, exact, labels)
@@ -459,7 +459,7 @@ def measure(args: argparse.Namespace) -> None:
             for size in args.batch_size:
                 p50, p99 = np.percentile(times_ms[folder, size], (50, 99))
                 row["latency_ms"][size] = {"p50": float(p50), "p99": float(p99)}
-            row["engine"] = scores(logits_of(network, test), exact, labels)
+            row["engine"] = scores(all_logits(network, test), exact, labels)
             row["layers"] = len(network.layers)
             row["int8_layers"] = sum(layer.precision == "INT8" for layer in network.layers)
         rows.append(row)

@@ -482,8 +482,12 @@ def record_table(path: Path) -> str:
 
 
 def training_table(path: Path) -> str:
-    """A record of training speed; each recipe against the reference by time per image."""
-    rows = records.read(path)["rows"]
+    """A record of training speed."""
+    return markdown_table(training_cells(records.read(path)["rows"]))
+
+
+def training_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Titles and rows of training speed; each recipe against the reference by time per image."""
     reference = {}
     for row in rows:
         if row["recipe"] == "reference":
@@ -505,7 +509,7 @@ def training_table(path: Path) -> str:
                 f"{row['compile_s']:.0f}",
             ]
         )
-    return markdown_table(lines)
+    return lines
 
 
 def gpus_table(folder: Path) -> str:

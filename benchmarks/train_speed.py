@@ -62,6 +62,7 @@ import dataset
 import layers.quantizers  # noqa: F401  keeps pytorch-quantization from logging each step
 import models
 import train
+from benchmarks import tables
 from utils import networks, records
 from utils.checkpoint import Checkpoint, State
 from utils.device import default_device
@@ -86,18 +87,6 @@ PEAK_TFLOPS = {
     "*A100*": {"bf16": 312, "tf32": 156, "fp32": 19.5},
 }
 """GPU's name -> NVIDIA's dense peak by arithmetic."""
-
-TITLES = [
-    "recipe",
-    "mode",
-    "stem",
-    "batch",
-    "epoch s",
-    "images/s",
-    "TFLOP/s",
-    "chip's dense peak",
-    "compile s",
-]
 
 Epoch = Callable[[int, tqdm], float]
 """Trains the epoch of that number under a bar; returns its mean loss."""
@@ -463,22 +452,8 @@ def free() -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows, and how their speeds compare, as text."""
-    lines = [TITLES]
-    for row in rows:
-        lines.append(
-            [
-                row.recipe,
-                row.mode,
-                row.stem,
-                str(row.batch_size),
-                f"{row.epoch_s:.3f}",
-                f"{row.images_s:,.0f}",
-                f"{row.tflops:.2f}",
-                f"{row.peak_tflops or '-'} ({row.arithmetic})",
-                f"{row.compile_s:.1f}",
-            ]
-        )
-    return "\n".join([records.text_table(lines, names=3), *ratios(rows)])
+    cells = tables.training_cells([asdict(row) for row in rows])
+    return "\n".join([records.text_table(cells, names=3), *ratios(rows)])
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
