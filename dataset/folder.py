@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError, first_few
+from utils.errors import UserError, and_more
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +84,7 @@ def load(
     train_images, train_labels = _read(train, size, left_out, refused)
     test_images, test_labels = _read(test, size, left_out, refused)
     if refused:
-        faults = first_few(refused, SHOWN, "; ")
+        faults = and_more(refused, SHOWN, "; ")
         raise UserError(f"{len(refused)} of {count} files cannot be used: {faults}")
     for split, files_of, labels in (("train", train, train_labels), ("test", test, test_labels)):
         for label, name in enumerate(files_of):
@@ -309,7 +309,7 @@ def describe(left_out: LeftOut) -> str:
     """Which files are left out and why; empty if none are."""
     reasons = []
     for reason, names in left_out.items():
-        shown = first_few([printable(name) for name in names], SHOWN)
+        shown = and_more([printable(name) for name in names], SHOWN)
         reasons.append(f"{len(names)} {reason} ({shown})")
     return f"; left out: {', '.join(reasons)}" if reasons else ""
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import socket
 
 import numpy as np
@@ -544,7 +545,7 @@ def test_long_lists_are_cut():
     message = weights_error(network(seed=1), {"conv1.weight": torch.ones(64, 3, 7, 7)})
     counters = sum(key.endswith("num_batches_tracked") for key in network().state_dict())
     assert f"{len(network().state_dict()) - counters - 1} missing: " in message
-    assert message.endswith(", ...")
+    assert re.search(r" and \d+ more$", message)
     assert len(message) < 300
 
 

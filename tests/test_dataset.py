@@ -747,7 +747,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "4 train and 4 test images of 2 classes, at 32x32 pixels; left out: "
         "1 outside of class folders (labels.csv), "
-        "5 without an image (README, Thumbs.db, b.txt, ...)\n"
+        "5 without an image (README, Thumbs.db, b.txt and 2 more)\n"
     )
 
 

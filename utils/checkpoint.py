@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError, first_few, mendable
+from utils.errors import UserError, and_more, mendable
 from utils.files import atomic_path
 from utils.schema import parse
 from utils.specs import MAX_SEED, DataSpec, NetworkSpec, Quantization
@@ -314,5 +314,5 @@ def _listed(problems: dict[str, set[str]]) -> str:
     texts = []
     for what, keys in problems.items():
         if keys:
-            texts.append(f"{len(keys)} {what}: {first_few(sorted(keys), 5)}")
+            texts.append(f"{len(keys)} {what}: {and_more(sorted(keys), 5)}")
     return "; ".join(texts)

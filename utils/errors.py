@@ -100,16 +100,10 @@ def _interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
 
-def first_few(texts: Sequence[str], most: int, separator: str = ", ") -> str:
-    """The first of the texts, and `...` if there are more."""
-    more = ["..."] if len(texts) > most else []
-    return separator.join([*texts[:most], *more])
-
-
-def and_more(texts: Sequence[str], most: int) -> str:
+def and_more(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     """The first of the texts, and how many more there are."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return f"{', '.join(texts[:most])}{more}"
+    return f"{separator.join(texts[:most])}{more}"
 
 
 def first_line(error: Exception) -> str:

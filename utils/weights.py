@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.errors import UserError, first_few, mendable
+from utils.errors import UserError, and_more, mendable
 
 State = dict[str, Tensor]
 
@@ -48,7 +48,7 @@ def unwrapped(content: Any, path: Path) -> State:
 
 
 def _named(keys: list[Any]) -> str:
-    return first_few([str(key) for key in keys], 5)
+    return and_more([str(key) for key in keys], 5)
 
 
 def without_prefix(state: State, own: State) -> tuple[State, str]:
@@ -71,7 +71,7 @@ def without_prefix(state: State, own: State) -> tuple[State, str]:
     if not prefixes or "" in prefixes:
         return state, ""
     if len(prefixes) > 1:
-        which = first_few(prefixes, 5)
+        which = and_more(prefixes, 5)
         raise UserError(
             f"the file has the network under several prefixes ({which}): save one alone"
         )
@@ -81,7 +81,7 @@ def without_prefix(state: State, own: State) -> tuple[State, str]:
     line = f"the names without their prefix {prefix}"
     beside = [key for key in state if not key.startswith(prefix)]
     if beside:
-        line += f"; {len(beside)} left aside: {first_few(beside, 5)}"
+        line += f"; {len(beside)} left aside: {and_more(beside, 5)}"
     return within, line
 
 
