@@ -684,6 +684,127 @@ def test_a_forward_of_any_number_of_arguments_is_given_as_many_as_traced():
 
 def test_dropout_goes_on_in_training_alone():
     model, _ = modularized(Dropped)
+class Optional(Base):
+    def forward(self, x, features=False, scale=1.0, mask=None):
+        x = self.conv1(x)
+        x = x if mask is None else x * mask
+        x = (x + self.conv2(x)).mean((2, 3)) * scale
+        return x if features else self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"features": True}, "features=False is given True"),
+        ({"scale": 2.0}, "scale=1.0 is given 2.0"),
+        ({"mask": torch.zeros(2, 8, SIZE, SIZE)}, "mask=None is given a tensor"),
+    ],
+)
+def test_a_forward_is_given_the_constants_that_it_was_rewritten_for(given, said):
+    model = Optional().eval()
+    assert modularize(model, EXAMPLE) == {}
+    model(EXAMPLE, scale=1.0)
+    with pytest.raises(UserError, match=said):
+        model(EXAMPLE, **given)
+
+
+class Keeper(Base):
+    """Keeps features in lists of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.taps = {"conv1": []}
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.taps["conv1"].append(x)
+        return self.head(self.conv2(x) + x)
+
+
+def test_features_that_a_forward_keeps_in_lists_are_tensors():
+    model = Keeper().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    model.taps["conv1"].clear()
+    model(EXAMPLE)
+    assert [type(features) for features in model.taps["conv1"]] == [torch.Tensor]
+
+
+class Tied(Base):
+    """An autoencoder's tied decoder."""
+
+    def forward(self, x):
+        codes = self.conv1(x).relu()
+        return self.head(self.conv2(codes)) + self.decoded(codes).mean((1, 2, 3))[:, None]
+
+    def decoded(self, codes):
+        return F.conv_transpose2d(codes, self.conv1.weight, padding=1)
+
+
+def test_a_layer_whose_weight_a_function_reads_stays_float():
+    model = Tied().eval()
+    assert quantize_modules(model, EXAMPLE) == ["conv2", "fc", "avgpool"]
+    calibrate(model, [EXAMPLE])
+    assert "float  a function reads its weight, too" in layer_table(model, EXAMPLE)
+
+
+def test_a_second_call_leaves_the_additions_of_the_first():
+    model = Residual()
+    quantize_modules(model, EXAMPLE, skip_layers=["fc"])
+    model.add.round_instead((0, 1))
+    calibrate(model, [EXAMPLE])
+    before = model.eval()(EXAMPLE)
+    quantize_modules(model, EXAMPLE, quant_layers=["conv1"])
+    assert model.add.rounds == (0, 1)
+    assert torch.equal(model(EXAMPLE), before)
+
+
+class Reducing(Residual):
+    def __reduce__(self):
+        return Reducing, (), vars(self)
+
+
+def test_a_rewritten_module_with_a_way_to_pickle_of_its_own_is_copied_as_it_is():
+    model = Reducing()
+    modularize(model, EXAMPLE)
+    assert isinstance(copy.deepcopy(model).add, Add)
+    assert type(copy.deepcopy(model)) is type(model)
+
+
+def test_pruned_weights_are_calibrated_as_they_are_and_exported_once_they_are_plain(tmp_path):
+    model = Residual()
+    quantize_modules(model, EXAMPLE)
+    prune.l1_unstructured(model.conv2, "weight", 0.5)
+    with torch.no_grad():
+        model.conv2.weight_orig *= 4
+    calibrate(model, [EXAMPLE])
+    ranges = model.conv2.weight_quantizer.amax
+    assert torch.equal(ranges, model.conv2.weight.abs().amax((1, 2, 3)))
+    with pytest.raises(UserError, match="a hook computes conv2.weight in each run: call prune"):
+        export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+    prune.remove(model.conv2, "weight")
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+
+
+def test_an_export_draws_no_random_numbers(tmp_path):
+    model = Residual()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    state = torch.get_rng_state()
+    export_onnx(model, tmp_path / "int8.onnx", (SIZE, SIZE), MEAN, STD)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_ranges_stay_what_they_are_in_another_type(dtype):
+    model = Residual().eval()
+    quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    before = model.conv1.input_quantizer.amax
+    assert model.to(dtype)(EXAMPLE.to(dtype)).dtype == dtype
+    assert torch.equal(model.conv1.input_quantizer.amax, before)
+
+
     model.train()
     assert not torch.equal(model(EXAMPLE), model(EXAMPLE))
     model.eval()

@@ -110,10 +110,11 @@ def _find_ranges(
     for quantizer in quantizers.values():
         quantizer._calibrator = _Largest(quantizer.axis)
         quantizer.disable_quant()
+    _collect(model, batches, activations)
+    # afterwards, as a hook may compute a weight in each run
     for module in model.modules():
         if hasattr(module, "weight_quantizer"):
             module.weight_quantizer._calibrator.collect(module.weight)
-    _collect(model, batches, activations)
     for name, quantizer in quantizers.items():
         _require_finite(name, quantizer._calibrator.compute_amax())
 

@@ -143,7 +143,8 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
 
     Raises:
         UserError: the copy fails on images of this size, the network branches on values, an average
-            pool reads feature maps of several sizes, or a BatchNorm has no running statistics.
+            pool reads feature maps of several sizes, a hook computes a quantized layer's weight, or
+            a BatchNorm has no running statistics.
     """
     model = _copied(model).cpu().float().eval()
     for name, module in list(model.named_modules()):
@@ -152,6 +153,9 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
             raise UserError(f"{name} has no running statistics, {mend}")
         if isinstance(module, (nn.Linear, _ConvNd)) and parametrize.is_parametrized(module):
             keep_computed(module)
+        if hasattr(module, "weight_quantizer") and "weight" not in module._parameters:
+            mend = "call prune.remove, remove_weight_norm or the like first"
+            raise UserError(f"a hook computes {name}.weight in each run: {mend}")
     try:
         watched = watch(model, example)
     except RuntimeError as error:  # torch's own
