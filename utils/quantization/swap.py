@@ -100,8 +100,14 @@ def swap_layers(
     model: nn.Module, example: Tensor, quant_layers: Sequence[str], skip_layers: Sequence[str]
 ) -> list[str]:
     """As `quantize_modules`, of a model whose functional operations are modules already."""
-    called = {operation.name for operation in watch(model, example).operations}
-    layers = {name: layer for name, layer in quantizable_modules(model).items() if name in called}
+    watched = watch(model, example)
+    called = {operation.name for operation in watched.operations}
+    layers = {}
+    for name, layer in quantizable_modules(model).items():
+        # a function would read the weight as it is, and the exported one rounded
+        read = getattr(layer, "weight", None) in watched.parameters_read
+        if name in called and not read:
+            layers[name] = layer
     if not layers:
         mend = "where weights are computed, as by weight_norm, call remove_parametrizations first"
         raise UserError(f"no layer of this network has a quantized form; {mend}")

@@ -10,7 +10,7 @@ from layers.quantized import QuantizedLayer
 from layers.quantizers import Quantizer
 from utils.errors import and_more
 from utils.quantization.modularize import ADDING, is_candidate
-from utils.quantization.watch import Operation, is_quantizable, watch
+from utils.quantization.watch import Operation, Watch, is_quantizable, watch
 from utils.records import text_table
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
@@ -26,7 +26,8 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
         example: a few normalised images (B, C, H, W): one run shows what the model computes.
     """
     operations = []
-    for operation in watch(model, example).operations:
+    watched = watch(model, example)
+    for operation in watched.operations:
         worth_a_row = is_quantizable(operation.module) or is_candidate(operation)
         if operation.macs or worth_a_row or operation.function in CONCATENATIONS:
             operations.append(operation)
@@ -37,7 +38,7 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
         share = f"{100 * operation.macs / total:.1f} %" if operation.macs else "-"
         name = operation.name or "(the network itself)"
         kind = operation.function or type(operation.module).__name__
-        rows.append((name, kind, share, *_form(operation, model)))
+        rows.append((name, kind, share, *_form(operation, watched, model)))
     called = {operation.name for operation in operations}
     for name, module in model.named_modules():
         if is_quantizable(module) and name not in called:
@@ -45,7 +46,7 @@ def layer_table(model: nn.Module, example: Tensor) -> str:
     return f"{text_table(rows, names=len(rows[0]))}\n{_summary(operations, total)}"
 
 
-def _form(operation: Operation, model: nn.Module) -> tuple[str, str]:
+def _form(operation: Operation, watched: Watch, model: nn.Module) -> tuple[str, str]:
     """The form of an operation, and its ranges or why it has none."""
     module = operation.module
     if _runs_in_int8(operation):
@@ -62,6 +63,8 @@ def _form(operation: Operation, model: nn.Module) -> tuple[str, str]:
         return "float", f"its weight is computed: {REMOVE} first"
     if module is None:
         return "float", f"functional, at {operation.where}"
+    if getattr(module, "weight", None) in watched.parameters_read:
+        return "float", "a function reads its weight, too"
     if is_quantizable(module):
         return "float", "not selected"
     return "float", "no quantized form"
