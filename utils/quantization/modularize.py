@@ -493,7 +493,8 @@ def place_additions(operations: list[Operation]) -> None:
     # one module may add at several places
     rounds: dict[Add, set[int]] = defaultdict(set)
     for operation in operations:
-        if not isinstance(operation.module, Add):
+        # what is quantized has its ranges
+        if type(operation.module) is not Add:
             continue
         costs = {}
         for operand, source in enumerate(operation.reads):
