@@ -288,7 +288,8 @@ class PointwiseLinear(QuantConv2d):
     @classmethod
     def from_linear(cls, linear: QuantLinear) -> PointwiseLinear:
         """Takes over parameters and quantizers of `linear`."""
-        conv = cls(linear.in_features, linear.out_features, 1)
+        # on no device: a weight that is made would draw random numbers
+        conv = cls(linear.in_features, linear.out_features, 1, device="meta")
         # (out, in) -> (out, in, 1, 1)
         conv.weight = nn.Parameter(linear.weight[:, :, None, None], requires_grad=False)
         conv.bias = linear.bias
