@@ -12,6 +12,7 @@ saturates them. Fake quantization computes scale * code in float: what an INT8 k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import absl.logging
@@ -126,12 +127,23 @@ class Quantizer(TensorQuantizer):
         """Set the range: `amax` holds one value, or one for each channel, in any shape.
 
         Raises:
-            UserError: one of them is below 0.
+            UserError: one of them is no magnitude, or there are fewer or more.
         """
-        amax = torch.as_tensor(amax).detach().float().reshape(self._amax.shape)
-        if (amax < 0).any():
-            raise UserError(f"a range is a largest magnitude, and no {amax.min():.4g}")
-        self._amax.copy_(amax.clamp_min(RANGE_FLOOR))
+        amax = torch.as_tensor(amax).detach().float().flatten()
+        if len(amax) not in (1, self._amax.numel()):
+            raise UserError(f"{len(amax)} ranges for {self._amax.numel()} channels")
+        wrong = amax[~(amax.isfinite() & (amax >= 0))]
+        if len(wrong):
+            raise UserError(f"a range is a largest magnitude, and no {wrong[0]:.4g}")
+        self._amax.copy_(amax.clamp_min(RANGE_FLOOR).expand(self._amax.numel()).view_as(self._amax))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self._amax
+        super()._apply(fn, recurse)
+        # torch rounds by float32 scales alone, and a range would not be what was calibrated
+        if self._amax.dtype != before.dtype:
+            self._amax = before.to(self._amax.device)
+        return self
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         return fake_quantize(inputs, self.scale, self._zero_point, self.code_min, self.axis or 0)

@@ -25,6 +25,7 @@ from layers.quantized import (
     quantized_form,
 )
 from layers.quantizers import FrozenQuantizer, Quantizer, StraightThrough, fake_quantize
+from utils.errors import UserError
 from utils.quantization.calibrate import calibrate
 from utils.quantization.fold import conv_bn_pairs, to_inference
 from utils.quantization.swap import quantizable_modules, quantize_modules
@@ -298,8 +299,18 @@ def test_state_has_one_range_that_is_nan_until_calibrated(channels):
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_one_broken_channel_is_not_calibrated(broken):
     quantizer = Quantizer(3)
-    quantizer.set_range(torch.tensor([1.0, broken, 1.0]))
+    with pytest.raises(UserError, match="a range is a largest magnitude, and no"):
+        quantizer.set_range(torch.tensor([1.0, broken, 1.0]))
+    quantizer._amax.copy_(torch.tensor([1.0, broken, 1.0]))
     assert not quantizer.calibrated
+
+
+def test_one_range_is_that_of_every_channel():
+    quantizer = Quantizer(3)
+    quantizer.set_range(2.0)
+    assert quantizer.amax.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(UserError, match="2 ranges for 3 channels"):
+        quantizer.set_range(torch.ones(2))
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1, 1), (3, 1)])
