@@ -9,6 +9,7 @@ there and has the inference form.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -59,20 +60,27 @@ class QuantizedLayer(nn.Module):
         return self.QUANTIZERS[operand]
 
 
-@cache
-def _of_both(form: type[QuantizedLayer], own: type[nn.Module]) -> type[QuantizedLayer]:
-    """A class of a quantized form's name that has the methods of a layer's own class, too.
+def pickled_by(make: Callable[..., nn.Module], *args: Any) -> Callable[[nn.Module, int], Any]:
+    """`__reduce_ex__` of a class that was made while running, which pickle does not find.
 
-    Its layers pickle as these two, as pickle finds no class that was made while running.
+    Args:
+        make: makes a module of this class, without its attributes, of `args`.
     """
 
-    def reduce(layer: nn.Module, protocol: int) -> Any:
-        _, _, *state = super(both, layer).__reduce_ex__(protocol)
-        return _empty, (form, own), *state
+    def reduce(module: nn.Module, protocol: int) -> Any:
+        state = getattr(module, "__getstate__", lambda: vars(module))
+        return make, args, state()
 
-    content = {"__reduce_ex__": reduce, "__module__": form.__module__}
-    both = type(form.__name__, (form, own), content)
-    return both
+    return reduce
+
+
+@cache
+def _of_both(form: type[QuantizedLayer], own: type[nn.Module]) -> type[QuantizedLayer]:
+    """A class of a quantized form's name that has the methods of a layer's own class, too."""
+    reduce = pickled_by(_empty, form, own)
+    return type(
+        form.__name__, (form, own), {"__reduce_ex__": reduce, "__module__": form.__module__}
+    )
 
 
 def _empty(form: type[QuantizedLayer], own: type[nn.Module]) -> nn.Module:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from layers.quantized import pickled_by
 from layers import Add, Mul
 from utils.errors import UserError, and_more, first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
@@ -328,15 +329,12 @@ def _with_forward(cls: type[nn.Module], source: str) -> type[nn.Module]:
     names: dict[str, Any] = {}
     exec(compile(source, f"<forward of {cls.__qualname__}>", "exec"), names)
 
-    def reduce(module: nn.Module, protocol: int) -> Any:
-        make, args, *state = super(subclass, module).__reduce_ex__(protocol)
-        if make is copyreg.__newobj__:
-            make, args = _empty, (cls, source)
-        return make, args, *state
-
-    content = {"forward": names["forward"], "__reduce_ex__": reduce, "__module__": cls.__module__}
-    subclass = type(cls.__name__, (cls,), content)
-    return subclass
+    content = {
+        "forward": names["forward"],
+        "__reduce_ex__": pickled_by(_empty, cls, source),
+        "__module__": cls.__module__,
+    }
+    return type(cls.__name__, (cls,), content)
 
 
 def _empty(cls: type[nn.Module], source: str) -> nn.Module:
