@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from conftest import normalised
 from onnx import numpy_helper
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from layers import Add, FromImages, Mul, Normalize
@@ -682,8 +684,6 @@ def test_a_forward_of_any_number_of_arguments_is_given_as_many_as_traced():
         model.train()(EXAMPLE)
 
 
-def test_dropout_goes_on_in_training_alone():
-    model, _ = modularized(Dropped)
 class Optional(Base):
     def forward(self, x, features=False, scale=1.0, mask=None):
         x = self.conv1(x)
@@ -805,6 +805,8 @@ def test_ranges_stay_what_they_are_in_another_type(dtype):
     assert torch.equal(model.conv1.input_quantizer.amax, before)
 
 
+def test_dropout_goes_on_in_training_alone():
+    model, _ = modularized(Dropped)
     model.train()
     assert not torch.equal(model(EXAMPLE), model(EXAMPLE))
     model.eval()
@@ -1650,6 +1652,20 @@ class InFloat(Base):
         return self.head(self.conv2(x) + x)
 
 
+class Checkpointed(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(checkpoint(self.conv2, x, use_reentrant=False) + x)
+
+
+class AsksForGradients(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        if torch.is_grad_enabled():
+            x.register_hook(print)
+        return self.head(self.conv2(x) + x)
+
+
 class OfAGraph(Base):
     """Holds what torchvision makes by torch.fx, which has another graph in training."""
 
@@ -1772,6 +1788,9 @@ def test_a_quantized_activation_in_place_trains_as_the_float_one_does(monkeypatc
         (Frozen, "", "it switches gradients off"),
         (Binary, "", "it has a gradient of its own"),
         (InFloat, "", "it switches autocast"),
+        (Checkpointed, "", "or a checkpoint"),
+        (AsksForGradients, "", "it asks whether there are gradients"),
+        (Keeper, "", "it changes self.taps"),
         (OfAGraph, "body", "it is made by torch.fx"),
     ],
 )

@@ -18,7 +18,6 @@ its children count as single steps, whatever they do. But for names, it is like 
 
 from __future__ import annotations
 
-import copyreg
 import inspect
 import math
 from collections import defaultdict
@@ -33,8 +32,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from layers.quantized import pickled_by
 from layers import Add, Mul
+from layers.quantized import pickled_by
 from utils.errors import UserError, and_more, first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
@@ -48,6 +47,8 @@ UNARY = {
     "leaky_relu": ("act", nn.LeakyReLU),
 }
 """Function -> name and class of the child that does it; both take the same options."""
+CONSTANTS = (bool, int, float, str, type(None))
+"""What a forward may be given besides tensors, without being changed by the way."""
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 """What a parameter that takes any number of arguments is written with."""
 
@@ -175,6 +176,8 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", written, defaults, {})
         if parameter.kind in STARS:
             self.create_proxy("call_function", require_as_traced, (proxy, len(value)), {})
+        elif isinstance(value, CONSTANTS):
+            self.create_proxy("call_function", require_same, (proxy, value, parameter.name), {})
         return _stand_in(proxy, parameter.name, value)
 
     def _declare_star(self) -> None:
@@ -194,6 +197,17 @@ def require_as_traced(given: Sequence[Any] | dict[str, Any], count: int) -> None
             f"a forward that was traced with {count} arguments behind its star is given "
             f"{len(given)}: give it the same in training as in evaluation"
         )
+
+
+def require_same(given: Any, traced: Any, name: str) -> None:
+    """Raises UserError unless a forward is given the constant that it was traced with."""
+    if given is traced or (type(given) is type(traced) and given == traced):
+        return
+    given = "a tensor" if isinstance(given, Tensor) else repr(given)
+    raise UserError(
+        f"a forward that was rewritten for {name}={traced!r} is given {given}: move what that does "
+        "into a method or network of its own"
+    )
 
 
 def _stand_in(proxy: fx.Proxy, name: str, value: Any) -> Any:
@@ -249,7 +263,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     expected = _run(module.forward, bound)
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
-    with _nothing_left_out():
+    with _nothing_left_out(), _lists_as_before(module):
         graph = _traced(module, bound.arguments)
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
@@ -289,22 +303,40 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 @contextmanager
 def _nothing_left_out() -> Iterator[None]:
     """Context manager: a trace ends where a forward does what no graph of torch.fx would hold."""
-    apply = torch.autograd.Function.apply.__func__
 
-    def apply_torchs(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # checkpointing, whose gradient is that of what it runs
-        if cls.__module__.startswith("torch."):
-            return apply(cls, *args, **kwargs)
-        raise _Stays("it has a gradient of its own, a torch.autograd.Function")
+    def own_gradient(*args: Any, **kwargs: Any) -> None:
+        raise _Stays("it has a gradient of its own, a torch.autograd.Function, or a checkpoint")
 
     def autocast(*args: Any) -> None:
         raise _Stays("it switches autocast")
 
+    def gradients() -> None:
+        raise _Stays("it asks whether there are gradients")
+
     with (
-        patch.object(torch.autograd.Function, "apply", classmethod(apply_torchs)),
+        patch.object(torch.autograd.Function, "apply", own_gradient),
         patch.object(torch.autocast, "__enter__", autocast),
+        patch.object(torch, "is_grad_enabled", gradients),
     ):
         yield
+
+
+@contextmanager
+def _lists_as_before(module: nn.Module) -> Iterator[None]:
+    """Context manager: what a trace puts into the lists of a module goes into copies of them.
+
+    Raises:
+        _Stays: it did.
+    """
+    torchs, held = vars(nn.Module()), vars(module).items()
+    lists = {k: v for k, v in held if k not in torchs and isinstance(v, (list, dict))}
+    vars(module).update(tree_map(lambda item: item, lists))
+    yield
+    for name, value in lists.items():
+        items = tree_leaves(vars(module)[name])
+        if list(map(id, items)) != list(map(id, tree_leaves(value))):
+            raise _Stays(f"it changes self.{name}")
+    vars(module).update(lists)
 
 
 def _traced(module: nn.Module, arguments: dict[str, Any]) -> fx.Graph:
