@@ -759,6 +759,21 @@ def test_a_second_call_leaves_the_additions_of_the_first():
     assert torch.equal(model(EXAMPLE), before)
 
 
+class Block(nn.Module):
+    def forward(self, x):
+        return x.relu() + x
+
+
+def test_a_block_that_comes_before_calibration_stays_float_for_that_reason():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    quantize_modules(model, EXAMPLE)
+    model.insert(1, Block())
+    assert "NaN of the example" in modularize(model, EXAMPLE)["1"]
+    calibrate(model, [EXAMPLE])
+    assert modularize(model, EXAMPLE) == {}
+    assert isinstance(model[1].add, Add)
+
+
 class Reducing(Residual):
     def __reduce__(self):
         return Reducing, (), vars(self)

@@ -261,6 +261,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     expected = _run(module.forward, bound)
+    if any(tensor.isnan().any() for tensor in expected):
+        raise _Stays("it makes NaN of the example, as quantized layers do before calibration")
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
     with _nothing_left_out(), _lists_as_before(module):
