@@ -210,7 +210,8 @@ def load_weights(
         problems["missing"] -= ranges
     if any(problems.values()):
         hint = _hint(model, state, problems)
-        raise UserError(f"the checkpoint does not fit the model{hint}: {_listed(problems)}")
+        faults = "; ".join(filter(None, [_listed(problems), taken_off]))
+        raise UserError(f"the checkpoint does not fit the model{hint}: {faults}")
     # with the versions of modules, which a file does not keep
     own.update(state)
     model.load_state_dict(own)

@@ -77,9 +77,10 @@ def without_prefix(state: State, own: State) -> tuple[State, str]:
         )
 
     prefix = prefixes[0]
-    within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    within = {key: value for key, value in state.items() if key in own}
+    within |= {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     line = f"the names without their prefix {prefix}"
-    beside = [key for key in state if not key.startswith(prefix)]
+    beside = [key for key in state if not key.startswith(prefix) and key not in own]
     if beside:
         line += f"; {len(beside)} left aside: {and_more(beside, 5)}"
     return within, line
