@@ -522,7 +522,10 @@ def gpus_table(folder: Path) -> str:
 
     lines = [GPUS_TITLES]
     for row in rows:
-        one = alone[_compared(row)]
+        one = alone.get(_compared(row))
+        if one is None:
+            what = f"{folder} has no timing on one GPU to compare {_compared(row)} with"
+            raise UserError(f"{what}: record one by train_speed.py without torchrun")
         lines.append(
             [
                 f"{TITLES[row['model']]}, {row['stem']} stem",
