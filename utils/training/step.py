@@ -57,7 +57,8 @@ class Step:
         # SAM perturbs matrices only; buffers, such as running statistics and the count of batches
         # in them, stay those of the unperturbed weights
         self.matrices = [p for p in self.parameters if p.ndim > 1]
-        self.buffers = list(model.buffers())
+        # (nobody can write into an expanded one)
+        self.buffers = [b for b in model.buffers() if 0 not in b.stride()]
 
         self.loss_sum = torch.zeros((), device=self.device)
         self.hits = torch.zeros((), device=self.device)
