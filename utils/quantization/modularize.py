@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -30,10 +31,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from layers import Add, Mul
-from layers.quantized import pickled_by
+from layers.quantized import QuantizedLayer, pickled_by
 from utils.errors import UserError, and_more, first_line
 from utils.quantization.watch import Operation, evaluating, first_place, tensors_in, watch
 
@@ -47,8 +48,6 @@ UNARY = {
     "leaky_relu": ("act", nn.LeakyReLU),
 }
 """Function -> name and class of the child that does it; both take the same options."""
-CONSTANTS = (bool, int, float, str, type(None))
-"""What a forward may be given besides tensors, without being changed by the way."""
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 """What a parameter that takes any number of arguments is written with."""
 
@@ -176,8 +175,10 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", written, defaults, {})
         if parameter.kind in STARS:
             self.create_proxy("call_function", require_as_traced, (proxy, len(value)), {})
-        elif isinstance(value, CONSTANTS):
-            self.create_proxy("call_function", require_same, (proxy, value, parameter.name), {})
+        # what torch.fx made is traced once more where it is unpickled
+        elif not isinstance(self.root, fx.GraphModule) and _is_constant(value):
+            what = f"{type(self.root).__name__}.forward", parameter.name
+            self.create_proxy("call_function", require_same, (proxy, value, *what), {})
         return _stand_in(proxy, parameter.name, value)
 
     def _declare_star(self) -> None:
@@ -199,14 +200,20 @@ def require_as_traced(given: Sequence[Any] | dict[str, Any], count: int) -> None
         )
 
 
-def require_same(given: Any, traced: Any, name: str) -> None:
+def _is_constant(value: Any) -> bool:
+    """Whether an argument holds nothing but what stays as it is: numbers, flags, words."""
+    return all(isinstance(leaf, (bool, int, float, str, type(None))) for leaf in tree_leaves(value))
+
+
+def require_same(given: Any, traced: Any, forward: str, name: str) -> None:
     """Raises UserError unless a forward is given the constant that it was traced with."""
-    if given is traced or (type(given) is type(traced) and given == traced):
+    both_flags = isinstance(given, bool) == isinstance(traced, bool)
+    if not tensors_in(given) and both_flags and given == traced:
         return
-    given = "a tensor" if isinstance(given, Tensor) else repr(given)
+    found = "a tensor" if tensors_in(given) else repr(given)
     raise UserError(
-        f"a forward that was rewritten for {name}={traced!r} is given {given}: move what that does "
-        "into a method or network of its own"
+        f"{forward} was rewritten for {name}={traced!r} and is given {found}: quantize with an "
+        "example that gives it that, or move what it does then into a method of its own"
     )
 
 
@@ -292,6 +299,8 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     pairs = zip(_run(holder.forward, bound), expected, strict=True)
     if not all(torch.equal(found, wanted) for found, wanted in pairs):
         raise _Stays("modules in their place give another result")
+    if _own_gradients(holder.forward, bound) != _own_gradients(module.forward, bound):
+        raise _Stays("it has a gradient of its own, a torch.autograd.Function")
     # the children, and the new `forward` in a subclass of the module's own class, of its name
     for child_name, child in children.items():
         module.add_module(child_name, child.eval())
@@ -305,20 +314,28 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 @contextmanager
 def _nothing_left_out() -> Iterator[None]:
     """Context manager: a trace ends where a forward does what no graph of torch.fx would hold."""
+    here = threading.get_ident()
 
-    def own_gradient(*args: Any, **kwargs: Any) -> None:
-        raise _Stays("it has a gradient of its own, a torch.autograd.Function, or a checkpoint")
+    def ends(function: Callable[..., Any], why: str) -> Callable[..., Any]:
+        def ended(*args: Any, **kwargs: Any) -> Any:
+            # another thread may train or serve meanwhile
+            if threading.get_ident() != here:
+                return function(*args, **kwargs)
+            raise _Stays(why)
 
-    def autocast(*args: Any) -> None:
-        raise _Stays("it switches autocast")
+        return ended
 
-    def gradients() -> None:
-        raise _Stays("it asks whether there are gradients")
-
+    own = "it has a gradient of its own, a torch.autograd.Function"
+    mode = "it asks for gradients or autocast, or switches them, as checkpoints do"
+    apply = ends(torch.autograd.Function.apply.__func__, own)
+    enter = ends(torch.autocast.__enter__, mode)
+    gradients = ends(torch.is_grad_enabled, mode)
+    autocast = ends(torch.is_autocast_enabled, mode)
     with (
-        patch.object(torch.autograd.Function, "apply", own_gradient),
-        patch.object(torch.autocast, "__enter__", autocast),
+        patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        patch.object(torch.autocast, "__enter__", enter),
         patch.object(torch, "is_grad_enabled", gradients),
+        patch.object(torch, "is_autocast_enabled", autocast),
     ):
         yield
 
@@ -328,15 +345,17 @@ def _lists_as_before(module: nn.Module) -> Iterator[None]:
     """Context manager: what a trace puts into the lists of a module goes into copies of them.
 
     Raises:
-        _Stays: it did.
+        _Stays: it did, or put another list there.
     """
     torchs, held = vars(nn.Module()), vars(module).items()
     lists = {k: v for k, v in held if k not in torchs and isinstance(v, (list, dict))}
-    vars(module).update(tree_map(lambda item: item, lists))
+    copies = tree_map(lambda item: item, lists)
+    vars(module).update(copies)
     yield
     for name, value in lists.items():
-        items = tree_leaves(vars(module)[name])
-        if list(map(id, items)) != list(map(id, tree_leaves(value))):
+        if vars(module).get(name) is not copies[name]:
+            raise _Stays(f"it sets self.{name}")
+        if list(map(id, tree_leaves(copies[name]))) != list(map(id, tree_leaves(value))):
             raise _Stays(f"it changes self.{name}")
     vars(module).update(lists)
 
@@ -420,6 +439,27 @@ def _run(forward: Callable[..., Any], bound: inspect.BoundArguments) -> list[Ten
     args, kwargs = _cloned((bound.args, bound.kwargs))
     tensors = tensors_in((args, kwargs))
     return [*tensors_in(forward(*args, **kwargs)), *tensors]
+
+
+def _own_gradients(forward: Callable[..., Any], bound: inspect.BoundArguments) -> Counter[str]:
+    """Names of the torch.autograd.Functions through which a gradient of what it returns goes."""
+    with torch.enable_grad():
+        args, kwargs = tree_map_only(Tensor, _differentiable, (bound.args, bound.kwargs))
+        nodes = [tensor.grad_fn for tensor in tensors_in(forward(*args, **kwargs))]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes.extend(source for source, _ in node.next_functions)
+    own = torch.autograd.function.BackwardCFunction
+    return Counter(node.name() for node in seen if isinstance(node, own))
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """A copy that a forward may work on in place, and that has a gradient if it can have one."""
+    copy = tensor.clone()
+    return copy.requires_grad_().clone() if copy.is_floating_point() else copy
 
 
 def _module_for(node: fx.Node) -> tuple[str, nn.Module, Sequence[Any]] | None:
@@ -526,7 +566,7 @@ def place_additions(operations: list[Operation]) -> None:
     rounds: dict[Add, set[int]] = defaultdict(set)
     for operation in operations:
         # what is quantized has its ranges
-        if type(operation.module) is not Add:
+        if not isinstance(operation.module, Add) or isinstance(operation.module, QuantizedLayer):
             continue
         costs = {}
         for operand, source in enumerate(operation.reads):
