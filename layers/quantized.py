@@ -8,6 +8,7 @@ there and has the inference form.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cache
@@ -38,8 +39,8 @@ class QuantizedLayer(nn.Module):
     def convert(cls, layer: nn.Module) -> nn.Module:
         """Make a float layer one of this form, in place: its parameters stay, quantizers come.
 
-        Whatever else holds the layer, such as a list or a hook, holds the quantized one then. A
-        subclass's layer keeps the methods of its own, but for its `forward`.
+        Whatever else holds the layer, such as a list, a hook or another network, holds the
+        quantized one then. A subclass's layer keeps all of its own methods but `forward`.
         """
         own = type(layer)
         layer.__class__ = cls if issubclass(cls, own) else _of_both(cls, own)
@@ -93,8 +94,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Convolution of an INT8 input (one range), INT8 weight (one range for each output channel)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rounded = self.input_quantizer(input)
-        return self._conv_forward(rounded, self.weight_quantizer(self.weight), self.bias)
+        rounded, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        # not a subclass's own, which may take another weight than this
+        return nn.Conv2d._conv_forward(self, rounded, weight, self.bias)
 
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
@@ -108,8 +110,8 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         x = self.input_quantizer(input)
         weight = self.weight_quantizer(self.weight)
-        padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        padding = nn.ConvTranspose2d._output_padding(
+            self, x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
         return F.conv_transpose2d(
             x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation
@@ -206,11 +208,11 @@ QUANTIZED_FORM = {
     nn.Hardswish: QuantHardswish,
     nn.LeakyReLU: QuantLeakyReLU,
 }
-"""Which quantized layer replaces which float layer."""
+"""Which quantized layer a float layer becomes."""
 
 
 def quantized_form(layer: nn.Module | None) -> type[QuantizedLayer] | None:
-    """What replaces a float layer: of a subclass too, if it computes what its base computes."""
+    """What a float layer becomes: of a subclass too, if it computes what its base computes."""
     if isinstance(layer, QuantizedLayer):
         return None
     for base, form in QUANTIZED_FORM.items():
@@ -242,23 +244,21 @@ def _computes_as(layer: nn.Module, base: type[nn.Module]) -> bool:
     # an odd size, which no padding fits by chance
     shape = (2, layer.in_features) if base is nn.Linear else (2, layer.in_channels, 23, 23)
     x = torch.linspace(-1, 1, math.prod(shape), device=layer.weight.device).reshape(shape)
-    mode, weight = layer.training, layer.weight.data
     try:
-        # with a weight that no limit of its size holds for, and no mask
-        values = torch.linspace(-30, 30, weight.numel())
-        layer.weight.data = values.reshape(weight.shape).to(weight)
+        # a copy with a weight that no limit of its size holds for, and no mask
+        probe = copy.copy(layer)
+        weight = torch.linspace(-30, 30, layer.weight.numel()).reshape(layer.weight.shape)
+        weight = nn.Parameter(weight.to(layer.weight))
+        probe._parameters = {**layer._parameters, "weight": weight}
         # a dropout inside draws random numbers, and only in training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for training in (True, False):
-                layer.training = training
+            for probe.training in (True, False):
                 # the base first, as the other may write into the weight
-                wanted = base.forward(layer, x)
-                if not torch.equal(cls.forward(layer, x), wanted):
+                wanted = base.forward(probe, x)
+                if not torch.equal(cls.forward(probe, x), wanted):
                     return False
     except (RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        layer.training, layer.weight.data = mode, weight
     return True
 
 

@@ -131,7 +131,9 @@ class Quantizer(TensorQuantizer):
         """
         amax = torch.as_tensor(amax).detach().float().flatten()
         if len(amax) not in (1, self._amax.numel()):
-            raise UserError(f"{len(amax)} ranges for {self._amax.numel()} channels")
+            raise UserError(
+                f"{len(amax)} ranges for {self._amax.numel()} channels: give one, or one for each"
+            )
         wrong = amax[~(amax.isfinite() & (amax >= 0))]
         if len(wrong):
             raise UserError(f"a range is a largest magnitude, and no {wrong[0]:.4g}")

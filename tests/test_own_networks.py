@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import threading
 from functools import partial
 
 import numpy as np
@@ -695,15 +696,15 @@ class Optional(Base):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"features": True}, "features=False is given True"),
-        ({"scale": 2.0}, "scale=1.0 is given 2.0"),
-        ({"mask": torch.zeros(2, 8, SIZE, SIZE)}, "mask=None is given a tensor"),
+        ({"features": True}, "Optional.forward was rewritten for features=False and is given True"),
+        ({"scale": 2.0}, "scale=1.0 and is given 2.0"),
+        ({"mask": torch.zeros(2, 8, SIZE, SIZE)}, "mask=None and is given a tensor"),
     ],
 )
 def test_a_forward_is_given_the_constants_that_it_was_rewritten_for(given, said):
     model = Optional().eval()
     assert modularize(model, EXAMPLE) == {}
-    model(EXAMPLE, scale=1.0)
+    model(EXAMPLE, scale=1)
     with pytest.raises(UserError, match=said):
         model(EXAMPLE, **given)
 
@@ -855,6 +856,67 @@ def test_a_whole_network_can_be_saved():
     assert torch.equal(loaded(EXAMPLE), model(EXAMPLE))
     assert type(loaded) is type(model)
     assert isinstance(loaded, Residual)
+
+
+class OwnWeight(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, self.weight, bias)
+
+
+def test_a_subclass_that_takes_its_weight_by_itself_has_it_rounded():
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnWeight(3, 4, 3))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3))
+    plain.load_state_dict(model.state_dict())
+    for network in (model, plain):
+        quantize_modules(network, EXAMPLE)
+        calibrate(network, [EXAMPLE])
+    assert torch.equal(model(EXAMPLE), plain(EXAMPLE))
+
+
+class OfSize(nn.Module):
+    """Is given the size of its maps as a pair of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x, size):
+        return F.interpolate(self.conv(x), size) + F.interpolate(x, size)
+
+
+class Sized(Base):
+    def __init__(self, size):
+        super().__init__()
+        self.of_size = OfSize()
+        self.size = size
+
+    def forward(self, x):
+        return self.head(self.of_size(self.conv1(x), self.size))
+
+
+def test_a_pair_of_numbers_is_a_constant_too():
+    model = Sized((8, 8)).eval()
+    assert "of_size.add" in quantize_modules(model, EXAMPLE)
+    calibrate(model, [EXAMPLE])
+    with pytest.raises(UserError, match=r"size=\(8, 8\) and is given \(4, 4\)"):
+        model.of_size(torch.zeros(2, 8, SIZE, SIZE), (4, 4))
+
+
+def test_other_threads_run_as_they_are_while_a_network_is_rewritten():
+    found = []
+
+    class Waiting(Base):
+        def forward(self, x):
+            x = self.conv1(x)
+            thread = threading.Thread(target=lambda: found.append(torch.is_grad_enabled()))
+            thread.start()
+            thread.join()
+            return self.head(self.conv2(x) + x)
+
+    modularize(Waiting(), EXAMPLE)
+    assert found
+    assert all(found)
 
 
 class Doubled(nn.Conv2d):
@@ -1660,6 +1722,29 @@ class Binary(Base):
         return self.head(self.conv2(Signs.apply(x)) + x)
 
 
+by_signs = Signs.apply
+
+
+class BinaryByAnotherName(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self.conv2(by_signs(x)) + x)
+
+
+class AsksForAutocast(Base):
+    def forward(self, x):
+        x = self.conv1(x)
+        factor = 2 if torch.is_autocast_enabled("cpu") else 1
+        return self.head(factor * self.conv2(x) + x)
+
+
+class Resetting(Base):
+    def forward(self, x):
+        self.taps = []
+        x = self.conv1(x)
+        return self.head(self.conv2(x) + x)
+
+
 class InFloat(Base):
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -1802,10 +1887,13 @@ def test_a_quantized_activation_in_place_trains_as_the_float_one_does(monkeypatc
         (Shared, "keeping", "which torch.fx cannot trace"),
         (Frozen, "", "it switches gradients off"),
         (Binary, "", "it has a gradient of its own"),
-        (InFloat, "", "it switches autocast"),
-        (Checkpointed, "", "or a checkpoint"),
-        (AsksForGradients, "", "it asks whether there are gradients"),
+        (InFloat, "", "it asks for gradients or autocast, or switches them"),
+        (Checkpointed, "", "it asks for gradients or autocast, or switches them"),
+        (AsksForGradients, "", "it asks for gradients or autocast, or switches them"),
         (Keeper, "", "it changes self.taps"),
+        (Resetting, "", "it sets self.taps"),
+        (BinaryByAnotherName, "", "it has a gradient of its own"),
+        (AsksForAutocast, "", "it asks for gradients or autocast, or switches them"),
         (OfAGraph, "body", "it is made by torch.fx"),
     ],
 )

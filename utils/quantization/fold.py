@@ -37,8 +37,8 @@ from utils.quantization.watch import (
     Operation,
     Watch,
     is_plain,
-    replace_module,
     tensors_in,
+    turn_into,
     watch,
 )
 
@@ -175,7 +175,7 @@ def to_inference(model: nn.Module, example: Tensor) -> nn.Module:
     for conv_name, bn_name in conv_bn_pairs(watched):
         bn = model.get_submodule(bn_name)
         fold_batch_norm(model.get_submodule(conv_name), bn)
-        replace_module(bn, _after(bn))
+        turn_into(bn, _after(bn))
     for module in list(model.modules()):
         _freeze(module)
     _make_pools_exportable(watched)
@@ -197,10 +197,10 @@ def _freeze(module: nn.Module) -> None:
         freeze_weight(module)
     # the ranges of activations
     if isinstance(module, Quantizer) and not module.is_weight:
-        replace_module(module, FrozenQuantizer(module.scale))
+        turn_into(module, FrozenQuantizer(module.scale))
     # matrix products, which TensorRT 8.6 computes in INT8 only as convolutions
     if isinstance(module, QuantLinear) and is_plain(module):
-        replace_module(module, PointwiseLinear.from_linear(module))
+        turn_into(module, PointwiseLinear.from_linear(module))
     # ONNX Runtime takes no "same" beside a dilation: write it in pixels; where its two sides
     # differ, let torch pad before the convolution, as it does in every mode but "zeros"
     if isinstance(module, nn.Conv2d) and module.padding == "same":
@@ -224,7 +224,7 @@ def _make_pools_exportable(watched: Watch) -> None:
         size, out = operation.shapes[0][2:], operation.shape[2:]
         sizes = {other.shapes[0][2:] for other in watched.operations if other.module is pool}
         if len(sizes) == 1:
-            replace_module(pool, exportable_pool(pool, size, out))
+            turn_into(pool, exportable_pool(pool, size, out))
         elif needs_matrices(pool, size, out):
             mend = "give each size a pool of its own"
             raise UserError(f"{operation.name} pools feature maps of several sizes: {mend}")

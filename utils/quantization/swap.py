@@ -69,11 +69,13 @@ def quantize_modules(
     quant_layers: Sequence[str] = ("*",),
     skip_layers: Sequence[str] = (),
 ) -> list[str]:
-    """Replace the selected layers of `model` in place by their training forms.
+    """Make the selected layers of `model` quantized ones, in place.
 
     Functional additions and the like become layers first (`utils.quantization.modularize`). The
     parameters stay the same objects under the same names. The new forms only add ranges, which
-    `calibrate` or a quantized checkpoint must fill before the model is used.
+    `calibrate` or a quantized checkpoint must fill before the model is used. Another network that
+    holds one of these layers has the quantized one, too: for a float copy, such as a teacher, call
+    `copy.deepcopy(model)` first.
 
     Args:
         example: a few normalised images (B, C, H, W): one run shows what the model computes.
@@ -115,12 +117,15 @@ def swap_layers(
     if not selected:
         raise UserError("--quant_layers and --skip_layers leave no layer to quantize")
     keep_needed_inplace(model, example, [layers[name] for name in selected])
-    # the layers are there already, their ranges are new
     device = next(model.parameters(), example).device
     for name in selected:
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
-            quantized_form(layer).convert(layer).to(device)
+            quantized_form(layer).convert(layer)
+            # the layer is there already, its ranges are new
+            at = layer.weight.device if hasattr(layer, "weight") else device
+            for quantizer in layer.children():
+                quantizer.to(at)
     # its fused kernel would read the weights, and call none of its layers
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

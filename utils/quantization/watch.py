@@ -261,10 +261,13 @@ def is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def replace_module(old: nn.Module, new: nn.Module) -> None:
-    """Let `old` become `new`, under all its names and for whatever else holds it."""
+def turn_into(old: nn.Module, new: nn.Module) -> None:
+    """Let `old` become `new`, under all its names and for whatever else holds it.
+
+    Attributes that `new` lacks stay: a forward may read them.
+    """
     old.__class__ = type(new)
-    old.__dict__ = new.__dict__
+    old.__dict__ = {**vars(old), **vars(new)}
 
 
 def tensors_in(values: Any) -> list[Tensor]:
