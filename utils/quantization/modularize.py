@@ -272,7 +272,7 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise _Stays("it makes NaN of the example, as quantized layers do before calibration")
     # what the forward sets would hold fx's stand-ins, and never be set again
     before = dict(vars(module))
-    with _nothing_left_out(), _lists_as_before(module):
+    with _modes_refused(), _lists_as_before(module):
         graph = _traced(module, bound.arguments)
     for name, value in vars(module).items():
         is_as_before = name in before and before[name] is value
@@ -312,30 +312,23 @@ def _rewrite(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @contextmanager
-def _nothing_left_out() -> Iterator[None]:
-    """Context manager: a trace ends where a forward does what no graph of torch.fx would hold."""
+def _modes_refused() -> Iterator[None]:
+    """Context manager: a trace ends where a forward depends on modes that no graph would hold."""
     here = threading.get_ident()
 
-    def ends(function: Callable[..., Any], why: str) -> Callable[..., Any]:
+    def ends(function: Callable[..., Any]) -> Callable[..., Any]:
         def ended(*args: Any, **kwargs: Any) -> Any:
             # another thread may train or serve meanwhile
             if threading.get_ident() != here:
                 return function(*args, **kwargs)
-            raise _Stays(why)
+            raise _Stays("it asks for gradients or autocast, or switches them, as checkpoints do")
 
         return ended
 
-    own = "it has a gradient of its own, a torch.autograd.Function"
-    mode = "it asks for gradients or autocast, or switches them, as checkpoints do"
-    apply = ends(torch.autograd.Function.apply.__func__, own)
-    enter = ends(torch.autocast.__enter__, mode)
-    gradients = ends(torch.is_grad_enabled, mode)
-    autocast = ends(torch.is_autocast_enabled, mode)
     with (
-        patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        patch.object(torch.autocast, "__enter__", enter),
-        patch.object(torch, "is_grad_enabled", gradients),
-        patch.object(torch, "is_autocast_enabled", autocast),
+        patch.object(torch.autocast, "__enter__", ends(torch.autocast.__enter__)),
+        patch.object(torch, "is_grad_enabled", ends(torch.is_grad_enabled)),
+        patch.object(torch, "is_autocast_enabled", ends(torch.is_autocast_enabled)),
     ):
         yield
 
